@@ -1,0 +1,24 @@
+"""Plug-in regularizers that make vision models learn more from less data."""
+
+from equireg.datasets import WithIndex
+from equireg.environments import Environments, adjusted_similarity
+from equireg.eqinv import ClassRisks, ClassWiseIRM, FeatureMask, class_wise_risks
+from equireg.features import extract_features
+from equireg.invariance import irmv1_penalty, rex_penalty
+from equireg.similarity import pair_lse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClassRisks",
+    "ClassWiseIRM",
+    "Environments",
+    "FeatureMask",
+    "WithIndex",
+    "adjusted_similarity",
+    "class_wise_risks",
+    "extract_features",
+    "irmv1_penalty",
+    "pair_lse",
+    "rex_penalty",
+]

@@ -1,0 +1,143 @@
+"""Argument checks: one message style for the whole house.
+
+Every message reads ``function: argument must be <rule>, got <what came>``. Shapes are written as names, and a
+name bound by one argument holds for the next: after ``features("z", z, "B D")`` an argument of shape ``"B B"``
+must agree with it.
+
+What a tensor *is* (type, shape, dtype, device) is always checked. What it *holds* (label ranges, NaN) is checked
+where looking costs nothing: on CPU. On an accelerator looking would wait for the device, so there it happens only
+with ``EQUIREG_CHECKS=1``; inside ``torch.compile`` it never does.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` may be looked at without a wait or a graph break."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("EQUIREG_CHECKS") == "1"
+
+
+class Arguments:
+    """The arguments of one call to ``function``, checked one after the other."""
+
+    def __init__(self, function: str):
+        self.function = function
+        self.sizes: dict[str, int] = {}
+        self.device: torch.device | None = None
+        self.device_of = ""
+
+    def refuse(self, name: str, rule: str, got: object) -> NoReturn:
+        raise ValueError(f"{self.function}: {name} must be {rule}, got {got}")
+
+    def refuse_type(self, name: str, rule: str, got: object) -> NoReturn:
+        raise TypeError(f"{self.function}: {name} must be {rule}, got {got}")
+
+    def features(self, name: str, value: object, shape: str) -> Tensor:
+        """A tensor of floating point numbers with the given shape."""
+        tensor = self._tensor(name, value, "floating point numbers")
+        if not tensor.is_floating_point():
+            self.refuse_type(name, "a tensor of floating point numbers", tensor.dtype)
+        return self._shaped(name, tensor, shape)
+
+    def integers(self, name: str, value: object, shape: str) -> Tensor:
+        """A tensor of whole numbers (labels, ids, indices) with the given shape, as int64."""
+        tensor = self._tensor(name, value, "whole numbers")
+        if tensor.dtype not in _INTEGERS:
+            self.refuse_type(name, "a tensor of whole numbers", tensor.dtype)
+        return self._shaped(name, tensor, shape).long()
+
+    def booleans(self, name: str, value: object, shape: str) -> Tensor:
+        """A bool tensor with the given shape."""
+        tensor = self._tensor(name, value, "booleans")
+        if tensor.dtype != torch.bool:
+            self.refuse_type(name, "a bool tensor", tensor.dtype)
+        return self._shaped(name, tensor, shape)
+
+    def positive(self, name: str, value: object) -> None:
+        """A finite number above zero, or a 0-d floating point tensor that learns to be one."""
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                self.refuse_type(name, "a number or a 0-d floating point tensor", value.dtype)
+            if value.dim() != 0:
+                self.refuse(name, "a number or a 0-d tensor", list(value.shape))
+            if not values_visible(value):
+                return
+            value = float(value.detach())
+        self.number(name, value)
+        if not value > 0 or math.isinf(value):  # type: ignore[operator, arg-type]
+            self.refuse(name, "finite and above 0", value)
+
+    def not_negative(self, name: str, value: object) -> None:
+        """A finite number, zero or above."""
+        self.number(name, value)
+        if not 0 <= value < math.inf:  # type: ignore[operator]
+            self.refuse(name, "finite and at least 0", value)
+
+    def number(self, name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.refuse_type(name, "a number", f"{type(value).__name__} {value!r}")
+
+    def count(self, name: str, value: object, least: int = 1) -> None:
+        """A whole number, ``least`` or more."""
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.refuse_type(name, "a whole number", f"{type(value).__name__} {value!r}")
+        if value < least:
+            self.refuse(name, f"at least {least}", value)
+
+    def option(self, name: str, value: object, allowed: tuple[object, ...]) -> None:
+        # `is` for booleans: 1 == True, yet 1 is no spelling of True here.
+        for choice in allowed:
+            if value is choice or (isinstance(value, str) and value == choice):
+                return
+        self.refuse(name, "one of " + ", ".join(repr(choice) for choice in allowed), repr(value))
+
+    def below(self, name: str, tensor: Tensor, limit: int, what: str) -> None:
+        """Every entry of ``tensor`` in ``0 .. limit - 1``; looked at only where that is free."""
+        if not values_visible(tensor) or tensor.numel() == 0:
+            return
+        wrong = (tensor < 0) | (tensor >= limit)
+        if wrong.any():
+            place = int(wrong.flatten().nonzero()[0])
+            self.refuse(name, f"in 0 .. {limit - 1} ({what})", f"{int(tensor.flatten()[place])} at position {place}")
+
+    def finite(self, name: str, tensor: Tensor) -> None:
+        """No NaN and no infinity in ``tensor``; for set-up calls, where waiting for the device is no loss."""
+        wrong = ~torch.isfinite(tensor)
+        if wrong.any():
+            row = int(wrong.nonzero()[0][0])
+            self.refuse(name, "finite", f"{float(tensor[wrong][0])} in row {row}")
+
+    def _tensor(self, name: str, value: object, of_what: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            self.refuse_type(name, f"a tensor of {of_what}", type(value).__name__)
+        if self.device is None:
+            self.device, self.device_of = value.device, name
+        elif value.device != self.device:
+            self.refuse(name, f"on {self.device} as {self.device_of} is", value.device)
+        return value
+
+    def _shaped(self, name: str, tensor: Tensor, shape: str) -> Tensor:
+        dims = shape.split()
+        fits = tensor.dim() == len(dims)
+        if fits:
+            for dim, size in zip(dims, tensor.shape):
+                if self.sizes.setdefault(dim, size) != size:
+                    fits = False
+        if not fits:
+            known = [str(self.sizes[dim]) if dim in self.sizes else dim for dim in dims]
+            rule = f"[{', '.join(dims)}]"
+            if known != dims and tensor.dim() == len(dims):
+                rule += f" = [{', '.join(known)}]"
+            self.refuse(name, rule, list(tensor.shape))
+        return tensor

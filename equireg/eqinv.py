@@ -1,0 +1,345 @@
+"""EqInv: class-wise invariant risk minimisation (Wad et al., "Equivariance and invariance inductive bias for learning
+from insufficient data", ECCV 2022), Step 3.
+
+One loss line beside cross entropy::
+
+    features = backbone(images)
+    loss = F.cross_entropy(head(irm.mask(features)), labels) + irm(features, labels, indices)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+from equireg.environments import Adjust, Environments, similar_in_batch
+from equireg.features import extract_features
+from equireg.invariance import irmv1_penalty, rex_penalty
+from equireg.similarity import normalized, pair_lse
+
+
+class ClassRisks(NamedTuple):
+    """Risks of the K classes with at least two samples in the batch, in each of their two environments."""
+
+    classes: Tensor  # int64 [K], ascending
+    risk: Tensor  # [K, 2], Env#1 and Env#2
+    slope: Tensor  # [K, 2], derivative of the risk in the dummy classifier w at w = 1
+
+
+def class_wise_risks(
+    z: Tensor, labels: Tensor, similar: Tensor, *, temperature: float | Tensor = 0.1, denominator: str = "own"
+) -> ClassRisks:
+    r"""Supervised contrastive risk of each class in its two environments, with its slope in the dummy classifier.
+
+    For anchors :math:`i` of class :math:`k`, positives :math:`P(i)` (the other samples of the class), negatives
+    :math:`A_e(i)` (samples of other classes in environment :math:`e`) and cosine similarities over the temperature
+    :math:`s`, Eq. 5 of EqInv is
+
+    .. math::
+        \ell(k, e, w) = \operatorname*{mean}_{i} \operatorname*{mean}_{p \in P(i)}
+        -\log \frac{e^{w s_{ip}}}{e^{w s_{ip}} + \sum_{a \in A_e(i)} e^{w s_{ia}}}
+
+    and its derivative at :math:`w = 1` is the mean of
+    :math:`\mathbb{E}_{\text{softmax over } \{p\} \cup A_e(i)}[s] - s_{ip}`. An environment without negatives has
+    risk 0.
+
+    Args:
+        z: embeddings [B, d], normalised inside.
+        labels: whole numbers [B].
+        similar: bool [B, B]; ``similar[i, a]``: sample a is in Env#1 of the class of sample i. Entries between samples
+            of one class are not used.
+        temperature: a number above 0, or a 0-d tensor (which gets a gradient).
+        denominator: ``"own"``, Eq. 5: each positive stands alone against the negatives. ``"all"``, the released code:
+            all positives of the anchor stand in the denominator, as in SupCon.
+
+    Returns:
+        Classes, risks and slopes; K = 0 where no class has two samples. Float32 (float64 for float64 z).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, a temperature that is not above 0, an unknown denominator.
+
+    K depends on the labels: under ``torch.compile(fullgraph=True)`` this needs
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops``; :class:`ClassWiseIRM` does not. Of the samples of one
+    process only.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> similar = torch.ones(3, 3, dtype=torch.bool)
+        >>> risks = class_wise_risks(z, torch.tensor([4, 4, 7]), similar, temperature=1.0)
+        >>> risks.classes, risks.risk
+        (tensor([4]), tensor([[0.3133, 0.0000]]))
+    """
+    check = Arguments("class_wise_risks")
+    labels = _check_batch(check, "z", z, labels)
+    check.booleans("similar", similar, "B B")
+    check.positive("temperature", temperature)
+    check.option("denominator", denominator, ("own", "all"))
+    risk, slope, count = _risks_of_samples(z, labels, similar, temperature, denominator)
+
+    # A class is represented by its first sample.
+    before = (labels[:, None] == labels[None, :]).tril(-1).any(1)
+    first = ((count > 1) & ~before).nonzero().squeeze(1)
+    first = first[labels[first].argsort()]
+    return ClassRisks(labels[first], risk[first], slope[first])
+
+
+def _risks_of_samples(
+    z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor, denominator: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each sample the risk [B, 2] and slope [B, 2] of its class, and the size of that class in the batch [B].
+
+    By sample rather than by class, all shapes are fixed. A class of one sample has zeros here.
+    """
+    z = normalized(z)
+    same = labels[:, None] == labels[None, :]
+    positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    count = same.sum(1)
+    positives = (count - 1).clamp(min=1)
+
+    with torch.autocast(z.device.type, enabled=False):
+        s = z @ z.T / temperature
+        # Log-sum-exp and softmax mean over the negatives of Env#1 and Env#2, in one pass.
+        negative = torch.stack([similar, ~similar]).to(z.dtype)
+        row = torch.arange(len(z), device=z.device)
+        groups = {"row_group": labels, "col_group": labels}
+        lse, mean = pair_lse(z, z, 1 / temperature, relation="ne", **groups, col_weight=negative, row_select=row)
+        if denominator == "own":
+            gap = lse[:, :, None] - s  # [2, B, B]
+            risk = F.softplus(gap, threshold=50).masked_fill(~positive, 0).sum(-1) / positives
+            slope = (gap.sigmoid() * (mean[:, :, None] - s)).masked_fill(~positive, 0).sum(-1) / positives
+        else:
+            lse_p, mean_p = pair_lse(z, z, 1 / temperature, relation="eq", **groups, row_id=row, col_id=row)
+            average = s.masked_fill(~positive, 0).sum(-1) / positives
+            alone = count < 2
+            lse_p, mean_p = lse_p.masked_fill(alone, 0), mean_p.masked_fill(alone, 0)
+            gap = (lse - lse_p).masked_fill(alone, -torch.inf)
+            risk = F.softplus(gap, threshold=50) + lse_p - average
+            slope = gap.sigmoid() * (mean - mean_p) + mean_p - average
+        # The mean over the anchors of each class, as a product: sums in a fixed order on every device.
+        over_class = same.to(z.dtype) / count[:, None]
+        return over_class @ risk.T, over_class @ slope.T, count
+
+
+class FeatureMask(nn.Module):
+    r"""Selects features by a learnable vector: :math:`\sigma(m) \circ x`.
+
+    EqInv (Wad et al., 2022), Section 4, Step 3. The vector starts uniform in [0, 1).
+
+    Args:
+        num_features: D.
+        scale: None for the masked features as they are (the paper). A number gives ``scale · normalize(σ(m) ∘ x)``;
+            the released code classifies with ``scale=10``.
+
+    Example:
+        >>> mask = FeatureMask(4)
+        >>> mask(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, num_features: int, *, scale: float | None = None):
+        super().__init__()
+        check = Arguments("FeatureMask")
+        check.count("num_features", num_features)
+        if scale is not None:
+            check.positive("scale", scale)
+        self.weight = nn.Parameter(torch.rand(num_features))
+        self.scale = scale
+
+    def select(self, features: Tensor) -> Tensor:
+        """The masked features, [..., D], without the scale."""
+        return features * self.weight.sigmoid()
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.shape[-1:] != self.weight.shape:
+            Arguments("FeatureMask").refuse("features", f"[..., {len(self.weight)}]", list(features.shape))
+        selected = self.select(features)
+        return selected if self.scale is None else self.scale * F.normalize(selected, dim=-1, eps=1e-6)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}" + ("" if self.scale is None else f", scale={self.scale}")
+
+
+class ClassWiseIRM(nn.Module):
+    r"""Class-wise invariant risk minimisation over environments it finds by itself.
+
+    .. math::
+        L = \operatorname*{mean}_k \Big[ \sum_e \ell(k, e) + \lambda \cdot
+        \begin{cases} \text{Var}_e\, \ell(k, e) & \text{REx, Eq. 16} \\
+        \sum_e (\partial \ell(k, e, w) / \partial w |_{w=1})^2 & \text{IRMv1, Eq. 6} \end{cases} \Big]
+
+    over the classes :math:`k` with two or more samples in the batch, with the risks of :func:`class_wise_risks` on
+    :math:`z = g(\sigma(m) \circ \phi(x))`. EqInv (Wad et al., 2022), Section 4.
+
+    Args:
+        num_features: width D of the backbone's features.
+        num_classes: C.
+        weight: λ, at least 0. The paper uses 2, 10 and 100 at 10, 20 and 50 images per class.
+        penalty: ``"rex"`` or ``"irmv1"``.
+        temperature: of the cosine similarities, above 0.
+        denominator: as in :func:`class_wise_risks`.
+        projection: g; by default Linear(D, 512, no bias), BatchNorm, ReLU, Linear(512, 128).
+        detach: whether the backbone gets no gradient from this loss (the paper). It then trains the mask and g alone;
+            with False it trains the backbone too.
+
+    Attributes:
+        mask: the :class:`FeatureMask` that the classifier shares: ``head(irm.mask(features))``.
+        environments: the fitted :class:`Environments`, saved with ``state_dict``; None before
+            :meth:`fit_environments`.
+
+    Without fitted environments, or for a loader that gives no indices, each batch is split by itself: an approximation,
+    better the more samples of each class a batch holds.
+
+    Shapes and behaviour of the call ``irm(features [B, D], labels [B], indices [B] | None) -> loss``: a 0-d tensor in
+    float32 (float64 for float64 features). Where no class has two samples, the loss is a zero with zero gradients. Each
+    process of a distributed run takes the classes of its own batch.
+
+    Raises:
+        TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range;
+            ``indices`` given before the environments are fitted.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> features, labels = torch.randn(40, 16), torch.arange(40) % 4
+        >>> irm = ClassWiseIRM(16, 4).fit_environments(features, labels)
+        >>> batch = torch.arange(0, 40, 3)
+        >>> loss = irm(features[batch], labels[batch], batch)
+        >>> loss.shape, bool(loss > 0)
+        (torch.Size([]), True)
+    """
+
+    environments: Environments | None
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        *,
+        weight: float = 10.0,
+        penalty: str = "rex",
+        temperature: float = 0.1,
+        denominator: str = "own",
+        projection: nn.Module | None = None,
+        detach: bool = True,
+    ):
+        super().__init__()
+        check = Arguments("ClassWiseIRM")
+        check.count("num_features", num_features)
+        check.count("num_classes", num_classes)
+        check.not_negative("weight", weight)
+        check.option("penalty", penalty, ("rex", "irmv1"))
+        check.positive("temperature", temperature)
+        check.option("denominator", denominator, ("own", "all"))
+        check.option("detach", detach, (True, False))
+        self.num_features, self.num_classes = num_features, num_classes
+        self.weight, self.penalty = weight, penalty
+        self.temperature, self.denominator, self.detach = temperature, denominator, detach
+        self.mask = FeatureMask(num_features)
+        self.projection = projection if projection is not None else _projection(num_features)
+        self.register_module("environments", None)
+
+    def fit_environments(
+        self,
+        features: Tensor | Iterable[Any],
+        labels: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        encoder: Callable[[Tensor], Tensor] | None = None,
+        num_samples: int | None = None,
+        adjust: Adjust = True,
+    ) -> ClassWiseIRM:
+        """Find the environments of a dataset, from its features or from a loader and an encoder.
+
+        Args:
+            features: features [N, D] of the whole dataset, from a frozen encoder; or, with ``encoder``, a loader of
+                ``(images, labels, indices)``, as over ``WithIndex(dataset)``, without random augmentation.
+            labels: [N], whole numbers in 0 .. C - 1; not with ``encoder``.
+            indices: dataset index of each row, [N]; by default 0 .. N - 1; not with ``encoder``.
+            encoder: images [B, ...] to features [B, D]. Run in eval mode without gradient, and left as it was.
+            num_samples: length of the dataset where it is more than the samples given here.
+            adjust: as in :func:`adjusted_similarity`.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            TypeError, ValueError: as :meth:`Environments.split`; what goes with ``encoder`` and what does not.
+        """
+        check = Arguments("ClassWiseIRM.fit_environments")
+        if encoder is not None:
+            if isinstance(features, Tensor):
+                check.refuse_type("features", "a loader where encoder is given", "a tensor")
+            if labels is not None or indices is not None:
+                check.refuse("labels and indices", "None where encoder is given: the loader gives them", "given")
+            features, labels, indices = extract_features(encoder, features)
+        elif not isinstance(features, Tensor):
+            check.refuse_type("features", "a tensor, or a loader together with encoder", type(features).__name__)
+        elif labels is None:
+            check.refuse("labels", "given with features", None)
+        # The width of these features may be another than num_features: any frozen encoder will do.
+        environments = Environments.split(
+            features, labels, self.num_classes, indices=indices, num_samples=num_samples, adjust=adjust
+        )
+        self.environments = environments.to(self.mask.weight.device)
+        return self
+
+    def forward(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
+        check = Arguments("ClassWiseIRM")
+        check.sizes["D"] = self.num_features
+        labels = _check_batch(check, "features", features, labels)
+        check.below("labels", labels, self.num_classes, "num_classes")
+        if indices is not None:
+            indices = check.integers("indices", indices, "B")
+            if self.environments is None:
+                check.refuse("indices", "None before fit_environments", list(indices.shape))
+        if len(features) < 2:  # no pair; a BatchNorm in the projection would refuse the batch
+            return self._zero(features)
+
+        if self.detach:
+            features = features.detach()
+        if indices is not None and self.environments is not None:
+            similar = self.environments.similar(labels, indices)
+        else:
+            similar = similar_in_batch(features.detach(), labels)
+        z = self.projection(self.mask.select(features))
+        risk, slope, count = _risks_of_samples(z, labels, similar, self.temperature, self.denominator)
+        penalty = rex_penalty(risk) if self.penalty == "rex" else irmv1_penalty(slope)
+        of_class = risk.sum(1) + self.weight * penalty if self.weight > 0 else risk.sum(1)
+        # Each class with two samples or more counts once: a sample of n weighs 1 / n.
+        share = torch.where(count > 1, 1 / count.to(risk.dtype), 0)
+        return (of_class * share).sum() / share.sum().clamp(min=1)
+
+    def _zero(self, features: Tensor) -> Tensor:
+        """Zero, with a zero gradient for all the loss can reach: distributed training waits for every parameter."""
+        reached = [*self.parameters()] if self.detach else [features, *self.parameters()]
+        return torch.stack([part.flatten()[:0].sum() for part in reached]).sum()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, {self.num_classes}, weight={self.weight}, penalty={self.penalty!r}, "
+            f"temperature={self.temperature}, denominator={self.denominator!r}, detach={self.detach}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if self.environments is None and f"{prefix}environments.bits" in state_dict:
+            self.environments = Environments().to(self.mask.weight.device)  # takes its sizes from what it loads
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _projection(num_features: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(num_features, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, 128)
+    )
+
+
+def _check_batch(check: Arguments, name: str, features: Tensor, labels: Tensor) -> Tensor:
+    """Features [B, D] and labels [B], the labels as int64."""
+    check.features(name, features, "B D")
+    if check.sizes["D"] == 0:
+        check.refuse(name, "at least one wide", list(features.shape))
+    return check.integers("labels", labels, "B")

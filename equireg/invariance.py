@@ -1,0 +1,70 @@
+"""Penalties on risks that differ between environments: REx and IRMv1.
+
+Both take what is already in closed form, a risk and its slope per environment, so neither differentiates twice.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from equireg._checks import Arguments
+
+
+def rex_penalty(risk: Tensor) -> Tensor:
+    r"""Variance of the risks over environments (risk extrapolation, REx).
+
+    .. math:: \text{Var}_e\, \ell(k, e) = \frac{1}{E - 1} \sum_e (\ell(k, e) - \bar\ell(k))^2
+
+    Krueger et al., "Out-of-distribution generalization via risk extrapolation"; Eq. 16 of EqInv (Wad et al., 2022).
+
+    Args:
+        risk: [K, E] or [E]; one row for each class, one column for each environment.
+
+    Returns:
+        [K] or 0-d: the unbiased variance, 0 where there is one environment only.
+
+    Raises:
+        ValueError: ``risk`` has no environment.
+
+    Example:
+        >>> import torch
+        >>> rex_penalty(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
+        tensor([2., 0.])
+    """
+    environments = _environments("rex_penalty", "risk", risk)
+    deviation = risk - risk.mean(-1, keepdim=True)
+    return deviation.square().sum(-1) / max(environments - 1, 1)
+
+
+def irmv1_penalty(slope: Tensor) -> Tensor:
+    r"""Sum over environments of the squared slope of the risk in a dummy classifier (IRMv1).
+
+    .. math:: \sum_e \left( \left. \frac{\partial \ell(k, e, w)}{\partial w} \right|_{w=1} \right)^2
+
+    Arjovsky et al., "Invariant risk minimization"; Eq. 6 of EqInv (Wad et al., 2022). The dummy classifier is one
+    number that multiplies every logit.
+
+    Args:
+        slope: [K, E] or [E]; the derivatives at w = 1.
+
+    Returns:
+        [K] or 0-d.
+
+    Raises:
+        ValueError: ``slope`` has no environment.
+
+    Example:
+        >>> import torch
+        >>> irmv1_penalty(torch.tensor([[1.0, -2.0], [0.0, 0.5]]))
+        tensor([5.0000, 0.2500])
+    """
+    _environments("irmv1_penalty", "slope", slope)
+    return slope.square().sum(-1)
+
+
+def _environments(function: str, name: str, value: Tensor) -> int:
+    check = Arguments(function)
+    check.features(name, value, "E" if isinstance(value, Tensor) and value.dim() == 1 else "K E")
+    if check.sizes["E"] == 0:
+        check.refuse(name, "over at least one environment", list(value.shape))
+    return check.sizes["E"]

@@ -1,0 +1,129 @@
+"""The ground floor: row-wise log-sum-exp of a similarity matrix that is never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equireg._checks import Arguments, values_visible
+from equireg.similarity import dense, operator
+from equireg.similarity.dense import accumulation_dtype, normalized
+
+__all__ = ["accumulation_dtype", "normalized", "pair_lse"]
+
+# Below this many entries of the matrix, storing it is faster than streaming it.
+_DENSE_ENTRIES = 512 * 512
+
+
+def pair_lse(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    *,
+    relation: str = "all",
+    row_group: Tensor | None = None,
+    col_group: Tensor | None = None,
+    row_id: Tensor | None = None,
+    col_id: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    row_select: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Row-wise log-sum-exp and softmax mean of similarities, without the similarity matrix.
+
+    With logits :math:`l_{ij} = \text{scale} \cdot \langle x_i, y_j \rangle`, kept pairs :math:`k_{ij}` and weights
+    :math:`w_{ej} \ge 0` of environment :math:`e`,
+
+    .. math::
+        \text{lse}_{ei} = \log \sum_j k_{ij} w_{ej} e^{l_{ij}}, \qquad
+        \text{mean}_{ei} = \frac{\sum_j k_{ij} w_{ej} e^{l_{ij}} l_{ij}}{\sum_j k_{ij} w_{ej} e^{l_{ij}}}
+
+    Both are differentiable in ``x``, ``y``, ``scale`` and ``col_weight``. ``mean`` is the derivative of ``lse`` by the
+    logarithm of the scale: the slope of an IRMv1 penalty needs no second differentiation. A row that keeps no pair of
+    positive weight has ``lse = -inf`` and ``mean = 0``, and passes no gradient.
+
+    Args:
+        x: rows, [M, D], floating point. Nothing is normalised here.
+        y: columns, [N, D], of the same dtype.
+        scale: the factor of the dot products (an inverse temperature), a number or a 0-d tensor.
+        relation: which pairs are kept: ``"all"``, ``"ne"`` where the groups differ, ``"eq"`` where they agree.
+        row_group: whole numbers [M]; needed with ``"ne"`` and ``"eq"``, refused with ``"all"``.
+        col_group: whole numbers [N]; as ``row_group``.
+        row_id: whole numbers [M]. A pair with equal ids is never kept, whatever the relation.
+        col_id: whole numbers [N]; given together with ``row_id``.
+        col_weight: weights of the columns, at least 0, in each of E environments: [E, N]; or, with ``row_select``,
+            S rows of weights in each environment: [E, S, N].
+        row_select: whole numbers [M] in 0 .. S - 1: row i is weighted by ``col_weight[:, row_select[i]]``.
+        backend: ``"dense"`` stores the matrix, ``"chunked"`` streams it in O((M + N) · D) memory; None chooses by size.
+            The streamed form cannot be differentiated twice, and says so.
+
+    Returns:
+        ``lse`` and ``mean``, each [E, M] (E = 1 without ``col_weight``), in float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, an unknown relation or backend, groups or ids given by half;
+            on CPU also a negative or NaN weight and a selection out of range.
+        RuntimeError: ``backend="triton"``, which has no kernel yet.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> lse, mean = pair_lse(x, x, 2.0)
+        >>> lse.shape, bool(torch.isclose(lse[0, 0], torch.tensor([2.0, 0.0]).logsumexp(0)))
+        (torch.Size([1, 2]), True)
+        >>> labels = torch.tensor([0, 0])
+        >>> pair_lse(x, x, 2.0, relation="ne", row_group=labels, col_group=labels)[0]
+        tensor([[-inf, -inf]])
+    """
+    check = Arguments("pair_lse")
+    check.features("x", x, "M D")
+    check.features("y", y, "N D")
+    if y.dtype != x.dtype:
+        check.refuse_type("y", f"of x's dtype {x.dtype}", y.dtype)
+    if check.sizes["D"] == 0:
+        check.refuse("x", "at least one wide", list(x.shape))
+    if isinstance(scale, Tensor):
+        check.features("scale", scale, "")
+    else:
+        check.number("scale", scale)
+        scale = torch.full((), scale, dtype=accumulation_dtype(x.dtype), device=x.device)
+
+    check.option("relation", relation, ("all", "ne", "eq"))
+    check.option("backend", backend, (None, "dense", "chunked", "triton"))
+    row_group, col_group = _both(check, "group", row_group, col_group)
+    if (relation == "all") != (row_group is None):
+        rule = "None with relation 'all'" if relation == "all" else f"given with relation {relation!r}"
+        check.refuse("row_group", rule, "None" if row_group is None else list(row_group.shape))
+    row_id, col_id = _both(check, "id", row_id, col_id)
+
+    if row_select is not None and col_weight is None:
+        check.refuse("row_select", "None without col_weight", list(row_select.shape))
+    if col_weight is not None:
+        check.features("col_weight", col_weight, "E N" if row_select is None else "E S N")
+        if values_visible(col_weight) and not (col_weight >= 0).all():
+            check.refuse("col_weight", "at least 0", float(col_weight.detach().min()))
+        if row_select is not None:
+            row_select = check.integers("row_select", row_select, "M")
+            check.below("row_select", row_select, check.sizes["S"], "rows of col_weight")
+
+    if backend == "triton":
+        raise RuntimeError("pair_lse: backend 'triton' has no kernel in this version; 'chunked' runs on every device")
+    if backend is None:
+        backend = "dense" if len(x) * len(y) <= _DENSE_ENTRIES else "chunked"
+    if backend == "chunked":
+        result: tuple[Tensor, Tensor] = operator.pair_lse(
+            x, y, scale, relation, row_group, col_group, row_id, col_id, col_weight, row_select
+        )
+        return result
+    with torch.autocast(x.device.type, enabled=False):
+        pairs = dense.Pairs(relation, row_group, col_group, row_id, col_id)
+        return dense.pair_lse(x, y, scale, pairs, col_weight, row_select)
+
+
+def _both(check: Arguments, kind: str, row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if (row is None) != (col is None):
+        missing, given = ("row", "col") if row is None else ("col", "row")
+        check.refuse(f"{missing}_{kind}", f"given together with {given}_{kind}", None)
+    if row is None or col is None:
+        return None, None
+    return check.integers(f"row_{kind}", row, "M"), check.integers(f"col_{kind}", col, "N")
