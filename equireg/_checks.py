@@ -129,12 +129,15 @@ class Arguments:
 
     def _shaped(self, name: str, tensor: Tensor, shape: str) -> Tensor:
         dims = shape.split()
+        sizes = dict(self.sizes)
         fits = tensor.dim() == len(dims)
         if fits:
             for dim, size in zip(dims, tensor.shape):
-                if self.sizes.setdefault(dim, size) != size:
+                if sizes.setdefault(dim, size) != size:
                     fits = False
-        if not fits:
+        if fits:
+            self.sizes = sizes
+        else:
             known = [str(self.sizes[dim]) if dim in self.sizes else dim for dim in dims]
             rule = f"[{', '.join(dims)}]"
             if known != dims and tensor.dim() == len(dims):

@@ -302,7 +302,9 @@ class _Scores:
         self.means = torch.zeros(num_classes, features.shape[1], dtype=self.dtype, device=features.device)
         for rows in self.sample_blocks:
             # A product with one-hot labels: sums in a fixed order on every device.
-            self.means += (classes[:, None] == labels[rows]).to(self.dtype) @ self._normalized(rows)
+            of_class = (classes[:, None] == labels[rows]).to(self.dtype)
+            with torch.autocast(features.device.type, enabled=False):
+                self.means += of_class @ self._normalized(rows)
         self.means /= labels.bincount(minlength=num_classes).clamp(min=1)[:, None]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -321,7 +323,8 @@ class _Scores:
             x = self._normalized(rows)
             if self.adjust is True:
                 x = x - self.means[self.labels[rows]]
-            scores[:, rows] = anchors @ x.T
+            with torch.autocast(x.device.type, enabled=False):
+                scores[:, rows] = anchors @ x.T
         if self.adjust == "median":
             self._subtract_medians(scores)
         own = torch.arange(classes.start, classes.stop, device=self.labels.device)[:, None] == self.labels

@@ -94,7 +94,8 @@ def _risks_of_samples(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each sample the risk [B, 2] and slope [B, 2] of its class, and the size of that class in the batch [B].
 
-    By sample rather than by class, all shapes are fixed. A class of one sample has zeros here.
+    By sample rather than by class, all shapes are fixed. What stands here for a class of one sample is finite, and
+    not a risk.
     """
     z = normalized(z)
     same = labels[:, None] == labels[None, :]
@@ -104,23 +105,32 @@ def _risks_of_samples(
 
     with torch.autocast(z.device.type, enabled=False):
         s = z @ z.T / temperature
-        # Log-sum-exp and softmax mean over the negatives of Env#1 and Env#2, in one pass.
-        negative = torch.stack([similar, ~similar]).to(z.dtype)
-        row = torch.arange(len(z), device=z.device)
-        groups = {"row_group": labels, "col_group": labels}
-        lse, mean = pair_lse(z, z, 1 / temperature, relation="ne", **groups, col_weight=negative, row_select=row)
+        # Log-sum-exp and softmax mean over the negatives of Env#1 and Env#2, in one pass. The table of environments
+        # is as large as the matrix of similarities, so nothing is won by streaming.
+        lse, mean = pair_lse(
+            z,
+            z,
+            1 / temperature,
+            relation="ne",
+            row_group=labels,
+            col_group=labels,
+            col_weight=torch.stack([similar, ~similar]).to(z.dtype),
+            row_select=torch.arange(len(z), device=z.device),
+            backend="dense",
+        )
         if denominator == "own":
             gap = lse[:, :, None] - s  # [2, B, B]
             risk = F.softplus(gap, threshold=50).masked_fill(~positive, 0).sum(-1) / positives
             slope = (gap.sigmoid() * (mean[:, :, None] - s)).masked_fill(~positive, 0).sum(-1) / positives
         else:
-            lse_p, mean_p = pair_lse(z, z, 1 / temperature, relation="eq", **groups, row_id=row, col_id=row)
+            # Relative to the average positive: with one positive its part is exactly 0, and small losses keep digits.
             average = s.masked_fill(~positive, 0).sum(-1) / positives
-            alone = count < 2
-            lse_p, mean_p = lse_p.masked_fill(alone, 0), mean_p.masked_fill(alone, 0)
-            gap = (lse - lse_p).masked_fill(alone, -torch.inf)
-            risk = F.softplus(gap, threshold=50) + lse_p - average
-            slope = gap.sigmoid() * (mean - mean_p) + mean_p - average
+            above = torch.where(positive | (count < 2)[:, None], s - average[:, None], -torch.inf)
+            excess = above.logsumexp(-1)
+            tilt = (above.softmax(-1) * above.masked_fill(above == -torch.inf, 0)).sum(-1)
+            gap = lse - average - excess  # [2, B]
+            risk = F.softplus(gap, threshold=50) + excess
+            slope = gap.sigmoid() * (mean - average - tilt) + tilt
         # The mean over the anchors of each class, as a product: sums in a fixed order on every device.
         over_class = same.to(z.dtype) / count[:, None]
         return over_class @ risk.T, over_class @ slope.T, count

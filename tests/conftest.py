@@ -1,0 +1,28 @@
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# One thread each: the suite runs in several processes, and sums must not depend on how many cores are free.
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The folder of real images that the environment variable EQUIREG_DATA names."""
+    folder = os.environ.get("EQUIREG_DATA")
+    if not folder:
+        pytest.skip("EQUIREG_DATA is not set: it names a folder with cifar10/{train,test}/<class>/*.jpg and others")
+    path = Path(folder)
+    if not (path / "cifar10" / "train").is_dir():
+        pytest.skip(f"EQUIREG_DATA={folder} has no cifar10/train")
+    return path

@@ -1,0 +1,108 @@
+"""The formulas as loops in float64, written from the papers; nothing here comes from the package."""
+
+import math
+
+import torch
+
+
+def pair_lse(x, y, scale, keep, weight):
+    """lse and mean [E, M] by plain sums; ``keep`` [M][N], ``weight`` [E][M][N]."""
+    x, y = x.double(), y.double()
+    environments, rows = len(weight), len(x)
+    lse = torch.full((environments, rows), -math.inf, dtype=torch.float64)
+    mean = torch.zeros(environments, rows, dtype=torch.float64)
+    for e in range(environments):
+        for i in range(rows):
+            logits = [float(scale) * float(x[i] @ y[j]) for j in range(len(y))]
+            kept = [j for j in range(len(y)) if keep[i][j] and float(weight[e][i][j]) > 0]
+            if not kept:
+                continue
+            top = max(logits[j] for j in kept)
+            masses = [float(weight[e][i][j]) * math.exp(logits[j] - top) for j in kept]
+            lse[e, i] = top + math.log(sum(masses))
+            mean[e, i] = sum(m * logits[j] for m, j in zip(masses, kept)) / sum(masses)
+    return lse, mean
+
+
+def _cosine(a, b):
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def adjusted_similarity(features, labels, num_classes, adjust=True):
+    """Step 2 of EqInv, sample by sample: no class means, no product of matrices."""
+    x, y = features.double(), labels.tolist()
+    n = len(y)
+    plain = [[0.0] * n for _ in range(num_classes)]
+    for k in range(num_classes):
+        anchors = [m for m in range(n) if y[m] == k]
+        for i in range(n):
+            if anchors:
+                plain[k][i] = sum(_cosine(x[i], x[m]) for m in anchors) / len(anchors)
+    scores = torch.full((num_classes, n), -math.inf, dtype=torch.float64)
+    for k in range(num_classes):
+        for i in range(n):
+            if y[i] == k:
+                continue
+            peers = sorted(plain[k][m] for m in range(n) if y[m] == y[i])
+            middle = (peers[(len(peers) - 1) // 2] + peers[len(peers) // 2]) / 2
+            level = {True: sum(peers) / len(peers), "median": middle, False: 0.0}[adjust]
+            scores[k, i] = plain[k][i] - level
+    return scores
+
+
+def environments(scores, labels):
+    """For each class the ranked members of Env#1 and Env#2."""
+    split = []
+    for k, row in enumerate(scores.tolist()):
+        others = [n for n, label in enumerate(labels.tolist()) if label != k]
+        others.sort(key=lambda n: (-row[n], n))
+        half = math.ceil(len(others) / 2)
+        split.append((others[:half], others[half:]))
+    return split
+
+
+def class_risk(z, labels, similar, k, e, temperature, denominator="own", w=1.0):
+    """Eq. 5 of EqInv for class k in environment e (0 or 1), differentiable in z and w; None without a pair."""
+    z = z / z.norm(dim=1, keepdim=True)
+    members = [i for i, label in enumerate(labels.tolist()) if label == k]
+    if len(members) < 2:
+        return None
+    of_anchors = []
+    for i in members:
+        negatives = [
+            a for a in range(len(z)) if labels[a] != k and (bool(similar[i, a]) if e == 0 else not bool(similar[i, a]))
+        ]
+        negative = sum((torch.exp(w * (z[i] @ z[a]) / temperature) for a in negatives), torch.zeros((), dtype=z.dtype))
+        positives = [p for p in members if p != i]
+        whole = sum(torch.exp(w * (z[i] @ z[p]) / temperature) for p in positives)
+        terms = []
+        for p in positives:
+            own = torch.exp(w * (z[i] @ z[p]) / temperature)
+            terms.append(-torch.log(own / ((own if denominator == "own" else whole) + negative)))
+        of_anchors.append(sum(terms) / len(terms))
+    return sum(of_anchors) / len(of_anchors)
+
+
+def class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator):
+    """Eqs. 6 and 16 of EqInv; the slope by autograd's own derivative."""
+    losses = []
+    for k in sorted(set(labels.tolist())):
+        total, risks, slopes = 0.0, [], []
+        for e in (0, 1):
+            w = torch.ones((), dtype=torch.float64, requires_grad=True)
+            risk = class_risk(z, labels, similar, k, e, temperature, denominator, w)
+            if risk is None:
+                break
+            risks.append(risk)
+            if penalty == "irmv1":
+                slopes.append(torch.autograd.grad(risk, w, create_graph=True)[0])
+        if not risks:
+            continue
+        total = risks[0] + risks[1]
+        if penalty == "rex":
+            average = total / 2
+            total = total + weight * ((risks[0] - average) ** 2 + (risks[1] - average) ** 2)
+        else:
+            total = total + weight * (slopes[0] ** 2 + slopes[1] ** 2)
+        losses.append(total)
+    return sum(losses) / len(losses)
