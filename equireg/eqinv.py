@@ -20,7 +20,7 @@ from equireg._checks import Arguments
 from equireg.environments import Adjust, Environments, similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
-from equireg.similarity import normalized, pair_lse
+from equireg.similarity import normalized, row_lse
 
 
 class ClassRisks(NamedTuple):
@@ -80,60 +80,92 @@ def class_wise_risks(
     check.booleans("similar", similar, "B B")
     check.positive("temperature", temperature)
     check.option("denominator", denominator, ("own", "all"))
-    risk, slope, count = _risks_of_samples(z, labels, similar, temperature, denominator)
-
+    contrast = _contrast(z, labels, similar, temperature)
     # A class is represented by its first sample.
-    before = (labels[:, None] == labels[None, :]).tril(-1).any(1)
-    first = ((count > 1) & ~before).nonzero().squeeze(1)
+    first = ((contrast.size > 1) & ~contrast.same.tril(-1).any(1)).nonzero().squeeze(1)
     first = first[labels[first].argsort()]
-    return ClassRisks(labels[first], risk[first], slope[first])
+    return ClassRisks(labels[first], _risk(contrast, denominator)[first], _slope(contrast, denominator)[first])
 
 
-def _risks_of_samples(
-    z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor, denominator: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For each sample the risk [B, 2] and slope [B, 2] of its class, and the size of that class in the batch [B].
+class _Contrast(NamedTuple):
+    """Similarities of a batch, and for each anchor what its negatives sum to in the two environments.
 
-    By sample rather than by class, all shapes are fixed. What stands here for a class of one sample is finite, and
-    not a risk.
+    Everything is by sample rather than by class, so that all shapes are fixed.
     """
+
+    s: Tensor  # [B, B], cosine over the temperature
+    same: Tensor  # bool [B, B]: of one class
+    size: Tensor  # [B]: size of the sample's class in the batch
+    lse: Tensor  # [2, B]: log-sum-exp over the negatives
+    mean: Tensor  # [2, B]: their softmax mean
+
+    @property
+    def positive(self) -> Tensor:
+        return self.same & ~torch.eye(len(self.s), dtype=torch.bool, device=self.s.device)
+
+    def over_positives(self, of_pair: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The mean over the positives of each anchor of a function of s, lse and mean, [2, B]; 0 where none is."""
+        share = 1 / (self.size - 1).clamp(min=1).to(self.s.dtype)
+        if self.s.device.type == "cpu" and not torch.compiler.is_compiling():
+            # A few positives among many pairs: pick them out. A GPU would have to wait for their number.
+            i, p = self.positive.nonzero().unbind(1)
+            of_pairs = of_pair(self.s[i, p], self.lse[:, i], self.mean[:, i]) * share[i]
+            return torch.zeros_like(self.lse).index_add(1, i, of_pairs)
+        of_pairs = of_pair(self.s, self.lse[:, :, None], self.mean[:, :, None])
+        return (of_pairs * (self.positive * share[:, None])).sum(-1)
+
+    def over_class(self, values: Tensor) -> Tensor:
+        """The mean over the anchors of each sample's class, [2, B] to [B, 2]."""
+        # As a product: sums in a fixed order on every device.
+        share = self.same.to(values.dtype) / self.size[:, None]
+        with torch.autocast(values.device.type, enabled=False):
+            return share @ values.T
+
+
+def _contrast(z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor) -> _Contrast:
     z = normalized(z)
     same = labels[:, None] == labels[None, :]
-    positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    count = same.sum(1)
-    positives = (count - 1).clamp(min=1)
-
     with torch.autocast(z.device.type, enabled=False):
         s = z @ z.T / temperature
-        # Log-sum-exp and softmax mean over the negatives of Env#1 and Env#2, in one pass. The table of environments
-        # is as large as the matrix of similarities, so nothing is won by streaming.
-        lse, mean = pair_lse(
-            z,
-            z,
-            1 / temperature,
-            relation="ne",
-            row_group=labels,
-            col_group=labels,
-            col_weight=torch.stack([similar, ~similar]).to(z.dtype),
-            row_select=torch.arange(len(z), device=z.device),
-            backend="dense",
-        )
-        if denominator == "own":
-            gap = lse[:, :, None] - s  # [2, B, B]
-            risk = F.softplus(gap, threshold=50).masked_fill(~positive, 0).sum(-1) / positives
-            slope = (gap.sigmoid() * (mean[:, :, None] - s)).masked_fill(~positive, 0).sum(-1) / positives
-        else:
-            # Relative to the average positive: with one positive its part is exactly 0, and small losses keep digits.
-            average = s.masked_fill(~positive, 0).sum(-1) / positives
-            above = torch.where(positive | (count < 2)[:, None], s - average[:, None], -torch.inf)
-            excess = above.logsumexp(-1)
-            tilt = (above.softmax(-1) * above.masked_fill(above == -torch.inf, 0)).sum(-1)
-            gap = lse - average - excess  # [2, B]
-            risk = F.softplus(gap, threshold=50) + excess
-            slope = gap.sigmoid() * (mean - average - tilt) + tilt
-        # The mean over the anchors of each class, as a product: sums in a fixed order on every device.
-        over_class = same.to(z.dtype) / count[:, None]
-        return over_class @ risk.T, over_class @ slope.T, count
+    # Both environments in one pass. The table of environments is as large as the matrix of similarities, so nothing
+    # would be won by streaming.
+    lse, mean = row_lse(s, same, torch.stack([similar, ~similar]).to(z.dtype))
+    return _Contrast(s, same, same.sum(1), lse, mean)
+
+
+def _risk(contrast: _Contrast, denominator: str) -> Tensor:
+    """Eq. 5 for the class of each sample, [B, 2]; for a class of one sample a finite number that is no risk."""
+    if denominator == "own":
+        return contrast.over_class(contrast.over_positives(lambda s, lse, mean: _softplus(lse - s)))
+    average, above, _ = _positives(contrast)
+    return contrast.over_class(above + _softplus(contrast.lse - average - above))
+
+
+def _slope(contrast: _Contrast, denominator: str) -> Tensor:
+    """The derivative of the risk in the dummy classifier, [B, 2], in closed form: no double backward."""
+    # The sigmoid is the share of the negatives in the softmax.
+    if denominator == "own":
+        return contrast.over_class(contrast.over_positives(lambda s, lse, mean: (lse - s).sigmoid() * (mean - s)))
+    average, above, tilt = _positives(contrast)
+    return contrast.over_class((contrast.lse - average - above).sigmoid() * (contrast.mean - average - tilt) + tilt)
+
+
+def _positives(contrast: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over the positives of each anchor, and how far their log-sum-exp and softmax mean lie above it, each [B].
+
+    With one positive both are exactly 0, and small losses keep their digits.
+    """
+    average = contrast.over_positives(lambda s, lse, mean: s.expand_as(lse))[0]
+    kept = contrast.positive | (contrast.size < 2)[:, None]  # an anchor without positives keeps something finite
+    above = torch.where(kept, contrast.s - average[:, None], -torch.inf)
+    tilt = (above.softmax(-1) * above.masked_fill(~kept, 0)).sum(-1)
+    return average, above.logsumexp(-1), tilt
+
+
+def _softplus(gap: Tensor) -> Tensor:
+    """log(1 + exp(gap)): a small risk keeps its digits, as ``logaddexp(positive, lse) - positive`` would not."""
+    # From 50 on it is linear to the last bit in float64; the default of 20 is not. logsigmoid takes twice the time.
+    return F.softplus(gap, threshold=50)
 
 
 class FeatureMask(nn.Module):
@@ -317,11 +349,14 @@ class ClassWiseIRM(nn.Module):
         else:
             similar = similar_in_batch(features.detach(), labels)
         z = self.projection(self.mask.select(features))
-        risk, slope, count = _risks_of_samples(z, labels, similar, self.temperature, self.denominator)
-        penalty = rex_penalty(risk) if self.penalty == "rex" else irmv1_penalty(slope)
-        of_class = risk.sum(1) + self.weight * penalty if self.weight > 0 else risk.sum(1)
+        contrast = _contrast(z, labels, similar, self.temperature)
+        risk = _risk(contrast, self.denominator)
+        of_class = risk.sum(1)
+        if self.weight > 0:
+            penalty = rex_penalty(risk) if self.penalty == "rex" else irmv1_penalty(_slope(contrast, self.denominator))
+            of_class = of_class + self.weight * penalty
         # Each class with two samples or more counts once: a sample of n weighs 1 / n.
-        share = torch.where(count > 1, 1 / count.to(risk.dtype), 0)
+        share = torch.where(contrast.size > 1, 1 / contrast.size.to(risk.dtype), 0)
         return (of_class * share).sum() / share.sum().clamp(min=1)
 
     def _zero(self, features: Tensor) -> Tensor:

@@ -38,10 +38,13 @@ def forward(
             if logits is None:
                 continue
             for e in range(environments):
-                weighted = logits if col_weight is None else logits + tiles.weight(e, rows, cols).log()
-                new_peak = torch.maximum(peak[e], weighted.amax(1))
+                weight = tiles.weight(e, rows, cols)
+                kept = logits if weight is None else logits.masked_fill(weight == 0, tiles.low)
+                new_peak = torch.maximum(peak[e], kept.amax(1))
                 shift = new_peak.masked_fill(new_peak <= tiles.empty, 0)
-                mass = torch.exp_(weighted - shift[:, None])
+                mass = torch.exp_(kept - shift[:, None])
+                if weight is not None:
+                    mass.mul_(weight)
                 fade = torch.exp_(peak[e] - new_peak)
                 peak[e] = new_peak
                 total[e].mul_(fade).add_(mass.sum(1))
@@ -90,7 +93,8 @@ def backward(
             total = None
             for e in range(environments):
                 q = logits - lse[e, rows, None]
-                if col_weight is not None:  # where w = 0 a logit may lie far above the log-sum-exp
+                weight = tiles.weight(e, rows, cols)
+                if weight is not None:  # where w = 0 a logit may lie far above the log-sum-exp
                     q.clamp_(max=exponent_limit(q.dtype))
                 q.exp_()
                 slope = constant[e, rows, None]
@@ -101,8 +105,8 @@ def backward(
                 if needs_products:
                     if grad_mean is not None:
                         slope = slope.add_(grad_mean[e, rows, None])
-                    if col_weight is not None:
-                        q.mul_(tiles.weight(e, rows, cols))
+                    if weight is not None:
+                        q.mul_(weight)
                     q.mul_(slope)
                     total = q if total is None else total.add_(q)
             if total is not None:
@@ -148,10 +152,10 @@ class _Tiles:
                 logits.masked_fill_(dropped, self.low)
         return logits
 
-    def weight(self, e: int, rows: slice, cols: slice) -> Tensor:
+    def weight(self, e: int, rows: slice, cols: slice) -> Tensor | None:
         """The weights of environment ``e``, [1, cols], or [rows, cols] where each row selects its own."""
         if self.col_weight is None:
-            return self.x.new_ones(1, 1)
+            return None
         if self.row_select is None:
             return self.col_weight[e, None, cols]
         return self.col_weight[e, :, cols][self.row_select[rows]]

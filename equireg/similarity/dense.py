@@ -56,30 +56,33 @@ def pair_lse(
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
-    keep = torch.ones_like(logits, dtype=torch.bool)
-    drop = pairs.dropped()
-    if drop is not None:
-        keep = ~drop
-
     if col_weight is None:
         weight = logits.new_ones(1, 1, 1)
     elif row_select is None:
         weight = col_weight.to(dtype)[:, None, :]  # [E, 1, N]
     else:
         weight = col_weight.to(dtype)[:, row_select, :]  # [E, M, N]
+    return row_lse(logits, pairs.dropped(), weight)
 
-    # The largest weighted logit of each row keeps the exponentials in range. It cancels, so it needs no gradient.
-    weighted = (logits + weight.log()).detach().masked_fill(~keep, -math.inf)  # [E, M, N]
-    if weighted.shape[-1] == 0:
-        weighted = weighted.new_full((*weighted.shape[:-1], 1), -math.inf)
-    peak = weighted.amax(-1, keepdim=True)
-    kept = peak.squeeze(-1) != -math.inf  # [E, M]; a NaN stays a NaN
-    peak = peak.masked_fill(peak == -math.inf, 0)
 
-    exponent = (logits.masked_fill(~keep, 0) - peak).clamp(max=exponent_limit(dtype))
-    mass = (weight * exponent.exp()).masked_fill(~keep, 0)  # [E, M, N]
+def row_lse(logits: Tensor, drop: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted log-sum-exp and softmax mean of each row, [E, M], of a matrix of logits that is there.
+
+    ``logits`` [M, N]; ``drop``, bool [M, N], the pairs left out; ``weight`` [E, 1, N], [E, M, N] or one number.
+    """
+    if drop is not None:
+        logits = logits.masked_fill(drop, 0)
+        weight = weight.masked_fill(drop, 0)
+    if logits.shape[1] == 0:  # one column of weight zero stands for none
+        logits, weight = F.pad(logits, (0, 1)), logits.new_zeros(len(weight), 1, 1)
+
+    # The largest logit of each row keeps the exponentials in range. It cancels, so it needs no gradient.
+    peak = logits.detach().masked_fill(weight == 0, -math.inf).amax(-1, keepdim=True)  # [E, M, 1]
+    empty = peak == -math.inf  # a NaN is not
+    exponent = (logits - peak.masked_fill(empty, 0)).clamp(max=exponent_limit(logits.dtype))
+    mass = weight * exponent.exp()  # [E, M, N]
     # An empty row divides by one, so that no gradient passes through 0 / 0.
-    total = mass.sum(-1).masked_fill(~kept, 1)
-    lse = (total.log() + peak.squeeze(-1)).masked_fill(~kept, -math.inf)
-    mean = ((mass * logits.masked_fill(~keep, 0)).sum(-1) / total).masked_fill(~kept, 0)
-    return lse, mean
+    total = mass.sum(-1, keepdim=True).masked_fill(empty, 1)
+    lse = (total.log() + peak).masked_fill(empty, -math.inf)
+    mean = ((mass * logits).sum(-1, keepdim=True) / total).masked_fill(empty, 0)
+    return lse.squeeze(-1), mean.squeeze(-1)

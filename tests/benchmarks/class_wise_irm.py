@@ -1,0 +1,107 @@
+"""A class-wise IRM step, against loops over the classes that build the table of environments anew for each."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from equireg import ClassWiseIRM
+from tests.benchmarks.measure import medians
+
+PER_CLASS, WIDTH, TEMPERATURE, WEIGHT = 50, 128, 0.1, 10.0
+
+
+def environment_table(members, num_samples):
+    """Who is in which environment of one class, [N, 2]; samples of the class itself are in both."""
+    table = torch.ones(num_samples, 2)
+    table[members[0], 1] = 0
+    table[members[1], 0] = 0
+    return table
+
+
+def supervised_contrast(z, own, w):
+    """A supervised contrastive loss as it is commonly released: all similarities, two masks, one log of a sum."""
+    logits = w * (z @ z.T) / TEMPERATURE
+    logits = logits - logits.max(1, keepdim=True).values.detach()
+    positive = own[:, None] & own[None, :] & ~torch.eye(len(z), dtype=torch.bool)
+    negative = own[:, None] & ~own[None, :]
+    log_prob = logits - (logits.exp() + (logits.exp() * negative).sum(1, keepdim=True)).log()
+    return -((log_prob * positive).sum(1)[own] / positive.sum(1)[own]).mean()
+
+
+def released_loop(z, labels, indices, members, num_samples):
+    """For each class of the batch the table [N, 2] anew, then the contrastive loss on the samples of each part."""
+    z = F.normalize(z, dim=1)
+    losses = []
+    for k in labels.unique().tolist():
+        table = environment_table(members[k], num_samples)
+        if (labels == k).sum() < 2:
+            continue
+        risks = []
+        for e in (0, 1):
+            inside = table[indices, e].bool().nonzero().squeeze(1)
+            risks.append(supervised_contrast(z[inside], labels[inside] == k, torch.ones((), requires_grad=True)))
+        both = torch.stack(risks)
+        losses.append(both.sum() + WEIGHT * both.var(unbiased=True))
+    return torch.stack(losses).mean()
+
+
+def lean_loop(z, labels, indices, members, num_samples):
+    """The same loop with only the rows of the anchors: what a careful person writes before giving the loop up."""
+    z = F.normalize(z, dim=1)
+    losses = []
+    for k in labels.unique().tolist():
+        table = environment_table(members[k], num_samples)
+        anchors = (labels == k).nonzero().squeeze(1)
+        if len(anchors) < 2:
+            continue
+        risks = []
+        for e in (0, 1):
+            negatives = (table[indices, e].bool() & (labels != k)).nonzero().squeeze(1)
+            positive = z[anchors] @ z[anchors].T / TEMPERATURE
+            negative = (z[anchors] @ z[negatives].T / TEMPERATURE).exp().sum(1, keepdim=True)
+            log_prob = positive - (positive.exp() + negative).log()
+            others = ~torch.eye(len(anchors), dtype=torch.bool)
+            risks.append(-((log_prob * others).sum(1) / (len(anchors) - 1)).mean())
+        both = torch.stack(risks)
+        losses.append(both.sum() + WEIGHT * both.var(unbiased=True))
+    return torch.stack(losses).mean()
+
+
+def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for classes in (50, 100, 200):
+        torch.manual_seed(0)
+        num_samples = classes * PER_CLASS
+        features, labels = torch.randn(num_samples, WIDTH), torch.arange(num_samples) % classes
+        irm = ClassWiseIRM(WIDTH, classes, weight=WEIGHT, projection=nn.Identity(), detach=False)
+        nn.init.zeros_(irm.mask.weight)  # the same factor everywhere, which the normalisation takes out
+        irm.fit_environments(features, labels)
+        members = [irm.environments.members(k) for k in range(classes)]
+
+        # Two views of one image of each class.
+        indices = torch.randperm(PER_CLASS)[0] * classes + torch.arange(classes).repeat(2)
+        z = (features[indices] + torch.randn(2 * classes, WIDTH)).requires_grad_()
+
+        arguments = (z, labels[indices], indices, members, num_samples)
+        versions = {
+            "loop over classes, as released": lambda a=arguments: released_loop(*a),
+            "loop over classes, anchors only": lambda a=arguments: lean_loop(*a),
+            "ClassWiseIRM": lambda irm=irm, a=arguments: irm(*a[:3]),
+        }
+
+        def step(version, z=z):
+            z.grad = None
+            loss = version()
+            loss.backward()
+            return loss.detach(), z.grad
+
+        expected = step(versions["loop over classes, as released"])
+        for version in versions.values():
+            for got, value in zip(step(version), expected):
+                torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-6)
+        seconds = medians({name: lambda v=version: step(v) for name, version in versions.items()}, repeats)
+        work = f"class-wise IRM step, {classes} classes, batch {2 * classes}, dataset {num_samples:,}"
+        rows += [{"work": work, "version": name, "seconds": value} for name, value in seconds.items()]
+    return rows

@@ -1,0 +1,60 @@
+"""How the benchmarks measure: interleaved runs on pinned threads, and peak memory in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def machine(threads: int) -> str:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
+        )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, {versions}"
+
+
+def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, run in turns, so that what slows the machine slows them all; one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_megabytes(module: str, name: str, threads: int) -> float:
+    """Growth of a fresh process's peak memory while ``module.memory_runs()[name]`` runs, in MB."""
+    command = [sys.executable, "-m", "tests.benchmarks.measure", module, name, str(threads)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    return float(json.loads(result.stdout.splitlines()[-1]))
+
+
+def _child(module: str, name: str, threads: str) -> None:
+    import importlib
+
+    torch.set_num_threads(int(threads))
+    small, full = importlib.import_module(module).memory_runs()[name]
+    small()  # loads the libraries that the run needs
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    full()
+    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])
