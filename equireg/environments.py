@@ -1,6 +1,6 @@
 """Environments without labels: each class splits the samples of all others into similar and dissimilar ones.
 
-EqInv (Wad et al., 2022), Step 2. The adjusted similarity of a sample to an anchor class is a mean of dot products,
+EqInv (Wang et al., 2022), Step 2. The adjusted similarity of a sample to an anchor class is a mean of dot products,
 and a mean of dot products is a dot product with a mean: one product with the class means replaces the loop over
 classes, streamed over blocks of classes and samples.
 """
@@ -33,7 +33,7 @@ def adjusted_similarity(features: Tensor, labels: Tensor, num_classes: int, *, a
         s^+(k, n) = \frac{1}{n_k} \sum_{m: y_m = k} \langle x_n, x_m \rangle = \langle x_n, p_k \rangle, \qquad
         s(k, n) = s^+(k, n) - \operatorname*{mean}_{m: y_m = y_n} s^+(k, m) = \langle x_n - p_{y_n}, p_k \rangle
 
-    EqInv (Wad et al., 2022), Section 4, Step 2.
+    EqInv (Wang et al., 2022), Section 4, Step 2.
 
     Args:
         features: [N, D], floating point; normalised inside, gradients do not pass.

@@ -1,4 +1,4 @@
-"""EqInv: class-wise invariant risk minimisation (Wad et al., "Equivariance and invariance inductive bias for learning
+"""EqInv: class-wise invariant risk minimisation (Wang et al., "Equivariance and invariance inductive bias for learning
 from insufficient data", ECCV 2022), Step 3.
 
 One loss line beside cross entropy::
@@ -171,7 +171,7 @@ def _softplus(gap: Tensor) -> Tensor:
 class FeatureMask(nn.Module):
     r"""Selects features by a learnable vector: :math:`\sigma(m) \circ x`.
 
-    EqInv (Wad et al., 2022), Section 4, Step 3. The vector starts uniform in [0, 1).
+    EqInv (Wang et al., 2022), Section 4, Step 3. The vector starts uniform in [0, 1).
 
     Args:
         num_features: D.
@@ -216,7 +216,7 @@ class ClassWiseIRM(nn.Module):
         \sum_e (\partial \ell(k, e, w) / \partial w |_{w=1})^2 & \text{IRMv1, Eq. 6} \end{cases} \Big]
 
     over the classes :math:`k` with two or more samples in the batch, with the risks of :func:`class_wise_risks` on
-    :math:`z = g(\sigma(m) \circ \phi(x))`. EqInv (Wad et al., 2022), Section 4.
+    :math:`z = g(\sigma(m) \circ \phi(x))`. EqInv (Wang et al., 2022), Section 4.
 
     Args:
         num_features: width D of the backbone's features.

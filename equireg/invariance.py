@@ -15,7 +15,7 @@ def rex_penalty(risk: Tensor) -> Tensor:
 
     .. math:: \text{Var}_e\, \ell(k, e) = \frac{1}{E - 1} \sum_e (\ell(k, e) - \bar\ell(k))^2
 
-    Krueger et al., "Out-of-distribution generalization via risk extrapolation"; Eq. 16 of EqInv (Wad et al., 2022).
+    Krueger et al., "Out-of-distribution generalization via risk extrapolation"; Eq. 16 of EqInv (Wang et al., 2022).
 
     Args:
         risk: [K, E] or [E]; one row for each class, one column for each environment.
@@ -41,7 +41,7 @@ def irmv1_penalty(slope: Tensor) -> Tensor:
 
     .. math:: \sum_e \left( \left. \frac{\partial \ell(k, e, w)}{\partial w} \right|_{w=1} \right)^2
 
-    Arjovsky et al., "Invariant risk minimization"; Eq. 6 of EqInv (Wad et al., 2022). The dummy classifier is one
+    Arjovsky et al., "Invariant risk minimization"; Eq. 6 of EqInv (Wang et al., 2022). The dummy classifier is one
     number that multiplies every logit.
 
     Args:
