@@ -20,7 +20,7 @@ from equireg._checks import Arguments
 from equireg.environments import Adjust, Environments, similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
-from equireg.similarity import normalized, row_lse
+from equireg.similarity import gram, normalized, row_lse
 
 
 class ClassRisks(NamedTuple):
@@ -97,57 +97,64 @@ class _Contrast(NamedTuple):
     same: Tensor  # bool [B, B]: of one class
     size: Tensor  # [B]: size of the sample's class in the batch
     lse: Tensor  # [2, B]: log-sum-exp over the negatives
-    mean: Tensor  # [2, B]: their softmax mean
+    mean: Callable[[], Tensor]  # [2, B]: their softmax mean, which only the slope needs
 
     @property
     def positive(self) -> Tensor:
         return self.same & ~torch.eye(len(self.s), dtype=torch.bool, device=self.s.device)
 
-    def over_positives(self, of_pair: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """The mean over the positives of each anchor of a function of s, lse and mean, [2, B]; 0 where none is."""
+    def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
+        """The mean over the positives of each anchor, [..., B], 0 where there is none.
+
+        ``of_pair`` takes the similarity of pairs and, for each of ``of_anchor`` [..., B], the value of their anchors.
+        """
         share = 1 / (self.size - 1).clamp(min=1).to(self.s.dtype)
         if self.s.device.type == "cpu" and not torch.compiler.is_compiling():
             # A few positives among many pairs: pick them out. A GPU would have to wait for their number.
-            i, p = self.positive.nonzero().unbind(1)
-            of_pairs = of_pair(self.s[i, p], self.lse[:, i], self.mean[:, i]) * share[i]
-            return torch.zeros_like(self.lse).index_add(1, i, of_pairs)
-        of_pairs = of_pair(self.s, self.lse[:, :, None], self.mean[:, :, None])
+            i, p = self.same.nonzero().unbind(1)
+            i, p = i[i != p], p[i != p]
+            of_pairs = of_pair(self.s[i, p], *(values[..., i] for values in of_anchor)) * share[i]
+            return of_pairs.new_zeros(*of_pairs.shape[:-1], len(share)).index_add(-1, i, of_pairs)
+        of_pairs = of_pair(self.s, *(values[..., None] for values in of_anchor))
         return (of_pairs * (self.positive * share[:, None])).sum(-1)
 
     def over_class(self, values: Tensor) -> Tensor:
         """The mean over the anchors of each sample's class, [2, B] to [B, 2]."""
         # As a product: sums in a fixed order on every device.
-        share = self.same.to(values.dtype) / self.size[:, None]
         with torch.autocast(values.device.type, enabled=False):
-            return share @ values.T
+            return self.same.to(values.dtype) @ values.T / self.size[:, None]
 
 
 def _contrast(z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor) -> _Contrast:
     z = normalized(z)
     same = labels[:, None] == labels[None, :]
     with torch.autocast(z.device.type, enabled=False):
-        s = z @ z.T / temperature
-    # Both environments in one pass. The table of environments is as large as the matrix of similarities, so nothing
-    # would be won by streaming.
-    lse, mean = row_lse(s, same, torch.stack([similar, ~similar]).to(z.dtype))
+        s = gram(z) / temperature
+    # The negatives of both environments in one pass. The table of environments is as large as the matrix of
+    # similarities, so nothing would be won by streaming.
+    lse, mean = row_lse(s, torch.stack([similar, ~similar]) & ~same)
     return _Contrast(s, same, same.sum(1), lse, mean)
 
 
 def _risk(contrast: _Contrast, denominator: str) -> Tensor:
     """Eq. 5 for the class of each sample, [B, 2]; for a class of one sample a finite number that is no risk."""
     if denominator == "own":
-        return contrast.over_class(contrast.over_positives(lambda s, lse, mean: _softplus(lse - s)))
+        return contrast.over_class(contrast.over_positives(lambda s, lse: _softplus(lse - s), contrast.lse))
     average, above, _ = _positives(contrast)
     return contrast.over_class(above + _softplus(contrast.lse - average - above))
 
 
 def _slope(contrast: _Contrast, denominator: str) -> Tensor:
     """The derivative of the risk in the dummy classifier, [B, 2], in closed form: no double backward."""
-    # The sigmoid is the share of the negatives in the softmax.
-    if denominator == "own":
-        return contrast.over_class(contrast.over_positives(lambda s, lse, mean: (lse - s).sigmoid() * (mean - s)))
+    lse, mean = contrast.lse, contrast.mean()
+    if denominator == "own":  # the sigmoid is the share of the negatives in the softmax
+
+        def of_pair(s: Tensor, lse: Tensor, mean: Tensor) -> Tensor:
+            return (lse - s).sigmoid() * (mean - s)
+
+        return contrast.over_class(contrast.over_positives(of_pair, lse, mean))
     average, above, tilt = _positives(contrast)
-    return contrast.over_class((contrast.lse - average - above).sigmoid() * (contrast.mean - average - tilt) + tilt)
+    return contrast.over_class((lse - average - above).sigmoid() * (mean - average - tilt) + tilt)
 
 
 def _positives(contrast: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +162,7 @@ def _positives(contrast: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
 
     With one positive both are exactly 0, and small losses keep their digits.
     """
-    average = contrast.over_positives(lambda s, lse, mean: s.expand_as(lse))[0]
+    average = contrast.over_positives(lambda s: s)
     kept = contrast.positive | (contrast.size < 2)[:, None]  # an anchor without positives keeps something finite
     above = torch.where(kept, contrast.s - average[:, None], -torch.inf)
     tilt = (above.softmax(-1) * above.masked_fill(~kept, 0)).sum(-1)

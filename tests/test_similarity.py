@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equireg import pair_lse
-from equireg.similarity import chunked, normalized, operator
+from equireg.similarity import chunked, gram, normalized, operator
 from tests import references
 
 RELATIONS = ["all", "ne", "eq"]
@@ -298,6 +298,17 @@ def test_autocast_does_not_reach_the_sums(dtype, backend):
     assert torch.equal(half_lse, lse)
     assert torch.equal(half_mean, mean)
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised inside opcheck itself
+def test_gram():
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(gram(x), x @ x.T)
+    assert torch.autograd.gradcheck(gram, x)
+    assert torch.autograd.gradgradcheck(gram, x)
+    torch.library.opcheck(gram, (torch.randn(5, 3, requires_grad=True),))
+    torch.testing.assert_close(gram(x.float()), (x @ x.T).float())
+    assert gram(torch.ones(0, 3)).shape == (0, 0)
 
 
 def test_differentiating_twice_raises_and_is_never_zero():  # K11

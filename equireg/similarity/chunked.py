@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from equireg.similarity.dense import Pairs, accumulation_dtype, exponent_limit
+from equireg.similarity.products import times_transposed
 
 # An fp32 tile and the buffer beside it stay near a CPU's cache, and thinner tiles would starve the matrix product.
-# 784 holds whole images of 49, 196 or 784 tokens: where groups are images, fewer tiles then need a mask.
-ROWS, COLS = 784, 784
+# Both hold whole images of 49 or 196 tokens: where groups are images, fewer tiles then need a mask.
+ROWS, COLS = 392, 784
 
 
 def forward(
@@ -81,7 +82,7 @@ def backward(
         constant = grad_lse - grad_mean * mean  # dl = p (constant + g_mean (1 + l)), dw = q (constant + g_mean l)
 
     by_row = tiles.x.new_zeros(x.shape if needs_products else 0)  # sum_j dl_ij y_j
-    by_col = tiles.x.new_zeros(y.shape[::-1] if needs_products else 0)  # sum_i dl_ij scale x_i, transposed
+    by_col = tiles.x.new_zeros(y.shape if needs_products else 0)  # sum_i dl_ij scale x_i
     by_weight = tiles.x.new_zeros(0)
     if col_weight is not None and needs_weight:
         by_weight = col_weight.new_zeros(col_weight.shape, dtype=tiles.x.dtype)
@@ -110,12 +111,13 @@ def backward(
                     q.mul_(slope)
                     total = q if total is None else total.add_(q)
             if total is not None:
-                by_row[rows] += _times_transposed(total, tiles.y[cols].T)
-                by_col[:, cols] += _times_transposed(tiles.x[rows].T, total.T)
-    if not needs_products:
-        return by_row, by_col, by_row.new_zeros(()), by_weight
-    grad_scale = (by_row * x.to(by_row.dtype)).sum()
-    return by_row * scale.to(by_row.dtype), by_col.T.contiguous(), grad_scale, by_weight
+                by_row[rows] += times_transposed(total, tiles.y[cols].T)
+                by_col[cols] += times_transposed(tiles.x[rows].T, total.T).T
+    grad_scale = by_row.new_zeros(())
+    if needs_products:
+        grad_scale = torch.dot(by_row.flatten(), x.to(by_row.dtype).flatten())
+        by_row.mul_(scale)
+    return by_row, by_col, grad_scale, by_weight
 
 
 class _Tiles:
@@ -145,7 +147,7 @@ class _Tiles:
         ids_meet = self.id_ranges is None or self.id_ranges.overlap(rows, cols)
         if self.pairs.relation == "eq" and not groups_meet:
             return None
-        logits = _times_transposed(self.x[rows], self.y[cols])
+        logits = times_transposed(self.x[rows], self.y[cols])
         if self.pairs.relation == "eq" or groups_meet or ids_meet:
             dropped = self.pairs.dropped(rows, cols)
             if dropped is not None:
@@ -186,14 +188,3 @@ class _Ranges:
             return False
         (row_low, row_high), (col_low, col_high) = self.rows[rows.start], self.cols[cols.start]
         return row_low <= col_high and col_low <= row_high
-
-
-def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T``; on a CPU in fp32 by oneDNN, twice as fast as MKL on AMD processors and its equal on Intel's."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and _HAS_ONEDNN and min(*a.shape, *b.shape) > 0:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return product
-    return a @ b.T
-
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -7,6 +7,7 @@ gradients are autograd's own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,33 +57,42 @@ def pair_lse(
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
+    dropped = pairs.dropped()
+    keep = logits.new_ones(logits.shape, dtype=torch.bool) if dropped is None else ~dropped
     if col_weight is None:
-        weight = logits.new_ones(1, 1, 1)
-    elif row_select is None:
-        weight = col_weight.to(dtype)[:, None, :]  # [E, 1, N]
+        lse, mean = row_lse(logits, keep[None])
     else:
-        weight = col_weight.to(dtype)[:, row_select, :]  # [E, M, N]
-    return row_lse(logits, pairs.dropped(), weight)
+        col_weight = col_weight.to(dtype)
+        weight = col_weight[:, None, :] if row_select is None else col_weight[:, row_select, :]
+        lse, mean = row_lse(logits, keep[None], weight)
+    return lse, mean()
 
 
-def row_lse(logits: Tensor, drop: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted log-sum-exp and softmax mean of each row, [E, M], of a matrix of logits that is there.
+def row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Log-sum-exp of each row, [E, M], of a matrix of logits that is there, and what forms the softmax mean [E, M].
 
-    ``logits`` [M, N]; ``drop``, bool [M, N], the pairs left out; ``weight`` [E, 1, N], [E, M, N] or one number.
+    ``logits`` [M, N]; ``keep``, bool [E, M, N]; ``weight`` [E, M, N]. Sizes of 1 among E and M hold for all.
     """
-    if drop is not None:
-        logits = logits.masked_fill(drop, 0)
-        weight = weight.masked_fill(drop, 0)
-    if logits.shape[1] == 0:  # one column of weight zero stands for none
-        logits, weight = F.pad(logits, (0, 1)), logits.new_zeros(len(weight), 1, 1)
+    if logits.shape[1] == 0:  # one column that is not kept stands for none
+        logits, keep = F.pad(logits, (0, 1)), F.pad(keep, (0, 1))
+        weight = None if weight is None else F.pad(weight, (0, 1))
+    kept = keep.to(logits.dtype)
+    counted = keep if weight is None else keep & (weight != 0)
 
     # The largest logit of each row keeps the exponentials in range. It cancels, so it needs no gradient.
-    peak = logits.detach().masked_fill(weight == 0, -math.inf).amax(-1, keepdim=True)  # [E, M, 1]
+    peak = logits.detach().masked_fill(~counted, -math.inf).amax(-1, keepdim=True)  # [E, M, 1]
     empty = peak == -math.inf  # a NaN is not
-    exponent = (logits - peak.masked_fill(empty, 0)).clamp(max=exponent_limit(logits.dtype))
-    mass = weight * exponent.exp()  # [E, M, N]
+    peak = peak.masked_fill(empty, 0)
+    # Of a pair that is left out the exponential is taken of 0: it is fast, and cannot overflow.
+    exponent = (logits - peak) * kept
+    if weight is not None:  # one of weight zero has a gradient, so its own is needed, and may lie far above the peak
+        kept, exponent = kept * weight, exponent.clamp(max=exponent_limit(logits.dtype))
+    mass = exponent.exp() * kept  # [E, M, N]
     # An empty row divides by one, so that no gradient passes through 0 / 0.
     total = mass.sum(-1, keepdim=True).masked_fill(empty, 1)
     lse = (total.log() + peak).masked_fill(empty, -math.inf)
-    mean = ((mass * logits).sum(-1, keepdim=True) / total).masked_fill(empty, 0)
-    return lse.squeeze(-1), mean.squeeze(-1)
+
+    def mean() -> Tensor:
+        return ((mass * logits).sum(-1, keepdim=True) / total).masked_fill(empty, 0).squeeze(-1)
+
+    return lse.squeeze(-1), mean

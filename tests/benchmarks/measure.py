@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,10 +38,16 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 
 def peak_megabytes(module: str, name: str, threads: int) -> float:
-    """Growth of a fresh process's peak memory while ``module.memory_runs()[name]`` runs, in MB."""
+    """How far a fresh process's memory grows at its peak while ``module.memory_runs()[name]`` runs, in MB (Linux)."""
     command = [sys.executable, "-m", "tests.benchmarks.measure", module, name, str(threads)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     return float(json.loads(result.stdout.splitlines()[-1]))
+
+
+def _status(field: str) -> int:
+    """A line of the kernel's account of this process, in kB: VmRSS is now, VmHWM the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _child(module: str, name: str, threads: str) -> None:
@@ -51,9 +56,10 @@ def _child(module: str, name: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     small, full = importlib.import_module(module).memory_runs()[name]
     small()  # loads the libraries that the run needs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here; imports had theirs
     full()
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    print(json.dumps((_status("VmHWM") - before) / 1024))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""Matrix products of rows with rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T``, without a gradient.
+
+    On a CPU in fp32 by oneDNN, which runs at twice MKL's speed on AMD processors and at the same on Intel's.
+    """
+    if a.device.type == "cpu" and a.dtype == torch.float32 and _HAS_ONEDNN and min(*a.shape, *b.shape) > 0:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return product
+    return a @ b.T
+
+
+@torch.library.custom_op("equireg::gram", mutates_args=(), schema="(Tensor x) -> Tensor")
+def gram(x: Tensor) -> Tensor:
+    """All dot products of the rows of ``x`` [N, D] with each other, [N, N].
+
+    Its gradient ``(G + G^T) x`` takes one product where that of ``x @ x.T`` takes two; it can be differentiated again.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return times_transposed(x, x)
+
+
+@gram.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    with torch.autocast(x.device.type, enabled=False):
+        gradient: Tensor = (grad + grad.T) @ x
+        return gradient
+
+
+gram.register_autograd(_differentiate, setup_context=_save)
