@@ -84,10 +84,10 @@ def row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None = None) -> tuple
     empty = peak == -math.inf  # a NaN is not
     peak = peak.masked_fill(empty, 0)
     # Of a pair that is left out the exponential is taken of 0: it is fast, and cannot overflow.
-    exponent = (logits - peak) * kept
+    exponent = (logits - peak).mul_(kept)
     if weight is not None:  # one of weight zero has a gradient, so its own is needed, and may lie far above the peak
         kept, exponent = kept * weight, exponent.clamp(max=exponent_limit(logits.dtype))
-    mass = exponent.exp() * kept  # [E, M, N]
+    mass = exponent.exp_() * kept  # [E, M, N]
     # An empty row divides by one, so that no gradient passes through 0 / 0.
     total = mass.sum(-1, keepdim=True).masked_fill(empty, 1)
     lse = (total.log() + peak).masked_fill(empty, -math.inf)

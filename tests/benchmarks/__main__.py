@@ -6,29 +6,13 @@ A ratio is over the first version of the same work. Run from the root of the rep
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import datetime
-import importlib
 import json
-import multiprocessing
 from pathlib import Path
 
-import torch
-
-from tests.benchmarks.measure import machine
+from tests.benchmarks.measure import in_a_process, machine
 
 BENCHMARKS = ["class_wise_irm", "environments", "pair_lse", "training_step"]
-
-
-def in_a_process(name: str, repeats: int, threads: int) -> list[dict[str, object]]:
-    """The rows of one benchmark, from a process of its own: what ran before leaves its mark on the allocator."""
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(rows_of, name, repeats, threads).result()
-
-
-def rows_of(name: str, repeats: int, threads: int) -> list[dict[str, object]]:
-    torch.set_num_threads(threads)
-    return importlib.import_module(f"tests.benchmarks.{name}").benchmark(repeats, threads)
 
 
 def main() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import importlib
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
@@ -25,15 +28,31 @@ def machine(threads: int) -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}, {versions}"
 
 
-def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turns, so that what slows the machine slows them all; one round to warm up."""
+def in_a_process(name: str, repeats: int, threads: int) -> list[dict[str, object]]:
+    """The rows of one benchmark, from a process of its own: what ran before leaves its mark on the allocator."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_rows_of, name, repeats, threads).result()
+
+
+def _rows_of(name: str, repeats: int, threads: int) -> list[dict[str, object]]:
+    torch.set_num_threads(threads)
+    return importlib.import_module(f"tests.benchmarks.{name}").benchmark(repeats, threads)
+
+
+def medians(runs: dict[str, Callable[[], object]], repeats: int, turn_seconds: float = 0.1) -> dict[str, float]:
+    """Median seconds of each, run in turns, so that what slows the machine slows them all; one round to warm up.
+
+    A turn lasts at least ``turn_seconds``: of something fast it holds several runs, and counts their average.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
+            start, count = time.perf_counter(), 0
+            while count == 0 or time.perf_counter() - start < turn_seconds:
+                run()
+                count += 1
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / count)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -51,8 +70,6 @@ def _status(field: str) -> int:
 
 
 def _child(module: str, name: str, threads: str) -> None:
-    import importlib
-
     torch.set_num_threads(int(threads))
     small, full = importlib.import_module(module).memory_runs()[name]
     small()  # loads the libraries that the run needs
