@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
-from equireg.similarity import accumulation_dtype, normalized
+from equireg.similarity import accumulation_dtype, normalized, times_transposed
 
 Adjust = bool | str
 _ADJUSTMENTS = (True, False, "median")
@@ -305,7 +305,7 @@ class _Scores:
             # A product with one-hot labels: sums in a fixed order on every device.
             of_class = (classes[:, None] == labels[rows]).to(self.dtype)
             with torch.autocast(features.device.type, enabled=False):
-                self.means += of_class @ self._normalized(rows)
+                self.means += times_transposed(of_class, self._normalized(rows).T)
         self.means /= labels.bincount(minlength=num_classes).clamp(min=1)[:, None]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -323,9 +323,9 @@ class _Scores:
         for rows in self.sample_blocks:
             x = self._normalized(rows)
             if self.adjust is True:
-                x = x - self.means[self.labels[rows]]
+                x -= self.means[self.labels[rows]]
             with torch.autocast(x.device.type, enabled=False):
-                scores[:, rows] = anchors @ x.T
+                scores[:, rows] = times_transposed(anchors, x)
         if self.adjust == "median":
             self._subtract_medians(scores)
         own = torch.arange(classes.start, classes.stop, device=self.labels.device)[:, None] == self.labels

@@ -99,8 +99,8 @@ class _Contrast(NamedTuple):
     lse: Tensor  # [2, B]: log-sum-exp over the negatives
     mean: Callable[[], Tensor]  # [2, B]: their softmax mean, which only the slope needs
 
-    @property
     def positive(self) -> Tensor:
+        """bool [B, B]: another sample of the same class."""
         return self.same & ~torch.eye(len(self.s), dtype=torch.bool, device=self.s.device)
 
     def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class _Contrast(NamedTuple):
             of_pairs = of_pair(self.s[i, p], *(values[..., i] for values in of_anchor)) * share[i]
             return of_pairs.new_zeros(*of_pairs.shape[:-1], len(share)).index_add(-1, i, of_pairs)
         of_pairs = of_pair(self.s, *(values[..., None] for values in of_anchor))
-        return (of_pairs * (self.positive * share[:, None])).sum(-1)
+        return (of_pairs * (self.positive() * share[:, None])).sum(-1)
 
     def over_class(self, values: Tensor) -> Tensor:
         """The mean over the anchors of each sample's class, [2, B] to [B, 2]."""
@@ -163,7 +163,7 @@ def _positives(contrast: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
     With one positive both are exactly 0, and small losses keep their digits.
     """
     average = contrast.over_positives(lambda s: s)
-    kept = contrast.positive | (contrast.size < 2)[:, None]  # an anchor without positives keeps something finite
+    kept = contrast.positive() | (contrast.size < 2)[:, None]  # an anchor without positives keeps something finite
     above = torch.where(kept, contrast.s - average[:, None], -torch.inf)
     tilt = (above.softmax(-1) * above.masked_fill(~kept, 0)).sum(-1)
     return average, above.logsumexp(-1), tilt

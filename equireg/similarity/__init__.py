@@ -8,9 +8,9 @@ from torch import Tensor
 from equireg._checks import Arguments, values_visible
 from equireg.similarity import dense, operator
 from equireg.similarity.dense import accumulation_dtype, normalized, row_lse
-from equireg.similarity.products import gram
+from equireg.similarity.products import gram, times_transposed
 
-__all__ = ["accumulation_dtype", "gram", "normalized", "pair_lse", "row_lse"]
+__all__ = ["accumulation_dtype", "gram", "normalized", "pair_lse", "row_lse", "times_transposed"]
 
 # Below this many entries of the matrix, storing it is faster than streaming it.
 _DENSE_ENTRIES = 512 * 512

@@ -24,7 +24,7 @@ class Pairs(NamedTuple):
     row_id: Tensor | None  # [M]
     col_id: Tensor | None  # [N]
 
-    def dropped(self, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor | None:
+    def dropped(self, rows: slice, cols: slice) -> Tensor | None:
         """The pairs left out in a block of the matrix, bool [rows, cols]; None where all are kept."""
         drop = None
         if self.row_group is not None and self.col_group is not None:
@@ -57,7 +57,7 @@ def pair_lse(
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
-    dropped = pairs.dropped()
+    dropped = pairs.dropped(slice(None), slice(None))
     keep = logits.new_ones(logits.shape, dtype=torch.bool) if dropped is None else ~dropped
     if col_weight is None:
         lse, mean = row_lse(logits, keep[None])
