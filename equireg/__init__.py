@@ -1,8 +1,10 @@
 """Plug-in regularizers that make vision models learn more from less data."""
 
+from equireg.class_risks import ClassRisks, class_wise_risks
+from equireg.class_similarity import adjusted_similarity
 from equireg.datasets import WithIndex
-from equireg.environments import Environments, adjusted_similarity
-from equireg.eqinv import ClassRisks, ClassWiseIRM, FeatureMask, class_wise_risks
+from equireg.environments import Environments
+from equireg.eqinv import ClassWiseIRM, FeatureMask
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
 from equireg.similarity import pair_lse

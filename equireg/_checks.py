@@ -12,6 +12,7 @@ with ``EQUIREG_CHECKS=1``; inside ``torch.compile`` it never does.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from typing import NoReturn
 
@@ -43,23 +44,33 @@ class Arguments:
     def refuse_type(self, name: str, rule: str, got: object) -> NoReturn:
         raise TypeError(f"{self.function}: {name} must be {rule}, got {got}")
 
-    def features(self, name: str, value: object, shape: str) -> Tensor:
-        """A tensor of floating point numbers with the given shape."""
-        tensor = self._tensor(name, value, "floating point numbers")
+    def tensor(self, name: str, value: object, of_what: str = "any kind") -> Tensor:
+        """A tensor, of whatever it holds and wherever it lies."""
+        if not isinstance(value, Tensor):
+            self.refuse_type(name, f"a tensor of {of_what}", type(value).__name__)
+        return value
+
+    def floats(self, name: str, value: object) -> Tensor:
+        """A tensor of floating point numbers, of any shape."""
+        tensor = self.placed(name, value, "floating point numbers")
         if not tensor.is_floating_point():
             self.refuse_type(name, "a tensor of floating point numbers", tensor.dtype)
-        return self._shaped(name, tensor, shape)
+        return tensor
+
+    def features(self, name: str, value: object, shape: str) -> Tensor:
+        """A tensor of floating point numbers with the given shape."""
+        return self._shaped(name, self.floats(name, value), shape)
 
     def integers(self, name: str, value: object, shape: str) -> Tensor:
         """A tensor of whole numbers (labels, ids, indices) with the given shape, as int64."""
-        tensor = self._tensor(name, value, "whole numbers")
+        tensor = self.placed(name, value, "whole numbers")
         if tensor.dtype not in _INTEGERS:
             self.refuse_type(name, "a tensor of whole numbers", tensor.dtype)
         return self._shaped(name, tensor, shape).long()
 
     def booleans(self, name: str, value: object, shape: str) -> Tensor:
         """A bool tensor with the given shape."""
-        tensor = self._tensor(name, value, "booleans")
+        tensor = self.placed(name, value, "booleans")
         if tensor.dtype != torch.bool:
             self.refuse_type(name, "a bool tensor", tensor.dtype)
         return self._shaped(name, tensor, shape)
@@ -85,12 +96,12 @@ class Arguments:
             self.refuse(name, "finite and at least 0", value)
 
     def number(self, name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.refuse_type(name, "a number", f"{type(value).__name__} {value!r}")
 
     def count(self, name: str, value: object, least: int = 1) -> None:
         """A whole number, ``least`` or more."""
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             self.refuse_type(name, "a whole number", f"{type(value).__name__} {value!r}")
         if value < least:
             self.refuse(name, f"at least {least}", value)
@@ -118,14 +129,14 @@ class Arguments:
             row = int(wrong.nonzero()[0][0])
             self.refuse(name, "finite", f"{float(tensor[wrong][0])} in row {row}")
 
-    def _tensor(self, name: str, value: object, of_what: str) -> Tensor:
-        if not isinstance(value, Tensor):
-            self.refuse_type(name, f"a tensor of {of_what}", type(value).__name__)
+    def placed(self, name: str, value: object, of_what: str) -> Tensor:
+        """A tensor on the device of the arguments before it."""
+        tensor = self.tensor(name, value, of_what)
         if self.device is None:
-            self.device, self.device_of = value.device, name
-        elif value.device != self.device:
-            self.refuse(name, f"on {self.device} as {self.device_of} is", value.device)
-        return value
+            self.device, self.device_of = tensor.device, name
+        elif tensor.device != self.device:
+            self.refuse(name, f"on {self.device} as {self.device_of} is", tensor.device)
+        return tensor
 
     def _shaped(self, name: str, tensor: Tensor, shape: str) -> Tensor:
         dims = shape.split()

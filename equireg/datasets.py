@@ -15,7 +15,7 @@ class WithIndex(Dataset[tuple[Any, ...]]):
         dataset: gives ``(image, label)`` or anything else for an index, and has a length.
 
     Items are ``(*item, index)``: ``(image, label)`` becomes ``(image, label, index)``, and what is not a tuple becomes
-    ``(item, index)``. Every other attribute is that of the wrapped dataset.
+    ``(item, index)``. Every other attribute is that of the wrapped dataset, to read and to set.
 
     Raises:
         TypeError: the dataset is iterable-style or has no length, so its samples have no index.
@@ -32,7 +32,7 @@ class WithIndex(Dataset[tuple[Any, ...]]):
         has_items = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
         if isinstance(dataset, IterableDataset) or not has_items:
             raise TypeError(f"WithIndex: dataset must be map-style, with a length, got {type(dataset).__name__}")
-        self.dataset = dataset
+        super().__setattr__("dataset", dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -48,3 +48,10 @@ class WithIndex(Dataset[tuple[Any, ...]]):
         if name.startswith("__") or "dataset" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # ``wrapped.transform = ...`` must reach the dataset that transforms.
+        if name != "dataset" and hasattr(self.dataset, name):
+            setattr(self.dataset, name, value)
+        else:
+            super().__setattr__(name, value)

@@ -10,169 +10,18 @@ One loss line beside cross entropy::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
+from equireg.class_risks import check_batch, contrast_of, risk_of, slope_of
 from equireg.environments import Adjust, Environments, similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
-from equireg.similarity import gram, normalized, row_lse
-
-
-class ClassRisks(NamedTuple):
-    """Risks of the K classes with at least two samples in the batch, in each of their two environments."""
-
-    classes: Tensor  # int64 [K], ascending
-    risk: Tensor  # [K, 2], Env#1 and Env#2
-    slope: Tensor  # [K, 2], derivative of the risk in the dummy classifier w at w = 1
-
-
-def class_wise_risks(
-    z: Tensor, labels: Tensor, similar: Tensor, *, temperature: float | Tensor = 0.1, denominator: str = "own"
-) -> ClassRisks:
-    r"""Supervised contrastive risk of each class in its two environments, with its slope in the dummy classifier.
-
-    For anchors :math:`i` of class :math:`k`, positives :math:`P(i)` (the other samples of the class), negatives
-    :math:`A_e(i)` (samples of other classes in environment :math:`e`) and cosine similarities over the temperature
-    :math:`s`, Eq. 5 of EqInv is
-
-    .. math::
-        \ell(k, e, w) = \operatorname*{mean}_{i} \operatorname*{mean}_{p \in P(i)}
-        -\log \frac{e^{w s_{ip}}}{e^{w s_{ip}} + \sum_{a \in A_e(i)} e^{w s_{ia}}}
-
-    and its derivative at :math:`w = 1` is the mean of
-    :math:`\mathbb{E}_{\text{softmax over } \{p\} \cup A_e(i)}[s] - s_{ip}`. An environment without negatives has
-    risk 0.
-
-    Args:
-        z: embeddings [B, d], normalised inside.
-        labels: whole numbers [B].
-        similar: bool [B, B]; ``similar[i, a]``: sample a is in Env#1 of the class of sample i. Entries between samples
-            of one class are not used.
-        temperature: a number above 0, or a 0-d tensor (which gets a gradient).
-        denominator: ``"own"``, Eq. 5: each positive stands alone against the negatives. ``"all"``, the released code:
-            all positives of the anchor stand in the denominator, as in SupCon.
-
-    Returns:
-        Classes, risks and slopes; K = 0 where no class has two samples. Float32 (float64 for float64 z).
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, a temperature that is not above 0, an unknown denominator.
-
-    K depends on the labels: under ``torch.compile(fullgraph=True)`` this needs
-    ``torch._dynamo.config.capture_dynamic_output_shape_ops``; :class:`ClassWiseIRM` does not. Of the samples of one
-    process only.
-
-    Example:
-        >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> similar = torch.ones(3, 3, dtype=torch.bool)
-        >>> risks = class_wise_risks(z, torch.tensor([4, 4, 7]), similar, temperature=1.0)
-        >>> risks.classes, risks.risk
-        (tensor([4]), tensor([[0.3133, 0.0000]]))
-    """
-    check = Arguments("class_wise_risks")
-    labels = _check_batch(check, "z", z, labels)
-    check.booleans("similar", similar, "B B")
-    check.positive("temperature", temperature)
-    check.option("denominator", denominator, ("own", "all"))
-    contrast = _contrast(z, labels, similar, temperature)
-    # A class is represented by its first sample.
-    first = ((contrast.size > 1) & ~contrast.same.tril(-1).any(1)).nonzero().squeeze(1)
-    first = first[labels[first].argsort()]
-    return ClassRisks(labels[first], _risk(contrast, denominator)[first], _slope(contrast, denominator)[first])
-
-
-class _Contrast(NamedTuple):
-    """Similarities of a batch, and for each anchor what its negatives sum to in the two environments.
-
-    Everything is by sample rather than by class, so that all shapes are fixed.
-    """
-
-    s: Tensor  # [B, B], cosine over the temperature
-    same: Tensor  # bool [B, B]: of one class
-    size: Tensor  # [B]: size of the sample's class in the batch
-    lse: Tensor  # [2, B]: log-sum-exp over the negatives
-    mean: Callable[[], Tensor]  # [2, B]: their softmax mean, which only the slope needs
-
-    def positive(self) -> Tensor:
-        """bool [B, B]: another sample of the same class."""
-        return self.same & ~torch.eye(len(self.s), dtype=torch.bool, device=self.s.device)
-
-    def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
-        """The mean over the positives of each anchor, [..., B], 0 where there is none.
-
-        ``of_pair`` takes the similarity of pairs and, for each of ``of_anchor`` [..., B], the value of their anchors.
-        """
-        share = 1 / (self.size - 1).clamp(min=1).to(self.s.dtype)
-        if self.s.device.type == "cpu" and not torch.compiler.is_compiling():
-            # A few positives among many pairs: pick them out. A GPU would have to wait for their number.
-            i, p = self.same.nonzero().unbind(1)
-            i, p = i[i != p], p[i != p]
-            of_pairs = of_pair(self.s[i, p], *(values[..., i] for values in of_anchor)) * share[i]
-            return of_pairs.new_zeros(*of_pairs.shape[:-1], len(share)).index_add(-1, i, of_pairs)
-        of_pairs = of_pair(self.s, *(values[..., None] for values in of_anchor))
-        return (of_pairs * (self.positive() * share[:, None])).sum(-1)
-
-    def over_class(self, values: Tensor) -> Tensor:
-        """The mean over the anchors of each sample's class, [2, B] to [B, 2]."""
-        # As a product: sums in a fixed order on every device.
-        with torch.autocast(values.device.type, enabled=False):
-            return self.same.to(values.dtype) @ values.T / self.size[:, None]
-
-
-def _contrast(z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor) -> _Contrast:
-    z = normalized(z)
-    same = labels[:, None] == labels[None, :]
-    with torch.autocast(z.device.type, enabled=False):
-        s = gram(z) / temperature
-    # The negatives of both environments in one pass. The table of environments is as large as the matrix of
-    # similarities, so nothing would be won by streaming.
-    lse, mean = row_lse(s, torch.stack([similar, ~similar]) & ~same)
-    return _Contrast(s, same, same.sum(1), lse, mean)
-
-
-def _risk(contrast: _Contrast, denominator: str) -> Tensor:
-    """Eq. 5 for the class of each sample, [B, 2]; for a class of one sample a finite number that is no risk."""
-    if denominator == "own":
-        return contrast.over_class(contrast.over_positives(lambda s, lse: _softplus(lse - s), contrast.lse))
-    average, above, _ = _positives(contrast)
-    return contrast.over_class(above + _softplus(contrast.lse - average - above))
-
-
-def _slope(contrast: _Contrast, denominator: str) -> Tensor:
-    """The derivative of the risk in the dummy classifier, [B, 2], in closed form: no double backward."""
-    lse, mean = contrast.lse, contrast.mean()
-    if denominator == "own":  # the sigmoid is the share of the negatives in the softmax
-
-        def of_pair(s: Tensor, lse: Tensor, mean: Tensor) -> Tensor:
-            return (lse - s).sigmoid() * (mean - s)
-
-        return contrast.over_class(contrast.over_positives(of_pair, lse, mean))
-    average, above, tilt = _positives(contrast)
-    return contrast.over_class((lse - average - above).sigmoid() * (mean - average - tilt) + tilt)
-
-
-def _positives(contrast: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the positives of each anchor, and how far their log-sum-exp and softmax mean lie above it, each [B].
-
-    With one positive both are exactly 0, and small losses keep their digits.
-    """
-    average = contrast.over_positives(lambda s: s)
-    kept = contrast.positive() | (contrast.size < 2)[:, None]  # an anchor without positives keeps something finite
-    above = torch.where(kept, contrast.s - average[:, None], -torch.inf)
-    tilt = (above.softmax(-1) * above.masked_fill(~kept, 0)).sum(-1)
-    return average, above.logsumexp(-1), tilt
-
-
-def _softplus(gap: Tensor) -> Tensor:
-    """log(1 + exp(gap)): a small risk keeps its digits, as ``logaddexp(positive, lse) - positive`` would not."""
-    # From 50 on it is linear to the last bit in float64; the default of 20 is not. logsigmoid takes twice the time.
-    return F.softplus(gap, threshold=50)
+from equireg.similarity import accumulation_dtype
 
 
 class FeatureMask(nn.Module):
@@ -205,8 +54,10 @@ class FeatureMask(nn.Module):
         return features * self.weight.sigmoid()
 
     def forward(self, features: Tensor) -> Tensor:
+        check = Arguments("FeatureMask")
+        check.floats("features", features)
         if features.shape[-1:] != self.weight.shape:
-            Arguments("FeatureMask").refuse("features", f"[..., {len(self.weight)}]", list(features.shape))
+            check.refuse("features", f"[..., {len(self.weight)}]", list(features.shape))
         selected = self.select(features)
         return selected if self.scale is None else self.scale * F.normalize(selected, dim=-1, eps=1e-6)
 
@@ -246,7 +97,9 @@ class ClassWiseIRM(nn.Module):
 
     Shapes and behaviour of the call ``irm(features [B, D], labels [B], indices [B] | None) -> loss``: a 0-d tensor in
     float32 (float64 for float64 features). Where no class has two samples, the loss is a zero with zero gradients. Each
-    process of a distributed run takes the classes of its own batch.
+    process of a distributed run takes the classes of its own batch. The environments are buffers, which
+    ``DistributedDataParallel`` sends to every process at each step unless told ``broadcast_buffers=False``: keep this
+    module outside of it, or tell it so, where the dataset is large.
 
     Raises:
         TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range;
@@ -285,6 +138,8 @@ class ClassWiseIRM(nn.Module):
         check.positive("temperature", temperature)
         check.option("denominator", denominator, ("own", "all"))
         check.option("detach", detach, (True, False))
+        if projection is not None and not isinstance(projection, nn.Module):
+            check.refuse_type("projection", "an nn.Module or None", type(projection).__name__)
         self.num_features, self.num_classes = num_features, num_classes
         self.weight, self.penalty = weight, penalty
         self.temperature, self.denominator, self.detach = temperature, denominator, detach
@@ -301,6 +156,7 @@ class ClassWiseIRM(nn.Module):
         encoder: Callable[[Tensor], Tensor] | None = None,
         num_samples: int | None = None,
         adjust: Adjust = True,
+        progress: bool = True,
     ) -> ClassWiseIRM:
         """Find the environments of a dataset, from its features or from a loader and an encoder.
 
@@ -312,9 +168,11 @@ class ClassWiseIRM(nn.Module):
             encoder: images [B, ...] to features [B, D]. Run in eval mode without gradient, and left as it was.
             num_samples: length of the dataset where it is more than the samples given here.
             adjust: as in :func:`adjusted_similarity`.
+            progress: whether ``encoder`` runs with a progress bar, where tqdm is installed.
 
         Returns:
-            The module itself.
+            The module itself. Features given as a tensor are kept by reference, to rank ``environments.members``
+            (``environments.release()`` lets them go); those of ``encoder`` are let go at once.
 
         Raises:
             TypeError, ValueError: as :meth:`Environments.split`; what goes with ``encoder`` and what does not.
@@ -325,7 +183,7 @@ class ClassWiseIRM(nn.Module):
                 check.refuse_type("features", "a loader where encoder is given", "a tensor")
             if labels is not None or indices is not None:
                 check.refuse("labels and indices", "None where encoder is given: the loader gives them", "given")
-            features, labels, indices = extract_features(encoder, features)
+            features, labels, indices = extract_features(encoder, features, progress=progress)
         elif not isinstance(features, Tensor):
             check.refuse_type("features", "a tensor, or a loader together with encoder", type(features).__name__)
         elif labels is None:
@@ -334,13 +192,15 @@ class ClassWiseIRM(nn.Module):
         environments = Environments.split(
             features, labels, self.num_classes, indices=indices, num_samples=num_samples, adjust=adjust
         )
+        if encoder is not None:
+            environments.release()  # nobody else holds these features, and they may be gigabytes
         self.environments = environments.to(self.mask.weight.device)
         return self
 
     def forward(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
         check = Arguments("ClassWiseIRM")
         check.sizes["D"] = self.num_features
-        labels = _check_batch(check, "features", features, labels)
+        labels = check_batch(check, "features", features, labels)
         check.below("labels", labels, self.num_classes, "num_classes")
         if indices is not None:
             indices = check.integers("indices", indices, "B")
@@ -356,11 +216,13 @@ class ClassWiseIRM(nn.Module):
         else:
             similar = similar_in_batch(features.detach(), labels)
         z = self.projection(self.mask.select(features))
-        contrast = _contrast(z, labels, similar, self.temperature)
-        risk = _risk(contrast, self.denominator)
+        contrast = contrast_of(z, labels, similar, self.temperature)
+        risk = risk_of(contrast, self.denominator)
         of_class = risk.sum(1)
         if self.weight > 0:
-            penalty = rex_penalty(risk) if self.penalty == "rex" else irmv1_penalty(_slope(contrast, self.denominator))
+            penalty = (
+                rex_penalty(risk) if self.penalty == "rex" else irmv1_penalty(slope_of(contrast, self.denominator))
+            )
             of_class = of_class + self.weight * penalty
         # Each class with two samples or more counts once: a sample of n weighs 1 / n.
         share = torch.where(contrast.size > 1, 1 / contrast.size.to(risk.dtype), 0)
@@ -368,8 +230,10 @@ class ClassWiseIRM(nn.Module):
 
     def _zero(self, features: Tensor) -> Tensor:
         """Zero, with a zero gradient for all the loss can reach: distributed training waits for every parameter."""
-        reached = [*self.parameters()] if self.detach else [features, *self.parameters()]
-        return torch.stack([part.flatten()[:0].sum() for part in reached]).sum()
+        zero = features.new_zeros((), dtype=accumulation_dtype(features.dtype))
+        for part in [*self.parameters()] if self.detach else [features, *self.parameters()]:
+            zero = zero + part.flatten()[:0].sum()
+        return zero
 
     def extra_repr(self) -> str:
         return (
@@ -378,7 +242,11 @@ class ClassWiseIRM(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if self.environments is None and f"{prefix}environments.bits" in state_dict:
+        bits = state_dict.get(f"{prefix}environments.bits")
+        if bits is not None and len(bits) != self.num_classes:
+            errors: list[str] = args[-1]
+            errors.append(f"ClassWiseIRM: environments are of {len(bits)} classes, num_classes is {self.num_classes}")
+        elif bits is not None and self.environments is None:
             self.environments = Environments().to(self.mask.weight.device)  # takes its sizes from what it loads
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -387,11 +255,3 @@ def _projection(num_features: int) -> nn.Module:
     return nn.Sequential(
         nn.Linear(num_features, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, 128)
     )
-
-
-def _check_batch(check: Arguments, name: str, features: Tensor, labels: Tensor) -> Tensor:
-    """Features [B, D] and labels [B], the labels as int64."""
-    check.features(name, features, "B D")
-    if check.sizes["D"] == 0:
-        check.refuse(name, "at least one wide", list(features.shape))
-    return check.integers("labels", labels, "B")

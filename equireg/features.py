@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from equireg._checks import Arguments
 
+_PARTS = ("images", "labels", "indices")
+
 
 @torch.no_grad()
 def extract_features(
@@ -53,8 +55,9 @@ def extract_features(
             if not isinstance(batch, (tuple, list)) or len(batch) != 3:
                 got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
                 check.refuse_type("loader", "a loader of (images, labels, indices), see WithIndex", got)
-            images, labels, indices = batch
-            features = check.features("encoder's output", encoder(images.to(device)), "B D").cpu()
+            images, labels, indices = (check.tensor(name, part) for name, part in zip(_PARTS, batch))
+            output = check.tensor("encoder's output", encoder(images.to(device)))
+            features = check.features("encoder's output", output.cpu(), "B D")
             labels, indices = check.integers("labels", labels.cpu(), "B"), check.integers("indices", indices.cpu(), "B")
             parts.append((features, labels, indices))
     finally:

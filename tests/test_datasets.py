@@ -35,6 +35,10 @@ def test_other_attributes_are_those_of_the_dataset():
     wrapped = pickle.loads(pickle.dumps(WithIndex(inner)))  # noqa: S301
     assert wrapped.classes == ["cat", "dog"]
     assert not hasattr(wrapped, "targets")
+    wrapped.classes = ["swan"]  # to set too: `wrapped.transform = ...` must reach the dataset that transforms
+    assert wrapped.dataset.classes == ["swan"]
+    wrapped.note = "mine"
+    assert not hasattr(wrapped.dataset, "note")
 
 
 def test_wrong_datasets():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equireg import Environments, adjusted_similarity
-from equireg import environments as module
+from equireg import class_similarity as module
 from equireg.environments import similar_in_batch
 from tests import references
 

@@ -270,6 +270,19 @@ def test_fits_from_a_loader_and_an_encoder():
     with torch.no_grad():
         features = encoder.eval()(images)
     assert torch.equal(irm.environments.bits, Environments.split(features, labels).bits)
+    assert irm.environments._ranking is None  # a whole dataset's features are not kept alive
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    irm = ClassWiseIRM(numpy.int64(6), numpy.int64(5), weight=numpy.float32(2), temperature=numpy.float64(0.2))
+    assert torch.isfinite(irm(torch.randn(8, 6), torch.arange(8) % 4))
+
+
+def test_half_precision_module_gives_a_loss_in_fp32():
+    irm = ClassWiseIRM(4, 2, detach=False).bfloat16()
+    for samples in (1, 6):
+        assert irm(torch.randn(samples, 4).bfloat16(), torch.zeros(samples).long()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])  # P10, T10
@@ -287,6 +300,8 @@ def test_environments_travel(how, tmp_path):
     assert other.environments.num_samples == 20
     unfitted = ClassWiseIRM(6, 4)
     assert not any("environments" in name for name in unfitted.state_dict())
+    with pytest.raises(RuntimeError, match="environments are of 4 classes, num_classes is 9"):
+        ClassWiseIRM(6, 9).load_state_dict(irm.state_dict())
     with pytest.raises(RuntimeError, match="environments.bits"):
         irm.load_state_dict(unfitted.state_dict())
 
@@ -391,6 +406,8 @@ def test_feature_mask():
     torch.testing.assert_close(scaled.select(features), mask(features))
     with pytest.raises(ValueError, match=r"features must be \[..., 1000\], got \[3, 999\]"):
         mask(torch.randn(3, 999))
+    with pytest.raises(TypeError, match="features must be a tensor of floating point numbers, got list"):
+        mask([1.0])
     with pytest.raises(ValueError, match="scale must be finite and above 0, got -1.0"):
         FeatureMask(4, scale=-1.0)
 
@@ -413,6 +430,7 @@ WRONG_MODULE = {
     "temperature text": ({"temperature": "0.1"}, TypeError, "temperature must be a number, got str '0.1'"),
     "temperature bool": ({"temperature": True}, TypeError, "temperature must be a number, got bool True"),
     "denominator": ({"denominator": "both"}, ValueError, "denominator must be one of 'own', 'all', got 'both'"),
+    "projection": ({"projection": "mlp"}, TypeError, "projection must be an nn.Module or None, got str"),
     "detach": ({"detach": "yes"}, ValueError, "detach must be one of True, False, got 'yes'"),
 }
 

@@ -42,6 +42,25 @@ def test_encoder_is_left_as_it_was_also_when_it_fails():  # P5
     assert torch.is_grad_enabled()
 
 
+def test_output_of_another_device_is_brought_to_the_cpu():
+    """An encoder on an accelerator answers there; labels and indices stay on the CPU."""
+
+    class Elsewhere(torch.Tensor):
+        moved = False
+
+        @property
+        def device(self):
+            return torch.device("cuda:0")
+
+        def cpu(self):
+            Elsewhere.moved = True
+            return self.as_subclass(torch.Tensor)
+
+    features, _, _ = extract_features(lambda images: images.as_subclass(Elsewhere), loader(), progress=False)
+    assert Elsewhere.moved
+    assert features.device.type == "cpu"
+
+
 def test_random_state_is_untouched():
     state = torch.get_rng_state()
     batches = [(torch.ones(2, 3), torch.zeros(2).long(), torch.arange(2))]
@@ -55,6 +74,8 @@ def test_wrong_loaders():
         TypeError, match="loader must be a loader of .images, labels, indices., see WithIndex, got 2 parts"
     ):
         extract_features(nn.Identity(), plain, progress=False)
+    with pytest.raises(TypeError, match="labels must be a tensor of any kind, got list"):
+        extract_features(nn.Identity(), [(torch.ones(2, 3), [0, 1], torch.arange(2))], progress=False)
     with pytest.raises(ValueError, match="loader must be of at least one batch, got none"):
         extract_features(nn.Identity(), [], progress=False)
     with pytest.raises(ValueError, match=r"encoder's output must be \[B, D\], got \[4, 3, 1\]"):

@@ -19,8 +19,10 @@ ALLOWED = {
     "invariance": {"_checks"},
     "features": {"_checks"},
     "similarity": {"_checks", "similarity"},
-    "environments": {"_checks", "similarity"},
-    "eqinv": {"_checks", "similarity", "environments", "features", "invariance"},
+    "class_similarity": {"_checks", "similarity"},
+    "environments": {"_checks", "similarity", "class_similarity"},
+    "class_risks": {"_checks", "similarity"},
+    "eqinv": {"_checks", "similarity", "class_risks", "class_similarity", "environments", "features", "invariance"},
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,8 @@ def pair_lse(
         check.features("scale", scale, "")
     else:
         check.number("scale", scale)
+        if not math.isfinite(scale):
+            check.refuse("scale", "finite", scale)
         scale = torch.full((), scale, dtype=accumulation_dtype(x.dtype), device=x.device)
 
     check.option("relation", relation, ("all", "ne", "eq"))
@@ -98,11 +102,13 @@ def pair_lse(
     row_id, col_id = _both(check, "id", row_id, col_id)
 
     if row_select is not None and col_weight is None:
-        check.refuse("row_select", "None without col_weight", list(row_select.shape))
+        check.refuse("row_select", "None without col_weight", "a selection")
     if col_weight is not None:
         check.features("col_weight", col_weight, "E N" if row_select is None else "E S N")
-        if values_visible(col_weight) and not (col_weight >= 0).all():
-            check.refuse("col_weight", "at least 0", float(col_weight.detach().min()))
+        if values_visible(col_weight):
+            wrong = ~((col_weight >= 0) & (col_weight < math.inf))
+            if wrong.any():
+                check.refuse("col_weight", "finite and at least 0", float(col_weight[wrong][0]))
         if row_select is not None:
             row_select = check.integers("row_select", row_select, "M")
             check.below("row_select", row_select, check.sizes["S"], "rows of col_weight")

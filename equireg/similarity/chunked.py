@@ -67,10 +67,11 @@ def backward(
     mean: Tensor,
     grad_lse: Tensor,
     grad_mean: Tensor | None,
-    needs_products: bool,
+    needs_x: bool,
+    needs_y: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, y, scale (where ``needs_products``) and col_weight (where ``needs_weight``); empty otherwise."""
+    """Gradients to x and scale (where ``needs_x``), to y and to col_weight; empty where they are not needed."""
     tiles = _Tiles(x, y, scale, pairs, col_weight, row_select)
     environments = len(lse)
     empty = lse == -math.inf
@@ -81,8 +82,8 @@ def backward(
         grad_mean = grad_mean.to(lse.dtype).masked_fill(empty, 0)
         constant = grad_lse - grad_mean * mean  # dl = p (constant + g_mean (1 + l)), dw = q (constant + g_mean l)
 
-    by_row = tiles.x.new_zeros(x.shape if needs_products else 0)  # sum_j dl_ij y_j
-    by_col = tiles.x.new_zeros(y.shape if needs_products else 0)  # sum_i dl_ij scale x_i
+    by_row = tiles.x.new_zeros(x.shape if needs_x else 0)  # sum_j dl_ij y_j
+    by_col = tiles.x.new_zeros(y.shape if needs_y else 0)  # sum_i dl_ij scale x_i
     by_weight = tiles.x.new_zeros(0)
     if col_weight is not None and needs_weight:
         by_weight = col_weight.new_zeros(col_weight.shape, dtype=tiles.x.dtype)
@@ -100,21 +101,25 @@ def backward(
                 q.exp_()
                 slope = constant[e, rows, None]
                 if grad_mean is not None:
-                    slope = slope + grad_mean[e, rows, None] * logits.clamp(min=tiles.empty)
+                    # A dropped pair must not multiply its q = 0 by what overflows.
+                    slope = slope + grad_mean[e, rows, None] * logits.masked_fill(logits <= tiles.empty, 0)
                 if needs_weight:
                     tiles.add_to_weight(by_weight, e, rows, cols, q * slope)
-                if needs_products:
+                if needs_x or needs_y:
                     if grad_mean is not None:
                         slope = slope.add_(grad_mean[e, rows, None])
                     if weight is not None:
                         q.mul_(weight)
                     q.mul_(slope)
                     total = q if total is None else total.add_(q)
-            if total is not None:
+            if total is None:
+                continue
+            if needs_x:
                 by_row[rows] += times_transposed(total, tiles.y[cols].T)
+            if needs_y:
                 by_col[cols] += times_transposed(tiles.x[rows].T, total.T).T
     grad_scale = by_row.new_zeros(())
-    if needs_products:
+    if needs_x:
         grad_scale = torch.dot(by_row.flatten(), x.to(by_row.dtype).flatten())
         by_row.mul_(scale)
     return by_row, by_col, grad_scale, by_weight

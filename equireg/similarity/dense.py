@@ -42,7 +42,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """Unit length along the last dimension, in fp32 or fp64; a zero vector stays zero and its gradient bounded."""
+    """Unit length along the last dimension, in fp32 or fp64.
+
+    A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 comes out shorter than 1.
+    """
     # In half precision the usual epsilon of 1e-12 rounds to zero, and a blank patch would give NaN.
     return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1, eps=1e-6)
 
@@ -58,7 +61,9 @@ def pair_lse(
     dtype = accumulation_dtype(x.dtype)
     logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
     dropped = pairs.dropped(slice(None), slice(None))
-    keep = logits.new_ones(logits.shape, dtype=torch.bool) if dropped is None else ~dropped
+    keep = torch.ones_like(logits, dtype=torch.bool)
+    if dropped is not None:  # what is left out may be NaN or infinite
+        keep, logits = ~dropped, logits.masked_fill(dropped, 0)
     if col_weight is None:
         lse, mean = row_lse(logits, keep[None])
     else:

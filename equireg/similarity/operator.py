@@ -53,8 +53,8 @@ def _(x: Tensor, *others: Any) -> Result:
 @torch.library.custom_op(
     "equireg::pair_lse_backward",
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor lse, Tensor mean, Tensor grad_lse, Tensor? grad_mean, bool needs_products, "
-    "bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS}, Tensor lse, Tensor mean, Tensor grad_lse, Tensor? grad_mean, bool needs_x, "
+    "bool needs_y, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def pair_lse_backward(
     x: Tensor,
@@ -71,24 +71,25 @@ def pair_lse_backward(
     mean: Tensor,
     grad_lse: Tensor,
     grad_mean: Tensor | None,
-    needs_products: bool,
+    needs_x: bool,
+    needs_y: bool,
     needs_weight: bool,
 ) -> Gradients:
     pairs = Pairs(relation, row_group, col_group, row_id, col_id)
     with torch.autocast(x.device.type, enabled=False):
         return chunked.backward(
-            x, y, scale, pairs, col_weight, row_select, lse, mean, grad_lse, grad_mean, needs_products, needs_weight
+            x, y, scale, pairs, col_weight, row_select, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
         )
 
 
 @pair_lse_backward.register_fake
 def _(x: Tensor, y: Tensor, scale: Tensor, *others: Any) -> Gradients:
-    col_weight, (needs_products, needs_weight) = others[5], others[-2:]
+    col_weight, (needs_x, needs_y, needs_weight) = others[5], others[-3:]
     dtype = accumulation_dtype(x.dtype)
     weight_shape = col_weight.shape if needs_weight and col_weight is not None else (0,)
     return (
-        x.new_empty(x.shape if needs_products else (0,), dtype=dtype),
-        x.new_empty(y.shape if needs_products else (0,), dtype=dtype),
+        x.new_empty(x.shape if needs_x else (0,), dtype=dtype),
+        x.new_empty(y.shape if needs_y else (0,), dtype=dtype),
         x.new_empty((), dtype=dtype),
         x.new_empty(weight_shape, dtype=dtype),
     )
@@ -109,9 +110,9 @@ def _differentiate(ctx: Any, grad_lse: Tensor | None, grad_mean: Tensor | None) 
         if grad_mean is None:
             return (None,) * 10
         grad_lse = torch.zeros_like(lse)
-    needs_products, needs_weight = need[0] or need[1] or need[2], need[8]
+    needs_x, needs_y, needs_weight = need[0] or need[2], need[1], need[8]
     dx, dy, dscale, dweight = pair_lse_backward(
-        x, y, scale, ctx.relation, *others, lse, mean, grad_lse, grad_mean, needs_products, needs_weight
+        x, y, scale, ctx.relation, *others, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
     )
     return (
         dx.to(x.dtype) if need[0] else None,
