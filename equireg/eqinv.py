@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from equireg._checks import Arguments
 from equireg.class_risks import check_batch, contrast_of, risk_of, slope_of
-from equireg.environments import Adjust, Environments, similar_in_batch
+from equireg.class_similarity import Adjust
+from equireg.environments import Environments, similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
 from equireg.similarity import accumulation_dtype
@@ -219,11 +220,10 @@ class ClassWiseIRM(nn.Module):
         contrast = contrast_of(z, labels, similar, self.temperature)
         risk = risk_of(contrast, self.denominator)
         of_class = risk.sum(1)
-        if self.weight > 0:
-            penalty = (
-                rex_penalty(risk) if self.penalty == "rex" else irmv1_penalty(slope_of(contrast, self.denominator))
-            )
-            of_class = of_class + self.weight * penalty
+        if self.weight > 0 and self.penalty == "rex":
+            of_class = of_class + self.weight * rex_penalty(risk)
+        elif self.weight > 0:
+            of_class = of_class + self.weight * irmv1_penalty(slope_of(contrast, self.denominator))
         # Each class with two samples or more counts once: a sample of n weighs 1 / n.
         share = torch.where(contrast.size > 1, 1 / contrast.size.to(risk.dtype), 0)
         return (of_class * share).sum() / share.sum().clamp(min=1)
