@@ -6,6 +6,7 @@ from equireg.datasets import WithIndex
 from equireg.environments import Environments
 from equireg.eqinv import ClassWiseIRM, FeatureMask
 from equireg.features import extract_features
+from equireg.grid import GridTransform
 from equireg.invariance import irmv1_penalty, rex_penalty
 from equireg.similarity import pair_lse
 
@@ -16,6 +17,7 @@ __all__ = [
     "ClassWiseIRM",
     "Environments",
     "FeatureMask",
+    "GridTransform",
     "WithIndex",
     "adjusted_similarity",
     "class_wise_risks",

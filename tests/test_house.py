@@ -18,6 +18,7 @@ ALLOWED = {
     "datasets": {"_checks"},
     "invariance": {"_checks"},
     "features": {"_checks"},
+    "grid": {"_checks"},
     "similarity": {"_checks", "similarity"},
     "class_similarity": {"_checks", "similarity"},
     "environments": {"_checks", "similarity", "class_similarity"},

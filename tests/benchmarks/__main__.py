@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.benchmarks.measure import in_a_process, machine
 
-BENCHMARKS = ["class_wise_irm", "environments", "pair_lse", "training_step"]
+BENCHMARKS = ["class_wise_irm", "environments", "pair_lse", "training_step", "grid"]
 
 
 def main() -> None:
