@@ -10,7 +10,7 @@ chosen on a validation split; the test images are read once, at the end. Run it 
 
     python examples/quickstart.py
 
-which takes two to three minutes on two CPU cores and writes a table, and a picture in runs/quickstart.png.
+which takes one to two minutes on two CPU cores and writes a table, and a picture in runs/quickstart.png.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def picture(path: Path, table: dict[str, list[tuple[float, float]]], data: Digit
     """The accuracies as bars, and for three classes the ends of their two environments."""
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(11, 6.5), layout="constrained")
+    figure = plt.figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
     axes = left.subplots()
     for place, runs in enumerate(table.values()):
