@@ -3,26 +3,44 @@
 from equireg.class_risks import ClassRisks, class_wise_risks
 from equireg.class_similarity import adjusted_similarity
 from equireg.datasets import WithIndex
+from equireg.decoupled import AugSelfLoss, EquiModLoss
 from equireg.environments import Environments
 from equireg.eqinv import ClassWiseIRM, FeatureMask
 from equireg.features import extract_features
 from equireg.grid import GridTransform
 from equireg.invariance import irmv1_penalty, rex_penalty
+from equireg.late_class_token import LateClassToken
+from equireg.probes import equivariance_score, knn_accuracy, linear_probe
+from equireg.ser import SERLoss, patch_nt_xent
 from equireg.similarity import pair_lse
+from equireg.token_tap import TokenTap
+from equireg.views import EquivariantViews, mocov3_photometric, split_batch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AugSelfLoss",
     "ClassRisks",
     "ClassWiseIRM",
     "Environments",
+    "EquiModLoss",
+    "EquivariantViews",
     "FeatureMask",
     "GridTransform",
+    "LateClassToken",
+    "SERLoss",
+    "TokenTap",
     "WithIndex",
     "adjusted_similarity",
     "class_wise_risks",
+    "equivariance_score",
     "extract_features",
     "irmv1_penalty",
+    "knn_accuracy",
+    "linear_probe",
+    "mocov3_photometric",
     "pair_lse",
+    "patch_nt_xent",
     "rex_penalty",
+    "split_batch",
 ]

@@ -1,0 +1,99 @@
+"""Rows of all processes, gathered with their gradient; and one error for all where they do not fit.
+
+A collective whose sizes differ between processes hangs, aborts or returns garbage. So before each gather the processes
+exchange a short header, and where it shows a misfit, or that an argument was refused somewhere, every one of them
+raises the same ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MOST_DIMS = 6
+
+
+def world_size() -> int:
+    """How many processes there are; 1 where none were started."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(function: str, name: str, make: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What ``make`` gives in this process, [...], and in all of them, [processes, ...], in the order of ranks.
+
+    The gradient of every copy flows back to the process that made it, as a sum over processes. With each process's loss
+    a mean over its own rows and the mean over processes of DistributedDataParallel, the gradients are those of one
+    process with the whole batch; there is no factor of the world size.
+
+    Reading the header waits for the device.
+
+    Raises:
+        ValueError: in every process, where ``make`` failed in one of them, or its shape or dtype differ; ``name`` says
+            what is gathered. The process where it failed raises its own error.
+    """
+    try:
+        mine = make()
+        _check_backend(function, name, mine)
+    except (TypeError, ValueError):
+        _exchange(_header(None))  # so that the others stop too, instead of waiting for this one
+        raise
+    headers = _exchange(_header(mine))
+    if any(header != headers[0] for header in headers):
+        theirs = ", ".join(f"rank {r}: {_described(header)}" for r, header in enumerate(headers))
+        raise ValueError(f"{function}: {name} must have the same shape and dtype in every process, got {theirs}")
+    gathered: Tensor = _Gather.apply(mine)
+    return mine, gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor) -> Tensor:
+        mine = mine.contiguous()
+        everyone = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # The sum of what all processes ask of our copy. Every backend can reduce to all; not all can scatter.
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[rank()]
+
+
+def _check_backend(function: str, name: str, tensor: Tensor) -> None:
+    backend, device = dist.get_backend(), tensor.device.type
+    if (backend, device) in {("nccl", "cpu"), ("gloo", "cuda")}:
+        wanted = "cuda" if backend == "nccl" else "cpu"
+        raise ValueError(f"{function}: {name} must be on {wanted} for the backend {backend}, got {tensor.device}")
+
+
+def _header(tensor: Tensor | None) -> list[int]:
+    """[dtype, dims, sizes ...] of a tensor, and -1 where there is none."""
+    if tensor is None:
+        return [-1] * (2 + _MOST_DIMS)
+    sizes = list(tensor.shape)
+    return [_DTYPES.index(tensor.dtype), len(sizes), *sizes, *[0] * (_MOST_DIMS - len(sizes))]
+
+
+def _exchange(header: list[int]) -> list[list[int]]:
+    on = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    mine = torch.tensor(header, device=on)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()
+
+
+def _described(header: list[int]) -> str:
+    if header[0] < 0:
+        return "refused, see the error there"
+    return f"{header[2 : 2 + header[1]]} {str(_DTYPES[header[0]]).removeprefix('torch.')}"

@@ -1,0 +1,192 @@
+"""What frozen features can do: neighbours, a linear classifier, and how they turn with the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+from equireg.grid import GridTransform
+from equireg.similarity import normalized
+
+
+@torch.no_grad()
+def equivariance_score(
+    encode: Callable[[Tensor], Tensor], images: Tensor, transform: GridTransform, *, shuffled: bool = False
+) -> Tensor:
+    r"""How far a token map turns with its image: 1 where it does exactly.
+
+    :math:`\cos(\rho_g(f(x)), f(\rho_g(x)))`, averaged over the places of each map (soft equivariance regularization,
+    Appendix A.2). Tokens that are alike everywhere score high without turning: put ``shuffled=True`` beside it, the
+    level that needs no equivariance. Call it with the model in eval mode; no gradient is recorded.
+
+    Args:
+        encode: images [B, C, height, width] to tokens [B, T, D], at the source grid and at the target grid.
+        images: [B, C, h·p, w·p] for a source grid (h, w) and patches of p pixels.
+        transform: the group elements, one for each image.
+        shuffled: compare each image with the next one of the batch, turned.
+
+    Returns:
+        The score of each image, [B], from -1 to 1, in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: images that are not whole patches of the source grid, tokens of other grids.
+
+    Example:
+        >>> def patch_means(images):  # an encoder that is exactly equivariant
+        ...     return torch.nn.functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)
+        >>> g = GridTransform(torch.arange(4), torch.tensor([True] * 4), (8, 8), (8, 8))
+        >>> score = equivariance_score(patch_means, torch.rand(4, 3, 32, 32), g)
+        >>> torch.allclose(score, torch.ones(4))
+        True
+    """
+    check = Arguments("equivariance_score")
+    if not callable(encode):
+        check.refuse_type("encode", "callable", type(encode).__name__)
+    if not isinstance(transform, GridTransform):
+        check.refuse_type("transform", "a GridTransform", type(transform).__name__)
+    check.option("shuffled", shuffled, (True, False))
+    check.sizes["B"] = len(transform)
+    check.features("images", images, "B C H W")
+    (h, w), (height, width) = transform.source, images.shape[2:]
+    if height % h or width % w or height // h != width // w:
+        check.refuse("images", f"of whole square patches on the grid {transform.source}", list(images.shape))
+    of_images = encode(images)
+    moved = transform.on_tokens(check.features("encode(images)", of_images, "B T D"))
+    turned = encode(transform.on_images(images, height // h))
+    check.sizes["T"] = moved.shape[1]
+    check.features("encode(transformed images)", turned, "B T D")
+    if shuffled:
+        turned = turned.roll(-1, 0)
+    return (normalized(moved) * normalized(turned)).sum(-1).mean(-1)
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    r"""Accuracy of a weighted k-nearest-neighbour classifier, as used for self-supervised features.
+
+    The ``k`` training samples of highest cosine vote with weight :math:`e^{\cos / \tau}` (Wu et al., 2018; DINO).
+
+    Args:
+        train_features: [N, D], floating point; normalised here.
+        train_labels: whole numbers [N], from 0.
+        features: [M, D], of the samples to classify.
+        labels: whole numbers [M], their classes.
+        k: how many vote, at most N.
+        temperature: τ, above 0.
+
+    Returns:
+        The share of right answers, 0 to 1.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices, a negative label, no samples, k above N.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+        >>> knn_accuracy(x, torch.tensor([0, 0, 1]), x, torch.tensor([0, 0, 0]), k=1)
+        0.6666666666666666
+    """
+    check = Arguments("knn_accuracy")
+    classes = _check_samples(check, train_features, train_labels, features, labels)
+    check.count("k", k)
+    if k > len(train_features):
+        check.refuse("k", f"at most the {len(train_features)} training samples", k)
+    check.positive("temperature", temperature)
+    bank, votes_of = normalized(train_features), F.one_hot(train_labels.long(), classes).to(train_features.device)
+    right = 0.0
+    for rows, truth in zip(normalized(features).split(1024), labels.split(1024)):
+        cosine, nearest = (rows @ bank.T).topk(k)
+        # Relative to the nearest, so that no temperature overflows.
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes = (weight[..., None] * votes_of[nearest]).sum(1)
+        right += (votes.argmax(1) == truth).float().sum().item()
+    return right / len(features)
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    weight_decay: float = 1e-3,
+    max_iterations: int = 200,
+) -> float:
+    r"""Accuracy of a linear classifier on frozen features: logistic regression, fitted to the end.
+
+    Features are standardised by the training samples, and :math:`\text{CE} + \tfrac{w}{2} \lVert W \rVert^2` is
+    minimised by L-BFGS on all of them at once: convex, so no learning rate and no seed decides the result.
+
+    Args:
+        train_features: [N, D], floating point.
+        train_labels: whole numbers [N], from 0.
+        features: [M, D], of the samples to classify.
+        labels: whole numbers [M], their classes.
+        weight_decay: w, at least 0.
+        max_iterations: of L-BFGS.
+
+    Returns:
+        The share of right answers, 0 to 1.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices, a negative label, no samples, features that are not
+            finite.
+
+    Example:
+        >>> x, y = torch.randn(60, 5), torch.arange(60) % 3
+        >>> x[:, 0] += 10 * y  # the classes lie apart
+        >>> linear_probe(x, y, x, y)
+        1.0
+    """
+    check = Arguments("linear_probe")
+    classes = _check_samples(check, train_features, train_labels, features, labels)
+    check.not_negative("weight_decay", weight_decay)
+    check.count("max_iterations", max_iterations)
+    check.finite("train_features", train_features)
+    check.finite("features", features)
+    mean, std = train_features.float().mean(0), train_features.float().std(0, correction=0)
+    x, x_test = ((part.float() - mean) / std.clamp(min=1e-6) for part in (train_features, features))
+    y = train_labels.long()
+
+    with torch.enable_grad():
+        classifier = nn.Linear(x.shape[1], classes, device=x.device)
+        nn.init.zeros_(classifier.weight)
+        nn.init.zeros_(classifier.bias)
+        optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=max_iterations, line_search_fn="strong_wolfe")
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(classifier(x), y) + weight_decay / 2 * classifier.weight.square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(objective)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return float((classifier(x_test).argmax(1) == labels).float().mean())
+
+
+def _check_samples(
+    check: Arguments, train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor
+) -> int:
+    """How many classes there are."""
+    check.features("train_features", train_features, "N D")
+    check.integers("train_labels", train_labels, "N")
+    check.features("features", features, "M D")
+    check.integers("labels", labels, "M")
+    if not check.sizes["N"] or not check.sizes["M"]:
+        check.refuse("features", "of at least one sample, as train_features", list(features.shape))
+    for name, given in (("train_labels", train_labels), ("labels", labels)):
+        if int(given.min()) < 0:
+            check.refuse(name, "0 or above", int(given.min()))
+    return int(max(train_labels.max(), labels.max())) + 1
