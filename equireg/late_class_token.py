@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class LateClassToken(nn.Module):
             strip = _Strip(prefix)
             block.register_forward_pre_hook(strip)
             block.register_forward_hook(strip.restore)
-            for module in block.modules():
+            modules: Iterator[Any] = block.modules()
+            for module in modules:
                 if hasattr(module, "num_prefix_tokens"):  # attention with rotary embeddings leaves these unturned
                     module.num_prefix_tokens = 0
         self._keep = _Keep(prefix)
