@@ -91,7 +91,8 @@ class LateClassToken(nn.Module):
             tokens = self._keep.give()
         if tokens is None:
             raise ValueError("LateClassToken: vit must run its blocks as modules, got a forward pass that did not")
-        if torch.is_grad_enabled() and features.requires_grad and not tokens.requires_grad:
+        hidden = not torch.compiler.is_compiling() and features.requires_grad and tokens.grad_fn is None
+        if hidden and torch.is_grad_enabled():
             early = _blocks(self.vit)[: self.layer]
             if any(parameter.requires_grad for block in early for parameter in block.parameters()):
                 raise ValueError(

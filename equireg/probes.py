@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.grid import GridTransform
@@ -160,20 +160,18 @@ def linear_probe(
     y = train_labels.long()
 
     with torch.enable_grad():
-        classifier = nn.Linear(x.shape[1], classes, device=x.device)
-        nn.init.zeros_(classifier.weight)
-        nn.init.zeros_(classifier.bias)
-        optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=max_iterations, line_search_fn="strong_wolfe")
+        weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
+        bias = torch.zeros(classes, device=x.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
 
         def objective() -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(classifier(x), y) + weight_decay / 2 * classifier.weight.square().sum()
+            loss = F.cross_entropy(F.linear(x, weight, bias), y) + weight_decay / 2 * weight.square().sum()
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
         optimizer.step(objective)  # type: ignore[arg-type]
-    with torch.no_grad():
-        return float((classifier(x_test).argmax(1) == labels).float().mean())
+    return float((F.linear(x_test, weight, bias).argmax(1) == labels).float().mean())
 
 
 def _check_samples(

@@ -141,14 +141,14 @@ class SERLoss(nn.Module):
                 check.refuse_type(name, "a GridTransform", type(g).__name__)
         if g1.source != g2.source:
             check.refuse("g2", f"of g1's source grid {g1.source}", g2.source)
+        if len(g2) != len(g1):
+            check.refuse("g2", f"of {len(g1)} elements as g1", len(g2))
         check.sizes.update(B=len(g1), D=self.dim)
         for name, g, number, tokens in (("tokens1", g1, "T1", tokens1), ("tokens2", g2, "T2", tokens2)):
             check.features(name, tokens, f"B {number} D")
             if tokens.shape[1] != g.target[0] * g.target[1]:
                 rule = f"of {g.target[0]} x {g.target[1]} tokens, without class or register tokens"
                 check.refuse(name, rule, list(tokens.shape))
-        if len(g2) != len(g1):
-            check.refuse("g2", f"of {len(g1)} elements", len(g2))
         if len(g1) < least:
             check.refuse("tokens1", f"of at least {least} images: negatives come from others", list(tokens1.shape))
         moved = (g2 @ g1.inverse()).on_tokens(self.token_norm(tokens1))

@@ -93,6 +93,10 @@ class TokenTap:
             handle.remove()
         self._handles = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A model that is copied inside of the context takes its hooks along, but not what ran.
+        return {**self.__dict__, "_images": {}, "_taken": {}}
+
     @property
     def tokens(self) -> Tensor:
         """Tokens of the last forward pass in this thread, [B, T, D], prefix tokens left out, row by row of ``grid``."""

@@ -60,11 +60,11 @@ class EquivariantViews:
                 check.refuse("image_size", f"whole patches of {patch_size}", image_size)
         if photometric is None:
             photometric = mocov3_photometric(image_size)
-        policies = (photometric, photometric) if callable(photometric) else tuple(photometric)
-        if len(policies) != 2 or not all(callable(policy) for policy in policies):
+        policies = (photometric, photometric) if callable(photometric) else photometric
+        if not isinstance(policies, (tuple, list)) or len(policies) != 2 or not all(map(callable, policies)):
             check.refuse("photometric", "a callable or a pair of them", photometric)
         self.image_size = (sides[0], sides[1])
-        self.patch_size, self.photometric, self.scale, self.ratio = patch_size, policies, scale, ratio
+        self.patch_size, self.photometric, self.scale, self.ratio = patch_size, tuple(policies), scale, ratio
         GridTransform.random(0, self.grid, scale=scale, ratio=ratio, generator=torch.Generator())  # refuses bad ranges
 
     @property

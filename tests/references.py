@@ -106,3 +106,44 @@ def class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator
             total = total + weight * (slopes[0] ** 2 + slopes[1] ** 2)
         losses.append(total)
     return sum(losses) / len(losses)
+
+
+def patch_nt_xent(z, z_prime, temperature):
+    """SER's loss, anchor by anchor and negative by negative; z, z_prime [B, T, D]."""
+    z, z_prime = z.double(), z_prime.double()
+    images, places = z.shape[:2]
+    total = 0.0
+    for i in range(images):
+        for j in range(places):
+            positive = _cosine(z[i, j], z_prime[i, j]) / temperature
+            logits = [positive]
+            for m in range(images):
+                for n in range(places):
+                    if m != i:
+                        logits.append(_cosine(z[i, j], z[m, n]) / temperature)
+                        logits.append(_cosine(z[i, j], z_prime[m, n]) / temperature)
+            top = max(logits)
+            total += top + math.log(sum(math.exp(logit - top) for logit in logits)) - positive
+    return total / (images * places)
+
+
+def knn_accuracy(train_features, train_labels, features, labels, k, temperature):
+    right = 0
+    for x, truth in zip(features.double(), labels.tolist()):
+        cosines = [_cosine(x, other.double()) for other in train_features]
+        nearest = sorted(range(len(cosines)), key=lambda n: -cosines[n])[:k]
+        votes = {}
+        for n in nearest:
+            label = int(train_labels[n])
+            votes[label] = votes.get(label, 0.0) + math.exp(cosines[n] / temperature)
+        right += max(votes, key=votes.get) == truth
+    return right / len(features)
+
+
+def equimod(predicted, target, temperature):
+    """The contrast of predicted embeddings [B, d] with those of all views."""
+    total = 0.0
+    for i in range(len(predicted)):
+        logits = [_cosine(predicted[i].double(), target[m].double()) / temperature for m in range(len(target))]
+        total += math.log(sum(math.exp(logit) for logit in logits)) - logits[i]
+    return total / len(predicted)

@@ -44,10 +44,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def normalized(x: Tensor) -> Tensor:
     """Unit length along the last dimension, in fp32 or fp64.
 
-    A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 comes out shorter than 1.
+    A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 (1e-3 in fp16) comes out shorter than 1.
     """
-    # In half precision the usual epsilon of 1e-12 rounds to zero, and a blank patch would give NaN.
-    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1, eps=1e-6)
+    # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
+    # of up to 1e6, and fp16 ends at 65,504.
+    eps = 1e-3 if x.dtype == torch.float16 else 1e-6
+    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1, eps=eps)
 
 
 def exponent_limit(dtype: torch.dtype) -> float:

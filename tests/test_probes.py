@@ -1,0 +1,186 @@
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from equireg import GridTransform, equivariance_score, knn_accuracy, linear_probe
+from tests import references
+
+
+def patch_means(images, patch=4):
+    return F.avg_pool2d(images, patch).flatten(2).transpose(1, 2)
+
+
+def turns(count, grid=(8, 8)):
+    return GridTransform(torch.arange(count) % 4, torch.arange(count) % 3 == 0, grid, grid)
+
+
+# ------------------------------------------------------------------------------------------------- equivariance
+
+
+def test_an_equivariant_encoder_scores_one(real_images):
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    files = sorted((real_images / "cifar10" / "test").rglob("*.jpg"))[::200]
+    images = torch.stack([to_tensor(Image.open(file)) for file in files])
+    score = equivariance_score(patch_means, images, turns(len(images)))
+    torch.testing.assert_close(score, torch.ones(len(images)))
+    shuffled = equivariance_score(patch_means, images, turns(len(images)), shuffled=True)
+    assert (shuffled < 0.999).all()
+
+
+def test_equals_a_loop_over_images_and_places():
+    images, position = torch.rand(3, 2, 12, 8), torch.linspace(-1, 1, 48).view(24, 2)
+
+    def encode(x):
+        return patch_means(x, 2) + position
+
+    g = GridTransform(torch.tensor([1, 3, 1]), torch.tensor([True, False, False]), (6, 4), (4, 6))
+    expected = []
+    before, after = g.on_tokens(encode(images)).double(), encode(g.on_images(images, 2)).double()
+    for i in range(3):
+        cosines = [float(a @ b) / float(a.norm() * b.norm()) for a, b in zip(before[i], after[i])]
+        expected.append(sum(cosines) / len(cosines))
+    score = equivariance_score(encode, images, g)
+    torch.testing.assert_close(score.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert (score < 0.999).all()
+    following = [sum(F.cosine_similarity(before[i], after[(i + 1) % 3], dim=-1)) / 24 for i in range(3)]
+    shuffled = equivariance_score(encode, images, g, shuffled=True)
+    torch.testing.assert_close(shuffled.double(), torch.stack(following), rtol=1e-5, atol=1e-6)
+
+
+def test_scaling_and_no_gradient():
+    g = GridTransform(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool), (8, 8), (6, 9))
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    score = equivariance_score(patch_means, images, g)
+    assert score.shape == (2,)
+    assert not score.requires_grad
+    assert (score > 0.9).all()
+
+
+@pytest.mark.parametrize(
+    ("encode", "images", "transform", "kind", "message"),
+    [
+        ("vit", torch.rand(2, 3, 32, 32), turns(2), TypeError, "encode must be callable, got str"),
+        (patch_means, torch.rand(2, 3, 32, 32), "rot90", TypeError, "transform must be a GridTransform"),
+        (patch_means, torch.rand(3, 3, 32, 32), turns(2), ValueError, r"images must be .*\[2, C, H, W\], got \[3"),
+        (patch_means, torch.rand(2, 3, 30, 32), turns(2), ValueError, "images must be of whole square patches"),
+        (patch_means, torch.rand(2, 3, 32, 64), turns(2), ValueError, "images must be of whole square patches"),
+        (lambda x: x, torch.rand(2, 3, 32, 32), turns(2), ValueError, r"encode\(images\) must be \[B, T, D\]"),
+        (lambda x: patch_means(x, 8), torch.rand(2, 3, 32, 32), turns(2), ValueError, "tokens must be of 8 x 8"),
+    ],
+)
+def test_wrong_equivariance_calls(encode, images, transform, kind, message):
+    with pytest.raises(kind, match=message):
+        equivariance_score(encode, images, transform)
+
+
+# ------------------------------------------------------------------------------------------------- classification
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_knn_equals_a_loop(k):
+    train, labels, test, truth = (
+        torch.randn(40, 6),
+        torch.randint(4, (40,)),
+        torch.randn(30, 6),
+        torch.randint(4, (30,)),
+    )
+    expected = references.knn_accuracy(train, labels, test, truth, k, 0.07)
+    assert knn_accuracy(train, labels, test, truth, k=k) == pytest.approx(expected)
+    assert knn_accuracy(100 * train, labels.int(), test / 100, truth, k=k) == pytest.approx(expected)
+
+
+def test_knn_at_low_temperatures_and_in_blocks():
+    x, y = torch.randn(2500, 8), torch.arange(2500) % 7
+    assert knn_accuracy(x, y, x, y, temperature=1e-4) == 1.0  # only the nearest counts: itself
+    assert knn_accuracy(x.bfloat16(), y, x.bfloat16(), y, k=1) > 0.99
+
+
+def test_linear_probe_equals_scikit_learn(real_images):
+    """On real images in so few pixels that no classifier is right about all of them."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="needs the examples extra")
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    parts = {}
+    for part in ("train", "test"):
+        files = sorted((real_images / "cifar10" / part).rglob("*.jpg"))[::20]
+        images = torch.stack([to_tensor(Image.open(file)) for file in files])
+        names = sorted({file.parent.name for file in files})
+        labels = torch.tensor([names.index(file.parent.name) for file in files])
+        parts[part] = F.avg_pool2d(images, 8).flatten(1), labels
+    (x, y), (x_test, y_test) = parts["train"], parts["test"]
+    for weight_decay in (1e-3, 1e-1):
+        mean, std = x.mean(0), x.std(0, correction=0)
+        reference = linear_model.LogisticRegression(C=1 / (weight_decay * len(x)), tol=1e-8, max_iter=5000)
+        reference.fit((x - mean) / std, y)
+        expected = reference.score((x_test - mean) / std, y_test)
+        found = linear_probe(x, y, x_test, y_test, weight_decay=weight_decay)
+        assert found == pytest.approx(expected, abs=0.021)  # two of a hundred may lie on the edge
+        assert 0.2 < found < 0.6
+
+
+def test_linear_probe_repeats_itself_and_leaves_the_generator_alone():
+    x, y = torch.randn(50, 4), torch.arange(50) % 3
+    state = torch.get_rng_state()
+    results = {linear_probe(x, y, x, y) for _ in range(3)}
+    assert len(results) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    constant = torch.cat([x, torch.ones(50, 1)], 1)  # a feature that never changes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert linear_probe(constant, y, constant, y) == results.pop()
+
+
+def samples(**changes):
+    parts = {
+        "train_features": torch.randn(8, 3),
+        "train_labels": torch.arange(8) % 2,
+        "features": torch.randn(4, 3),
+        "labels": torch.arange(4) % 2,
+    }
+    return {**parts, **changes}
+
+
+BAD = [
+    ({"train_features": [[1.0]]}, TypeError, "train_features must be a tensor"),
+    (
+        {"train_features": torch.zeros(8, 3, dtype=torch.int64)},
+        TypeError,
+        "train_features must be a tensor of floating",
+    ),
+    ({"features": torch.randn(4, 2)}, ValueError, r"features must be \[M, D\] = \[M, 3\], got \[4, 2\]"),
+    ({"train_labels": torch.arange(7)}, ValueError, r"train_labels must be \[N\] = \[8\], got \[7\]"),
+    ({"labels": torch.rand(4)}, TypeError, "labels must be a tensor of whole numbers"),
+    ({"labels": torch.tensor([0, 1, -1, 0])}, ValueError, "labels must be 0 or above, got -1"),
+    ({"features": torch.randn(0, 3), "labels": torch.arange(0)}, ValueError, "features must be of at least one sample"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), BAD)
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
+def test_wrong_samples(probe, changes, kind, message):
+    options = {"k": 2} if probe is knn_accuracy else {}
+    with pytest.raises(kind, match=f"^{probe.__name__}: {message}"):
+        probe(**samples(**changes), **options)
+
+
+def test_wrong_options():
+    for options, message in (
+        ({"k": 9}, "k must be at most the 8 training samples, got 9"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"k": 2, "temperature": 0}, "temperature must be"),
+    ):
+        with pytest.raises(ValueError, match=f"^knn_accuracy: {message}"):
+            knn_accuracy(**samples(), **options)
+    for options, message in (
+        ({"weight_decay": -1}, "weight_decay must be"),
+        ({"max_iterations": 0}, "max_iterations must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^linear_probe: {message}"):
+            linear_probe(**samples(), **options)
+    with pytest.raises(ValueError, match="^linear_probe: train_features must be finite, got nan"):
+        linear_probe(**samples(train_features=torch.full((8, 3), torch.nan)))

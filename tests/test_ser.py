@@ -1,0 +1,373 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from equireg import GridTransform, SERLoss, patch_nt_xent
+from tests import references
+
+
+def maps(images, places, width=5, dtype=torch.float64):
+    return torch.randn(2, images, places, width, dtype=dtype)
+
+
+def elements(count, grid=(4, 4), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return GridTransform.random(count, grid, generator=generator), GridTransform.random(
+        count, grid, generator=generator
+    )
+
+
+def tokens_for(g, width=8, dtype=torch.float32):
+    return torch.randn(len(g), g.target[0] * g.target[1], width, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------- the function
+
+
+@given(
+    images=st.integers(2, 4),
+    places=st.integers(1, 4),
+    width=st.integers(1, 5),
+    temperature=st.sampled_from([0.05, 0.3, 0.5, 2.0, 10.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_triple_loop(images, places, width, temperature, seed):
+    torch.manual_seed(seed)
+    z, z_prime = maps(images, places, width)
+    expected = references.patch_nt_xent(z, z_prime, temperature)
+    assert float(patch_nt_xent(z, z_prime, temperature=temperature)) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)])
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 10.0])
+def test_every_dtype_and_temperature(dtype, rtol, temperature):
+    """Against float64 on the same rounded input."""
+    z, z_prime = maps(3, 4, 16).to(dtype)
+    loss = patch_nt_xent(z, z_prime, temperature=temperature)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(references.patch_nt_xent(z, z_prime, temperature), rel=rtol)
+
+
+def dense(z, z_prime, temperature):
+    """The whole matrix, in float64, for sizes where the loop takes too long."""
+    images, places = z.shape[:2]
+    a, b = (F.normalize(part.double(), dim=-1).flatten(0, 1) for part in (z, z_prime))
+    image = torch.arange(images).repeat_interleave(places)
+    same = image[:, None] == image[None, :]
+    own, other = (a @ part.T / temperature for part in (a, b))
+    positive = other.diagonal()
+    logits = torch.cat([positive[:, None], own.masked_fill(same, -math.inf), other.masked_fill(same, -math.inf)], 1)
+    return (logits.logsumexp(1) - positive).mean()
+
+
+@pytest.mark.parametrize(("images", "places", "width"), [(6, 196, 32), (33, 49, 64)])
+def test_streamed_sizes_and_their_gradients(images, places, width):
+    z, z_prime = (part.clone().requires_grad_() for part in maps(images, places, width, torch.float32))
+    loss = patch_nt_xent(z, z_prime)
+    loss.backward()
+    expected = [part.detach().double().requires_grad_() for part in (z, z_prime)]
+    reference = dense(*expected, 0.3)
+    reference.backward()
+    torch.testing.assert_close(loss.double(), reference.detach(), rtol=2e-6, atol=0)
+    for mine, theirs in zip((z, z_prime), expected):
+        assert (mine.grad - theirs.grad).norm() < 1e-5 * theirs.grad.norm()
+
+
+def test_gradcheck():
+    z, z_prime = (part.clone().requires_grad_() for part in maps(3, 2, 3))
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b, t: patch_nt_xent(a, b, temperature=t), (z, z_prime, temperature))
+
+
+def test_same_tensor_twice_and_one_side_detached():  # F23
+    z = maps(3, 2)[0].requires_grad_()
+    expected = references.patch_nt_xent(z.detach(), z.detach(), 0.3)
+    assert float(patch_nt_xent(z, z).detach()) == pytest.approx(expected, rel=1e-10)
+    patch_nt_xent(z, z.detach()).backward()
+    assert z.grad.norm() > 0
+
+
+def test_identical_tokens_count_the_candidates():  # F10
+    z = torch.ones(4, 3, 8)
+    assert float(patch_nt_xent(z, z)) == pytest.approx(math.log(1 + 2 * 3 * 3), rel=1e-6)
+
+
+def test_a_small_loss_is_not_lost():
+    """Positives at cosine 1, negatives at -1: the loss is log(1 + 4 exp(-40)), 1.7e-17, and not 0."""
+    z = torch.tensor([[[1.0, 0.0]] * 2, [[-1.0, 0.0]] * 2])
+    assert float(patch_nt_xent(z, z, temperature=0.05)) == pytest.approx(4 * math.exp(-40), rel=1e-4)
+
+
+def test_the_hardest_pairs_keep_their_gradient():
+    """Positives at -1 and negatives at 1, at a temperature of 0.01: a gap of 200 and a slope, not a cut."""
+    z = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
+    z_prime = torch.tensor([[[-1.0, 1e-3]], [[-1.0, 1e-3]]], requires_grad=True)
+    loss = patch_nt_xent(z, z_prime, temperature=0.01)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(200, rel=1e-3)
+    assert z_prime.grad.isfinite().all()
+    assert z_prime.grad.norm() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_blank_patches(dtype):  # F9
+    z, z_prime = (part.to(dtype).clone() for part in maps(3, 4))
+    z[0, 1] = z_prime[0, 1] = z_prime[2] = 0
+    z.requires_grad_()
+    z_prime.requires_grad_()
+    loss = patch_nt_xent(z, z_prime)
+    loss.backward()
+    for part in (loss, z.grad, z_prime.grad):
+        assert part.isfinite().all()
+
+
+def test_scale_of_tokens_does_not_matter():
+    z, z_prime = maps(3, 4)
+    expected = patch_nt_xent(z, z_prime)
+    for scale in (1e-3, 1e30):
+        torch.testing.assert_close(patch_nt_xent(scale * z, z_prime * scale), expected)
+
+
+def test_strides_and_untouched_inputs():  # F22
+    z, z_prime = maps(3, 4, 6)
+    expected = patch_nt_xent(z, z_prime)
+    wide = torch.randn(3, 4, 12, dtype=torch.float64)
+    wide[..., ::2] = z
+    strided = wide[..., ::2]
+    transposed = z_prime.transpose(0, 2).contiguous().transpose(0, 2)
+    version = strided._version
+    assert torch.equal(patch_nt_xent(strided, transposed), expected)
+    assert strided._version == version
+    assert torch.equal(patch_nt_xent(z[:1].expand(3, -1, -1), z_prime), patch_nt_xent(z[:1].repeat(3, 1, 1), z_prime))
+
+
+def test_upstream_gradients():  # F24, and a GradScaler's
+    for factor in (2.0**16, -1.0, 0.0):
+        z, z_prime = maps(3, 4, dtype=torch.float32)
+        z.requires_grad_()
+        (gradient,) = torch.autograd.grad(patch_nt_xent(z, z_prime), z)
+        (scaled,) = torch.autograd.grad(torch.cat([(factor * patch_nt_xent(z, z_prime))[None]]).sum(), z)
+        torch.testing.assert_close(scaled, factor * gradient)
+
+
+def test_modes():  # F25, F26
+    z, z_prime = maps(3, 4, dtype=torch.float32)
+    expected = patch_nt_xent(z, z_prime)
+    with torch.no_grad():
+        assert torch.equal(patch_nt_xent(z, z_prime), expected)
+    with torch.inference_mode():
+        assert torch.equal(patch_nt_xent(z, z_prime), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(patch_nt_xent(z, z_prime), expected)
+    leaf = z.clone().requires_grad_()
+    loss = patch_nt_xent(leaf, z_prime)
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], first)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8), (5, 196, 16)])  # stored and streamed
+def test_function_compiles_whole(shape):
+    z, z_prime = torch.randn(2, *shape)
+    compiled = torch.compile(patch_nt_xent, fullgraph=True, backend="aot_eager")
+    mine, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    compiled(mine, z_prime).backward()
+    patch_nt_xent(theirs, z_prime).backward()
+    torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+FUNCTION_ERRORS = {
+    "F1 a list": (TypeError, "z must be a tensor", lambda z: ([1.0], z), {}),
+    "F1 None": (TypeError, "z_prime must be a tensor", lambda z: (z, None), {}),
+    "F2 integers": (TypeError, "z must be a tensor of floating point", lambda z: (z.long(), z), {}),
+    "F2 complex": (TypeError, "z must be a tensor of floating point", lambda z: (z.cfloat(), z), {}),
+    "F3 a matrix": (ValueError, r"z must be \[B, T, D\], got \[2, 3\]", lambda z: (z[:, :, 0], z), {}),
+    "F4 images": (ValueError, r"z_prime must be .* \[2, 3, 4\], got \[1, 3, 4\]", lambda z: (z, z[:1]), {}),
+    "F4 places": (ValueError, r"z_prime must be .* \[2, 3, 4\], got \[2, 2, 4\]", lambda z: (z, z[:, :2]), {}),
+    "F4 width": (ValueError, r"z_prime must be .* \[2, 3, 4\], got \[2, 3, 2\]", lambda z: (z, z[..., :2]), {}),
+    "F5 devices": (ValueError, "z_prime must be on cpu as z is, got meta", lambda z: (z, z.to("meta")), {}),
+    "F5 dtypes": (TypeError, "z_prime must be of z's dtype", lambda z: (z, z.double()), {}),
+    "F6 no images": (ValueError, "z must be of at least 2 images", lambda z: (z[:0], z[:0]), {}),
+    "F6 no places": (ValueError, "z must be of at least one token", lambda z: (z[:, :0], z[:, :0]), {}),
+    "F7 no width": (ValueError, "z must be of at least one token", lambda z: (z[..., :0], z[..., :0]), {}),
+    "F8 one image": (ValueError, r"at least 2 images.*got \[1, 3, 4\]", lambda z: (z[:1], z[:1]), {}),
+    "temperature 0": (ValueError, "temperature must be .* above 0, got 0", lambda z: (z, z), {"temperature": 0}),
+    "temperature < 0": (ValueError, "temperature .* got -0.3", lambda z: (z, z), {"temperature": -0.3}),
+    "temperature nan": (ValueError, "temperature .* got nan", lambda z: (z, z), {"temperature": math.nan}),
+    "temperature inf": (ValueError, "temperature .* got inf", lambda z: (z, z), {"temperature": math.inf}),
+    "temperature text": (TypeError, "temperature must be a number", lambda z: (z, z), {"temperature": "0.3"}),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTION_ERRORS)
+def test_wrong_arguments(case):
+    kind, message, arguments, options = FUNCTION_ERRORS[case]
+    with pytest.raises(kind, match=f"^patch_nt_xent: .*{message}"):
+        patch_nt_xent(*arguments(torch.randn(2, 3, 4)), **options)
+
+
+# --------------------------------------------------------------------------------------------------- the module
+
+
+@pytest.mark.parametrize("token_norm", [False, True])
+def test_module_is_the_function_on_aligned_and_projected_tokens(token_norm):
+    g1, g2 = elements(5)
+    tokens1, tokens2 = tokens_for(g1), tokens_for(g2)
+    ser = SERLoss(8, projection_dim=16, temperature=0.5, token_norm=token_norm)
+    norm = torch.nn.LayerNorm(8) if token_norm else torch.nn.Identity()
+    moved = (g2 @ g1.inverse()).on_tokens(norm(tokens1))
+    expected = patch_nt_xent(ser.projection(moved), ser.projection(norm(tokens2)), temperature=0.5)
+    torch.testing.assert_close(ser(tokens1, tokens2, g1, g2), expected)
+    assert [type(layer).__name__ for layer in ser.projection] == ["Linear", "GELU", "Linear"]
+    assert ser.projection[2].out_features == 16
+
+
+def test_an_exactly_equivariant_encoder_on_real_images(real_images):
+    """Patch averages without a position: aligned, the two views' tokens agree at every place."""
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    files = sorted((real_images / "cifar10" / "train").rglob("*.jpg"))[::1500]
+    images = torch.stack([to_tensor(Image.open(file)) for file in files])
+    elements = [torch.randint(4, (2, len(images))), torch.rand(2, len(images)) < 0.5]
+    g1, g2 = (GridTransform(turns, flip, (8, 8), (8, 8)) for turns, flip in zip(*elements))
+    tokens1, tokens2 = (F.avg_pool2d(g.on_images(images, 4), 4).flatten(2).transpose(1, 2) for g in (g1, g2))
+    torch.testing.assert_close((g2 @ g1.inverse()).on_tokens(tokens1), tokens2)
+    ser = SERLoss(3)
+    projected = ser.projection(tokens2)
+    torch.testing.assert_close(ser(tokens1, tokens2, g1, g2), patch_nt_xent(projected, projected))
+    assert ser(tokens1, tokens2, g1, g2) < ser(tokens1, tokens2, g1, g1)  # and not with the wrong element
+
+
+def test_gradients_reach_both_views_and_every_parameter():
+    g1, g2 = elements(4)
+    tokens1, tokens2 = tokens_for(g1).requires_grad_(), tokens_for(g2).requires_grad_()
+    ser = SERLoss(8, token_norm=True)
+    ser(tokens1, tokens2, g1, g2).backward()
+    for part in (tokens1, tokens2, *ser.parameters()):
+        assert part.grad.isfinite().all()
+        assert part.grad.norm() > 0
+
+
+def test_it_teaches_tokens_to_turn():
+    """An encoder of patches with a positional embedding, which does not turn, learns to."""
+    from equireg import equivariance_score
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.position = torch.nn.Linear(48, 16), torch.nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, images):
+            return self.patches(F.unfold(images, 4, stride=4).transpose(1, 2)) + self.position
+
+    images, encoder, ser = torch.rand(8, 3, 16, 16), Encoder(), SERLoss(16, projection_dim=32)
+    turns = torch.arange(8) % 4
+    g1, g2 = (GridTransform(turns + i, torch.zeros(8, dtype=torch.bool), (4, 4), (4, 4)) for i in range(2))
+    before = equivariance_score(encoder, images, g2).mean()
+    optimizer = torch.optim.Adam([*encoder.parameters(), *ser.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(80):
+        loss = ser(encoder(g1.on_images(images, 4)), encoder(g2.on_images(images, 4)), g1, g2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert equivariance_score(encoder, images, g2).mean() > before + 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """The projection runs in half precision, the sums do not."""
+    g1, g2 = elements(4)
+    tokens1, tokens2, ser = tokens_for(g1), tokens_for(g2), SERLoss(8)
+    with torch.autocast("cpu", dtype):
+        loss = ser(tokens1, tokens2, g1, g2)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, ser(tokens1, tokens2, g1, g2), rtol=1e-2, atol=0)
+
+
+def test_compiles_whole():
+    g1, g2 = elements(4)
+    ser = SERLoss(8, projection_dim=16)
+    compiled = torch.compile(ser, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        g1, g2 = elements(4, seed=seed)
+        mine, other = tokens_for(g1).requires_grad_(), tokens_for(g2)
+        theirs = mine.detach().clone().requires_grad_()
+        loss, expected = compiled(mine, other, g1, g2), ser(theirs, other, g1, g2)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_copies():
+    g1, g2 = elements(3)
+    arguments = (tokens_for(g1), tokens_for(g2), g1, g2)
+    ser = SERLoss(8, token_norm=True)
+    expected = ser(*arguments)
+    for other in (copy.deepcopy(ser), pickle.loads(pickle.dumps(ser))):  # noqa: S301
+        assert torch.equal(other(*arguments), expected)
+    fresh = SERLoss(8, token_norm=True)
+    fresh.load_state_dict(ser.state_dict())
+    assert torch.equal(fresh(*arguments), expected)
+    assert set(SERLoss(8).state_dict()) == {f"projection.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+
+
+def test_gathering_without_processes_changes_nothing():  # D10
+    g1, g2 = elements(3)
+    arguments = (tokens_for(g1), tokens_for(g2), g1, g2)
+    ser, gathering = SERLoss(8), SERLoss(8, gather_distributed=True)
+    gathering.load_state_dict(ser.state_dict())
+    assert torch.equal(gathering(*arguments), ser(*arguments))
+
+
+def wrong_calls():
+    g1, g2 = elements(3)
+    t1, t2 = tokens_for(g1), tokens_for(g2)
+    other, _ = elements(3, grid=(5, 5))
+    short, _ = elements(2)
+    one, _ = elements(1)
+    prefix = torch.cat([t1[:, :1], t1], 1)
+    return {
+        "another source grid": (ValueError, r"g2 must be of g1's source grid \(4, 4\)", (t1, t2, g1, other)),
+        "G8 another length": (ValueError, "g2 must be of 3 elements as g1, got 2", (t1, tokens_for(short), g1, short)),
+        "G6 prefix left in": (ValueError, "tokens1 must be .* without class or register", (prefix, t2, g1, g2)),
+        "G7 tokens of another grid": (ValueError, "tokens2 must be of", (t1, t2[:, :-1], g1, g2)),
+        "width": (ValueError, r"tokens1 must be .*8\].*got", (t1[..., :4], t2, g1, g2)),
+        "F8 one image": (ValueError, "tokens1 must be of at least 2", (tokens_for(one), tokens_for(one), one, one)),
+        "F5 devices": (ValueError, "tokens2 must be on cpu as tokens1 is", (t1, t2.to("meta"), g1, g2)),
+        "G2 not a transform": (TypeError, "g1 must be a GridTransform, got str", (t1, t2, "rot90", g2)),
+        "F2 integers": (TypeError, "tokens1 must be a tensor of floating point", (t1.long(), t2, g1, g2)),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_calls())
+def test_wrong_calls(case):
+    kind, message, arguments = wrong_calls()[case]
+    with pytest.raises(kind, match=f"^SERLoss: .*{message}"):
+        SERLoss(8)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        ({"dim": 8.0}, TypeError, "dim must be a whole number"),
+        ({"projection_dim": -1}, ValueError, "projection_dim must be at least 1"),
+        ({"temperature": 0.0}, ValueError, "temperature must be .* above 0"),
+        ({"token_norm": "layer"}, ValueError, "token_norm must be one of True, False"),
+        ({"gather_distributed": 1}, ValueError, "gather_distributed must be one of True, False"),
+    ],
+)
+def test_wrong_options(options, kind, message):
+    with pytest.raises(kind, match=f"^SERLoss: {message}"):
+        SERLoss(**{"dim": 8, **options})

@@ -1,0 +1,293 @@
+import copy
+import threading
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from equireg import LateClassToken, TokenTap
+
+timm = pytest.importorskip("timm", reason="needs the examples extra")
+
+# Model, layer, which of forward_intermediates' maps that is, and images: square, and where the model can, not.
+MAPS = [
+    ("vit_tiny_patch16_224", "blocks.2", 2, {"dynamic_img_size": True, "embed_dim": 48, "num_heads": 4}, (64, 96)),
+    ("deit_tiny_distilled_patch16_224", "blocks.2", 2, {"embed_dim": 48, "num_heads": 4}, (224, 224)),
+    ("vit_small_patch14_reg4_dinov2", "blocks.1", 1, {"img_size": 56, "embed_dim": 48}, (56, 56)),
+    ("vit_small_patch16_dinov3", "blocks.1", 1, {"dynamic_img_size": True, "embed_dim": 48}, (64, 128)),
+    ("eva02_tiny_patch14_224", "blocks.1", 1, {"img_size": 56, "embed_dim": 48, "num_heads": 4}, (56, 56)),
+    ("beit_base_patch16_224", "blocks.1", 1, {"img_size": 64, "embed_dim": 48, "depth": 3}, (64, 64)),
+    ("vit_wee_patch16_reg1_gap_256", "blocks.2", 2, {"embed_dim": 48, "num_heads": 4, "img_size": 64}, (64, 64)),
+    ("cait_xxs24_224", "blocks.1", 1, {"depth": 3}, (224, 224)),
+    ("xcit_nano_12_p16_224", "blocks.1", 1, {}, (224, 224)),
+    ("swin_tiny_patch4_window7_224", "layers.1", 1, {"img_size": (64, 128), "window_size": 4}, (64, 128)),
+    ("swinv2_tiny_window8_256", "layers.0", 0, {"img_size": 96, "window_size": 4}, (96, 96)),
+    ("swin_tiny_patch4_window7_224", "layers.0", 0, {"img_size": 384, "window_size": 12}, (384, 384)),  # 96 x 96 x 96
+    ("convnext_atto", "stages.1", 1, {}, (64, 96)),
+    ("resnet18", "layer2", 2, {}, (64, 96)),
+    ("efficientnet_b0", "blocks.2", None, {}, (64, 96)),
+    ("regnety_002", "s2", 2, {}, (64, 96)),
+    ("maxvit_tiny_tf_224", "stages.1", 2, {}, (224, 224)),
+    ("pvt_v2_b0", "stages.1", 1, {}, (64, 96)),
+]
+
+
+def resnet():
+    return timm.create_model("resnet18", num_classes=4).eval()
+
+
+def vit(**options):
+    small = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 4}
+    return timm.create_model("vit_tiny_patch16_224", **{**small, **options}).eval()
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize(("name", "layer", "index", "options", "size"), MAPS, ids=[f"{m[0]}-{m[4]}" for m in MAPS])
+@torch.no_grad()
+def test_tokens_and_grid(name, layer, index, options, size):
+    model = timm.create_model(name, num_classes=4, **options).eval()
+    x = torch.rand(2, 3, *size)
+    expected = model(x)
+    with TokenTap(model, layer) as tap:
+        assert torch.equal(model(x), expected)
+    assert not hooks(model)
+    if index is None:
+        seen = []
+        handle = model.get_submodule(layer).register_forward_hook(lambda *args: seen.append(args[2]))
+        model(x)
+        handle.remove()
+        maps = seen[0]
+    else:
+        maps = model.forward_intermediates(x, indices=[index], output_fmt="NCHW", intermediates_only=True)[0]
+    assert tap.grid == tuple(maps.shape[2:])
+    assert torch.equal(tap.tokens, maps.flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_torchvision():
+    models = torchvision.models
+    vit = models.VisionTransformer(32, 8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32)
+    swin = models.swin_transformer.SwinTransformer([4, 4], 24, [1, 1], [2, 2], [4, 4])
+    for model, layer, size, grid, width in (
+        (vit, "encoder.layers.encoder_layer_1", (32, 32), (4, 4), 16),
+        (swin, "features.1", (64, 96), (16, 24), 24),
+        (models.resnet18(), "layer3", (64, 96), (4, 6), 256),
+    ):
+        with TokenTap(model.eval(), layer) as tap:
+            model(torch.rand(2, 3, *size))
+        assert tap.grid == grid
+        assert tap.tokens.shape == (2, grid[0] * grid[1], width)
+    # Row by row of the grid: what a bright patch changes stands at its place.
+    tap = TokenTap(swin, "features.0")
+    x = torch.zeros(1, 3, 64, 96)
+    x[:, :, 8:12, 20:24] = 1
+    with tap:
+        swin(x)
+    assert (tap.tokens - tap.tokens[:, :1]).abs().sum(-1).argmax() == 2 * 24 + 5
+
+
+def test_grid_follows_every_forward_pass():  # W9
+    model = vit(dynamic_img_size=True)
+    with TokenTap(model, "blocks.1") as tap:
+        for size, grid in (((64, 64), (4, 4)), ((32, 96), (2, 6)), ((96, 48), (6, 3))):
+            model(torch.rand(1, 3, *size))
+            assert tap.grid == grid
+            assert tap.tokens.shape == (1, grid[0] * grid[1], 48)
+    model = vit()
+    with TokenTap(model, "blocks.1") as tap:
+        model(torch.rand(0, 3, 64, 64))
+        assert tap.tokens.shape == (0, 16, 48)
+
+
+def test_gradients_flow_through_tokens():
+    model = vit()
+    with TokenTap(model, "blocks.1") as tap:
+        model(torch.rand(2, 3, 64, 64))
+        tap.tokens.square().sum().backward()
+    assert model.patch_embed.proj.weight.grad.norm() > 0
+    assert model.blocks[2].mlp.fc1.weight.grad is None
+
+
+def test_nothing_is_left_behind():  # W3
+    model = vit()
+    handle = model.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    tap = TokenTap(model, "blocks.1")
+    assert hooks(model) == 1
+    with pytest.raises(ZeroDivisionError), tap:
+        model(torch.rand(1, 3, 64, 64))
+    assert hooks(model) == 1
+    handle.remove()
+    for _ in range(3):  # entered again and again
+        with tap:
+            model(torch.rand(1, 3, 64, 64))
+        assert not hooks(model)
+        assert tap.grid == (4, 4)
+    with TokenTap(model, "blocks.1") as outer, TokenTap(model, "blocks.2") as inner:
+        model(torch.rand(1, 3, 64, 64))
+    assert not torch.equal(outer.tokens, inner.tokens)
+    tap.__enter__()
+    other = copy.deepcopy(model)
+    tap.close()
+    assert not hooks(model)
+    other(torch.rand(1, 3, 64, 64))  # a copy made inside of the context runs, with hooks of its own
+
+
+def test_features_alone():
+    """``forward_features`` does not run the model's own hooks, so the images are not seen: square grids only."""
+    model = vit(dynamic_img_size=True)
+    with TokenTap(model, "blocks.1") as tap:
+        model.forward_features(torch.rand(1, 3, 64, 64))
+        assert tap.grid == (4, 4)
+        with pytest.raises(ValueError, match=r"map of tokens.*got \[1, 19, 48\] for unknown images"):
+            model.forward_features(torch.rand(1, 3, 48, 96))
+
+
+def test_activation_checkpointing_records_once():  # W5
+    model = vit()
+    model.set_grad_checkpointing(True)
+    model.train()
+    with TokenTap(model, "blocks.1") as tap:
+        logits = model(torch.rand(2, 3, 64, 64))
+        before = tap.tokens
+        (logits.sum() + before.square().sum()).backward()
+        assert tap.tokens is before
+    assert model.patch_embed.proj.weight.grad.norm() > 0
+
+
+def test_compiled_inside_of_the_context():  # W4
+    model = vit()
+    x = torch.rand(2, 3, 64, 64)
+    with TokenTap(model, "blocks.1") as tap:
+        model(x)
+        expected = tap.tokens
+    with TokenTap(model, "blocks.1") as tap:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(x)
+        torch.testing.assert_close(tap.tokens, expected)
+        assert tap.grid == (4, 4)
+        compiled(x).sum().backward()
+        tap.tokens.sum()
+
+
+def test_compiled_before_is_refused():
+    for model in (torch.compile(vit()), vit()):
+        if not hasattr(model, "_orig_mod"):
+            model.compile()
+        with pytest.raises(ValueError, match="TokenTap: model must be wrapped first and compiled after"):
+            TokenTap(model, "blocks.1")
+    model = vit()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(torch.rand(1, 3, 64, 64))
+    with TokenTap(model, "blocks.1") as tap:
+        compiled(torch.rand(1, 3, 64, 64))
+        with pytest.raises(ValueError, match="a model compiled before that does not see the tap"):
+            tap.tokens  # noqa: B018
+    torch._dynamo.reset()
+
+
+def test_a_layer_that_runs_twice_leaves_its_last():  # W2
+    layer = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    with TokenTap(model, "0") as tap:
+        output = model(torch.rand(1, 3, 4, 6))
+    assert torch.equal(tap.tokens, output.flatten(2).transpose(1, 2))
+
+
+def test_an_output_changed_in_place_is_refused():  # W2
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    with TokenTap(model, "0") as tap, torch.no_grad():
+        model(torch.rand(1, 3, 4, 4))
+        with pytest.raises(ValueError, match="layer '0' must not be followed by an operation in place"):
+            tap.tokens  # noqa: B018
+    with TokenTap(model, "1") as tap:
+        model(torch.rand(1, 3, 4, 4))
+        assert (tap.tokens >= 0).all()
+    with TokenTap(model, "1") as tap, torch.inference_mode():
+        model(torch.rand(1, 3, 4, 4))
+        assert tap.grid == (4, 4)
+
+
+def test_of_a_late_class_token():
+    late = LateClassToken(vit(), 2)
+    with TokenTap(late, "vit.blocks.1") as tap:
+        _, tokens = late(torch.rand(2, 3, 64, 64), return_tokens=True)
+    assert torch.equal(tap.tokens, tokens)
+
+
+@torch.no_grad()
+def test_two_threads_do_not_mix():  # W7
+    model, failures = vit(dynamic_img_size=True), []
+    with TokenTap(model, "blocks.1") as tap:
+
+        def work(size):
+            with torch.no_grad():
+                for _ in range(20):
+                    model(torch.rand(1, 3, *size))
+                    if tap.grid != (size[0] // 16, size[1] // 16):
+                        failures.append(tap.grid)
+
+        threads = [threading.Thread(target=work, args=(size,)) for size in ((64, 64), (32, 96))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_what_cannot_be_found_out_can_be_said():
+    class Odd(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.shape, self.inner = shape, nn.Identity()
+
+        def forward(self, x):
+            return self.inner(torch.zeros(len(x), *self.shape))
+
+    x = torch.rand(2, 3, 8, 8)
+    for shape, options, tokens, grid in (
+        ((19, 5), {"num_prefix_tokens": 3}, (2, 16, 5), (4, 4)),
+        ((4, 4, 4), {"channels_last": True}, (2, 16, 4), (4, 4)),
+        ((2, 8, 5), {"channels_last": True}, (2, 16, 5), (2, 8)),
+        ((5, 2, 8), {"channels_last": False}, (2, 16, 5), (2, 8)),
+    ):
+        model = Odd(*shape)
+        with TokenTap(model, "inner", **options) as tap:
+            model(x)
+        assert (tuple(tap.tokens.shape), tap.grid) == (tokens, grid)
+    for shape in ((17, 5), (3,), ()):
+        model = Odd(*shape)
+        with TokenTap(model, "inner"), pytest.raises(ValueError, match=r"layer must be one whose output is a map"):
+            model(x)
+
+
+def test_outputs_that_are_no_tensor_are_refused():  # R2
+    model = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3))
+    with TokenTap(model, "1"), pytest.raises(TypeError, match="layer must be one whose output is a tensor.*got tuple"):
+        model(torch.rand(2, 4, 3))
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match=r"layer must be the name of a submodule, such as 'blocks.*got 'block.2'"):
+        TokenTap(vit(), "block.2")  # W1
+    for layer in ("", "blocks.9", 2, None):
+        with pytest.raises(ValueError, match="^TokenTap: layer must be the name of a submodule"):
+            TokenTap(vit(), layer)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
+        TokenTap(lambda x: x, "blocks.2")
+    with pytest.raises(ValueError, match="num_prefix_tokens must be at least 0"):
+        TokenTap(vit(), "blocks.2", num_prefix_tokens=-1)
+    with pytest.raises(ValueError, match="channels_last must be one of None, True, False"):
+        TokenTap(vit(), "blocks.2", channels_last="NHWC")
+    with pytest.raises(ValueError, match="keeps its tokens row by row, got Hiera, which reorders"):
+        TokenTap(timm.create_model("hiera_tiny_224"), "blocks.2")
+    tap = TokenTap(vit(), "blocks.2")
+    for name in ("tokens", "grid"):
+        with pytest.raises(ValueError, match="layer 'blocks.2' must run inside of the context"):
+            getattr(tap, name)
+    with tap, pytest.raises(ValueError, match="the tap must be entered once at a time"):
+        tap.__enter__()
+    assert not hooks(tap.model)

@@ -1,0 +1,196 @@
+import pickle
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from equireg import EquivariantViews, mocov3_photometric, split_batch
+
+IDENTITY = torch.nn.Identity()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 4), ((24, 48), 8), (16, 16)])
+def test_views_are_what_the_elements_do(size, patch):
+    views = EquivariantViews(size, patch, photometric=IDENTITY)
+    images = torch.rand(6, 3, *views.image_size)
+    x1, x2, g1, g2 = views(images, seeded())
+    for x, g in ((x1, g1), (x2, g2)):
+        assert torch.equal(x, g.on_images(images, patch))
+        assert g.source == views.grid
+        assert tuple(x.shape[2:]) == (patch * g.target[0], patch * g.target[1])
+
+
+def test_the_second_view_is_the_first_one_moved():
+    """x2 = ρ_g(x1) with g = g2 g1⁻¹, exactly where nothing is resized."""
+    views = EquivariantViews(32, 4, photometric=IDENTITY, scale=(1, 1), ratio=(1, 1))
+    x1, x2, g1, g2 = views(torch.rand(32, 3, 32, 32), seeded())
+    assert torch.equal((g2 @ g1.inverse()).on_images(x1, 4), x2)
+    assert len(set(zip(g1.quarter_turns.tolist(), g1.flip.tolist()))) == 8  # each image has its own element
+    assert not torch.equal(g1.quarter_turns, g2.quarter_turns)  # and each view
+
+
+def test_sizes_stay_in_their_range():
+    views = EquivariantViews(224, 16, photometric=IDENTITY)
+    found = set()
+    for seed in range(60):
+        _, _, g1, g2 = views(torch.zeros(1, 3, 224, 224), seeded(seed))
+        found |= {g1.target, g2.target}
+    areas = [h * w / 196 for h, w in found]
+    assert len(found) > 20
+    assert 0.62 < min(areas) < 0.8  # 0.7 and 1.3, and rounding to whole patches
+    assert 1.2 < max(areas) < 1.4
+    assert all(0.65 < w / h < 1.55 for h, w in found)  # 3/4 and 4/3, and rounding
+
+
+def test_a_generator_decides_everything_and_leaves_the_global_one_alone():  # E9
+    views, images = EquivariantViews(32, 4), torch.rand(4, 3, 32, 32)
+    before = torch.get_rng_state()
+    first, again, other = (views(images, seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    for a, b in zip(first[:2], again[:2]):
+        assert torch.equal(a, b)
+    assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
+    torch.manual_seed(3)
+    x = views(images)[0]
+    torch.manual_seed(3)
+    assert torch.equal(views(images)[0], x)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_global_generator_is_put_back_after_an_error():
+    def fail(image):
+        torch.rand(3)
+        raise RuntimeError("no")
+
+    views, images = EquivariantViews(32, 4, photometric=fail), torch.rand(2, 3, 32, 32)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no"):
+        views(images, seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_colours_are_drawn_for_each_image_and_each_view():
+    views = EquivariantViews(32, 4, scale=(1, 1), ratio=(1, 1))
+    image = torch.rand(3, 32, 32)
+    x1, x2, g1, g2 = views(image.expand(12, -1, -1, -1), seeded())
+    flat = [g.inverse().on_images(x, 4) for x, g in ((x1, g1), (x2, g2))]  # what is left are the colours
+    every = torch.cat(flat).flatten(1)
+    distances = torch.cdist(every, every) + torch.eye(24)
+    assert (distances > 1e-3).float().mean() > 0.9  # some change nothing in both
+    assert ((x1 > -1e-4) & (x1 < 1 + 1e-4)).all()
+
+
+def test_one_policy_for_each_view():
+    views = EquivariantViews(32, 4, photometric=(v2.RandomSolarize(0.0, p=1.0), IDENTITY))
+    images = torch.rand(3, 3, 32, 32)
+    x1, x2, g1, g2 = views(images, seeded())
+    torch.testing.assert_close(x1, 1 - g1.on_images(images, 4).clamp(0, 1))
+    assert torch.equal(x2, g2.on_images(images, 4))
+
+
+def test_moco_v3_pair():
+    """Blur always in the first view and rarely in the second; solarize in the second alone."""
+    first, second = mocov3_photometric(224)
+    for policy, blur, solarize in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
+        jitter, gray, blurred, solarized = policy.transforms
+        assert (jitter.p, gray.p, blurred.p, solarized.p) == (0.8, 0.2, blur, solarize)
+        assert blurred.transforms[0].kernel_size == (23, 23)
+        assert list(blurred.transforms[0].sigma) == [0.1, 2.0]
+        colors = jitter.transforms[0]
+        assert (colors.brightness, colors.saturation, colors.hue) == ((0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
+    assert mocov3_photometric((32, 48))[0].transforms[2].transforms[0].kernel_size == (3, 3)
+
+
+def test_overshoot_of_resizing_gives_no_nan():
+    """Sharp edges overshoot under bicubic resizing, and jittered hues of such colours were NaN."""
+    checkers = (torch.arange(32)[:, None] // 2 + torch.arange(32) // 2) % 2
+    images = checkers.expand(64, 3, 32, 32).float() * torch.rand(64, 3, 1, 1)
+    views = EquivariantViews(32, 4)
+    for seed in range(4):
+        for x in views(images, seeded(seed))[:2]:
+            assert x.isfinite().all()
+            assert ((x > -1e-4) & (x < 1 + 1e-4)).all()
+
+
+def test_real_images_in_a_loader(real_images):
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    folder = ImageFolder(real_images / "cifar10" / "test", v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, True)]))
+    views = pickle.loads(pickle.dumps(EquivariantViews(32, 4)))  # noqa: S301
+    images, _ = next(iter(DataLoader(folder, batch_size=16, shuffle=True)))
+    x1, _, g1, _ = views(images)
+    assert x1.isfinite().all()
+    assert len(g1) == 16
+
+
+def test_empty_batch_and_gradients():
+    views = EquivariantViews(32, 4)
+    x1, _, g1, _ = views(torch.rand(0, 3, 32, 32), seeded())
+    assert len(x1) == len(g1) == 0
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    EquivariantViews(32, 4, photometric=IDENTITY)(images, seeded())[0].sum().backward()
+    assert images.grad.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind", "message"),
+    [
+        ((30, 4), {}, ValueError, "image_size must be whole patches of 4, got 30"),
+        (((32, 30), 4), {}, ValueError, "image_size must be whole patches of 4"),
+        (((32, 32, 3), 4), {}, ValueError, "image_size must be a side or"),
+        ((32.0, 4), {}, TypeError, "image_size must be a whole number"),
+        ((32, 0), {}, ValueError, "patch_size must be at least 1"),
+        ((32, 4), {"photometric": [IDENTITY]}, ValueError, "photometric must be a callable or a pair"),
+        ((32, 4), {"photometric": (IDENTITY, "blur")}, ValueError, "photometric must be a callable or a pair"),
+        ((32, 4), {"photometric": 3}, ValueError, "photometric must be a callable or a pair"),
+        ((32, 4), {"scale": (1.3, 0.7)}, ValueError, "scale must be two numbers above 0 in rising order"),
+        ((32, 4), {"ratio": (0, 1)}, ValueError, "ratio must be two numbers above 0 in rising order"),
+    ],
+)
+def test_wrong_options(arguments, options, kind, message):
+    with pytest.raises(kind, match=f"^(EquivariantViews|GridTransform.random): {message}"):
+        EquivariantViews(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "kind", "message"),
+    [
+        ([1.0], TypeError, "images must be a tensor"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "images must be a tensor of floating point"),
+        (torch.zeros(3, 32, 32), ValueError, r"images must be \[B, C, H, W\]"),
+        (torch.zeros(2, 3, 32, 40), ValueError, r"images must be \[B, C, 32, 32\], got \[2, 3, 32, 40\]"),
+    ],
+)
+def test_wrong_images(images, kind, message):
+    with pytest.raises(kind, match=f"^EquivariantViews: {message}"):
+        EquivariantViews(32, 4)(images)
+
+
+def test_split_batch():
+    batch = torch.arange(200)
+    b1, b2 = split_batch(batch, 0.25)
+    assert torch.equal(torch.cat([b1, b2]), batch)
+    wanted = {(2048, 0.01): 20, (100, 0.01): 2, (10, 0.5): 5, (10, 1): 10, (10, 0): 0}
+    assert {key: len(split_batch(torch.zeros(key[0]), key[1])[1]) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("batch", "ratio", "kind", "message"),
+    [
+        ([1, 2], 0.5, TypeError, "batch must be a tensor"),
+        (torch.zeros(4), 1.5, ValueError, "ratio must be from 0 to 1, got 1.5"),
+        (torch.zeros(4), -0.1, ValueError, "ratio must be from 0 to 1"),
+        (torch.zeros(4), float("nan"), ValueError, "ratio must be from 0 to 1"),
+        (torch.zeros(4), "half", TypeError, "ratio must be a number"),
+        (torch.zeros(1), 0.5, ValueError, "batch must be of at least 2 samples"),
+        (torch.zeros(()), 0.0, ValueError, "batch must be of at least 1 samples"),
+    ],
+)
+def test_wrong_splits(batch, ratio, kind, message):
+    with pytest.raises(kind, match=f"^split_batch: {message}"):
+        split_batch(batch, ratio)
