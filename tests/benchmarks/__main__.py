@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.benchmarks.measure import in_a_process, machine
 
-BENCHMARKS = ["class_wise_irm", "environments", "pair_lse", "training_step", "grid"]
+BENCHMARKS = ["class_wise_irm", "environments", "pair_lse", "training_step", "grid", "ser", "ser_flops"]
 
 
 def main() -> None:
@@ -33,8 +33,12 @@ def main() -> None:
         found = in_a_process(name, options.repeats, options.threads)
         for row in found:
             first = next(other for other in found if other["work"] == row["work"])
-            cells = [row["work"], row["version"], f"{1e3 * row['seconds']:,.1f} ms"]
-            cells.append("" if row is first else f"{first['seconds'] / row['seconds']:.2f}x")
+            cells = [row["work"], row["version"]]
+            if "flops" in row:  # counted, not timed; how many times the first
+                cells += [f"{row['flops'] / 1e12:,.2f} TFLOP", f"{row['flops'] / first['flops']:.4f}x as many"]
+            else:
+                cells.append(f"{1e3 * row['seconds']:,.1f} ms")
+                cells.append("" if row is first else f"{first['seconds'] / row['seconds']:.2f}x")
             cells.append(f"{row['megabytes']:,.0f} MB" if "megabytes" in row else "")
             cells.append(
                 "" if row is first or "megabytes" not in row else f"{first['megabytes'] / row['megabytes']:.1f}x"

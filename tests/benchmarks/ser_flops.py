@@ -1,0 +1,74 @@
+"""What soft equivariance adds to the FLOPs of a MoCo-v3 step: ViT-S/16 at 224, 1% of a batch of 2,048.
+
+Counted by PyTorch on the meta device: no number is computed, every product is counted, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from lightly.models.modules.heads import BYOLPredictionHead, MoCoProjectionHead
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from equireg import GridTransform, LateClassToken, SERLoss, split_batch
+
+BATCH, RATIO, DRAWS = 2048, 0.01, 16
+
+
+def pair_lse_flops(x: Any, y: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    return 2 * x[0] * x[1] * y[0]
+
+
+def pair_lse_backward_flops(x: Any, y: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    return 6 * x[0] * x[1] * y[0]  # the logits once more, and both gradients
+
+
+def step_flops(layer: int, sizes: list[tuple[int, tuple[int, int], tuple[int, int]]], with_loss: bool = True) -> int:
+    """Student forward and backward, momentum encoder forward; with a layer, SER's loss on the last of the sub-batches.
+
+    ``sizes``: images and the grids of their two views, for each sub-batch.
+    """
+    with torch.device("meta"):
+        vit = LateClassToken(timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True), layer)
+        projector = MoCoProjectionHead(384, 4096, 256, num_layers=3, batch_norm=True)
+        predictor, ser = BYOLPredictionHead(256, 4096, 256), SERLoss(384)
+    formulas = {
+        torch.ops.equireg.pair_lse: pair_lse_flops,
+        torch.ops.equireg.pair_lse_backward: pair_lse_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        for images, *grids in sizes:
+            views = [torch.zeros(images, 3, 16 * h, 16 * w, device="meta") for h, w in grids]
+            outputs = [vit(view, return_tokens=True) for view in views]
+            with torch.no_grad():
+                keys = [projector(vit(view)) for view in views]
+            queries = [predictor(projector(features)) for features, _ in outputs]
+            losses = [nn.functional.cross_entropy(q @ k.T, torch.zeros(len(q), device="meta").long())
+                      for q, k in zip(queries, reversed(keys))]  # fmt: skip
+            loss = losses[0] + losses[1]
+            if layer and with_loss and (images, *grids) == sizes[-1]:
+                still = torch.zeros(images, dtype=torch.int64)
+                g1, g2 = (GridTransform(still, still.bool(), (14, 14), grid) for grid in grids)
+                loss = loss + ser(outputs[0][1], outputs[1][1], g1, g2)
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
+    base = step_flops(0, [(BATCH, (14, 14), (14, 14))])
+    b1, b2 = (len(part) for part in split_batch(torch.zeros(BATCH), RATIO))
+    draw, counts, without = torch.Generator().manual_seed(0), [], []
+    for _ in range(DRAWS):
+        grids = [GridTransform.random(1, (14, 14), generator=draw).target for _ in range(2)]
+        sizes = [(b1, (14, 14), (14, 14)), (b2, *grids)]
+        counts.append(step_flops(3, sizes))
+        without.append(step_flops(3, sizes, with_loss=False))
+    work = f"FLOPs of a step, ViT-S/16 at 224, batch {BATCH}, forward + backward, mean of {DRAWS} draws of sizes"
+    return [
+        {"work": work, "version": "MoCo-v3", "flops": base},
+        {"work": work, "version": "the class token late, views of the group, no loss", "flops": sum(without) / DRAWS},
+        {"work": work, "version": f"+ SER, r = {RATIO}", "flops": sum(counts) / DRAWS},
+    ]
