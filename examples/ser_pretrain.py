@@ -281,15 +281,16 @@ class Objective(nn.Module):
             else None
         )
 
-    def forward(self, b1: list[Tensor], b2: list[Tensor], elements: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, b1: list[Tensor], b2: list[Tensor], elements: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts for the log."""
         ssl, _ = self.method(b1)
         if self.ser is None:
-            return ssl, ssl.detach(), torch.zeros(())
+            return ssl, {"ssl": ssl.detach()}
         ssl2, tokens = self.method(b2)
         pairs = zip(tokens[::2], tokens[1::2], elements)
         equivariance = torch.stack([self.ser(tokens1, tokens2, g1, g2) for tokens1, tokens2, (g1, g2) in pairs]).mean()
-        return ssl + ssl2 + self.weight * equivariance, (ssl + ssl2).detach(), equivariance.detach()
+        parts = {"ssl": ssl.detach(), "ssl_b2": ssl2.detach(), "equivariance": equivariance.detach()}
+        return ssl + ssl2 + self.weight * equivariance, parts
 
 
 # ------------------------------------------------------------------------------------------------------- the training
@@ -334,7 +335,7 @@ def train(options: argparse.Namespace, with_ser: bool, folder: Path) -> dict[str
         seed_everything(options.seed, step, rank)
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, batches.steps, options.lr, 0.0, warmup)
-        loss, ssl, equivariance = model([x.to(device) for x in b1], [x.to(device) for x in b2], elements)
+        loss, parts = model([x.to(device) for x in b1], [x.to(device) for x in b2], elements)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {folder} holds the last checkpoint")
         optimizer.zero_grad()
@@ -347,9 +348,9 @@ def train(options: argparse.Namespace, with_ser: bool, folder: Path) -> dict[str
         scaler.update()
         objective.method.update(step, batches.steps)
 
-        row = {"step": step + 1, "loss": loss.item(), "ssl": ssl.item(), "equivariance": equivariance.item()}
-        run.log({**row, "lr": group["lr"]})
-        bar.set_postfix(loss=f"{row['loss']:.3f}", ser=f"{row['equivariance']:.3f}")
+        row = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        run.log({"step": step + 1, **row, "lr": group["lr"]})
+        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
         if (step + 1) % batches.steps_per_epoch == 0 or (step + 1) % options.save_every == 0:
             states = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
             run.save(step + 1, **states, scaler=scaler.state_dict())
@@ -460,9 +461,10 @@ def report(results: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, fl
 
     figure, (curves, accuracy, equivariance) = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(1.2, 0.8, 1.6))
     for color, (name, log) in enumerate(logs.items()):
-        curves.plot([r["step"] for r in log], [r["ssl"] for r in log], f"C{color}", label=f"self-supervised, {name}")
-        if any(r["equivariance"] for r in log):
-            curves.plot([r["step"] for r in log], [r["equivariance"] for r in log], "C2", label="equivariance")
+        steps = [row["step"] for row in log]
+        curves.plot(steps, [row["ssl"] for row in log], f"C{color}", label=f"self-supervised, {name}")
+        if "equivariance" in log[0]:
+            curves.plot(steps, [row["equivariance"] for row in log], "C2", label="equivariance")
     curves.set(xlabel="step", ylabel="loss", title="training")
     curves.legend(fontsize=8)
     shown = [key for key in scores if not key.endswith("other image")]

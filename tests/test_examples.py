@@ -1,24 +1,33 @@
 """The examples run as a user runs them, and do what they claim."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name, *arguments, folder):
-    """The output of an example, run as a file copied out of the repository."""
-    copy = folder / name
-    copy.write_text((EXAMPLES / name).read_text())
+def command(name, *arguments, folder, beside=(), launcher=()):
+    """How to run an example as a file copied out of the repository, with the files that belong ``beside`` it."""
+    for file in (name, *beside):
+        (folder / file).write_text((EXAMPLES / file).read_text())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "MPLCONFIGDIR": str(folder)}
-    result = subprocess.run(  # noqa: S603
-        [sys.executable, str(copy), *arguments], capture_output=True, text=True, cwd=folder, env=environment
-    )
+    call = [sys.executable, *launcher, str(folder / name), *map(str, arguments)]
+    return call, {"text": True, "cwd": folder, "env": environment}
+
+
+def run(name, *arguments, **where):
+    """The output of an example."""
+    call, options = command(name, *arguments, **where)
+    result = subprocess.run(call, capture_output=True, **options)  # noqa: S603
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -58,3 +67,126 @@ def test_colored_mnist_shows_the_papers_figure(tmp_path):
     assert high < 70
     assert own_color > 90
     assert is_picture(tmp_path / "runs" / "colored_mnist.png")
+
+
+# ------------------------------------------------------------------------------------------------- SER pretraining
+
+SMALL = {
+    "model": "test_vit",
+    "image-size": 16,
+    "patch-size": 4,
+    "local-size": 8,
+    "images": 40,
+    "batch-size": 8,
+    "epochs": 2,
+    "warmup-epochs": 1,
+    "hidden-dim": 32,
+    "output-dim": 64,
+    "layer": 2,
+    "probe-images": 40,
+    "amp": "none",
+}
+BESIDE = ("pretraining.py",)
+
+
+def flags(**changes):
+    chosen = {**SMALL, **{key.replace("_", "-"): value for key, value in changes.items()}}
+    return [part for key, value in chosen.items() for part in (f"--{key}", value)]
+
+
+@pytest.fixture
+def small_images(tmp_path):
+    """Four classes of noise, each with a colour of its own."""
+    image = pytest.importorskip("PIL.Image")
+    for name in ("timm", "lightly", "matplotlib"):
+        pytest.importorskip(name, reason="needs the examples extra")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for label in range(4):
+            folder = tmp_path / "data" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(160, (20, 18, 3), generator=generator)
+                pixels[..., label % 3] += 40 * (1 + label // 3)
+                image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_ser_pretrain_compares(small_images, tmp_path):
+    """Two global and four local views; a table, a picture, a log, and an encoder with timm's own keys."""
+    import timm
+
+    arguments = flags(data=small_images, views=6)
+    output = run("ser_pretrain.py", *arguments, folder=tmp_path, beside=BESIDE)
+    assert re.search(r"without SER +with SER", output)
+    for row in ("k-NN accuracy", "linear accuracy", "cosine, layer 2, rotation", "cosine, layer 6, scale, other image"):
+        assert re.search(rf"^{re.escape(row)}.*\d\.\d+ +\d*\.?\d+", output, re.M), row
+    assert is_picture(tmp_path / "runs" / "ser" / "mocov3.png")
+    rows = [json.loads(line) for line in (tmp_path / "runs/ser/mocov3-ser/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert set(rows[0]) == {"step", "loss", "ssl", "ssl_b2", "equivariance", "lr"}
+    assert all(row["equivariance"] > 0 for row in rows)
+    vit = timm.create_model("test_vit", img_size=16, patch_size=4, dynamic_img_size=True, num_classes=0)
+    vit.load_state_dict(torch.load(tmp_path / "runs/ser/mocov3-ser/encoder.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("method", ["dino", "barlowtwins"])
+def test_ser_pretrain_in_two_processes(method, small_images, tmp_path):
+    """``torchrun``: the batch is shared out, every step is finite, and the first process measures and reports."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    arguments = flags(data=small_images, method=method, ser="on", batch_size=16)
+    output = run("ser_pretrain.py", *arguments, folder=tmp_path, beside=BESIDE, launcher=launcher)
+    assert output.count("linear accuracy") == 1
+    rows = [json.loads(line) for line in (tmp_path / f"runs/ser/{method}-ser/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
+
+
+def test_ser_pretrain_resumes_bit_for_bit(small_images, tmp_path):  # T1
+    """Killed in the middle of an epoch, it ends with the same weights and the same log as a run that was not."""
+    arguments = flags(data=small_images, ser="on", epochs=6, save_every=2)
+    call, options = command("ser_pretrain.py", *arguments, "--out", "whole", folder=tmp_path, beside=BESIDE)
+    subprocess.run(call, check=True, capture_output=True, **options)  # noqa: S603
+    call[call.index("whole")] = "killed"
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)  # noqa: S603
+    log, deadline = tmp_path / "killed/mocov3-ser/log.jsonl", time.time() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < 7:  # checkpoints after 2, 4, 5 and 6
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/mocov3-ser/encoder.pt").exists()
+    with open(log, "a") as file:
+        file.write('{"step": 8, "los')  # half a line, as a kill can leave it
+
+    result = subprocess.run([*call, "--resume"], check=True, capture_output=True, **options)  # noqa: S603
+    assert re.search(r"[1-9]\d*/30", result.stderr)
+    whole, killed = tmp_path / "whole/mocov3-ser", tmp_path / "killed/mocov3-ser"
+    assert killed.joinpath("log.jsonl").read_text() == whole.joinpath("log.jsonl").read_text()
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, killed)]
+    for name, value in states[0]["objective"].items():
+        assert torch.equal(value, states[1]["objective"][name]), name
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, killed)]
+    assert results[0] == results[1]
+
+    call[call.index("--layer") + 1] = "1"  # T7
+    refused = subprocess.run([*call, "--resume"], capture_output=True, **options)  # noqa: S603
+    assert refused.returncode != 0
+    assert "was trained with other options: layer 2 (now 1)" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere"}, "--data nowhere must hold the folders train and test (or val)"),
+        ({"batch_size": 64}, "--batch-size must be at most the 40 training images, got 64"),
+        ({"layer": 6}, "layer must be in 0 .. 5 for 6 blocks, got 6"),
+    ],
+)
+def test_ser_pretrain_refuses(changes, message, small_images, tmp_path):  # T11, T16
+    arguments = flags(**{"data": small_images, "ser": "on", **changes})
+    call, options = command("ser_pretrain.py", *arguments, folder=tmp_path, beside=BESIDE)
+    result = subprocess.run(call, capture_output=True, **options)  # noqa: S603
+    assert result.returncode != 0
+    assert message in result.stderr
