@@ -192,6 +192,15 @@ def test_half_precision(dtype):
     torch.testing.assert_close(result, g.on_tokens(tokens.float()).to(dtype))
 
 
+def test_autocast_leaves_the_resizing_alone():
+    g = transform(ELEMENTS, (4, 4), (3, 5))
+    tokens = random_tokens(8, (4, 4)).float()
+    expected = g.on_tokens(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(g.on_tokens(tokens), expected)
+    assert g.on_tokens(tokens.to("meta")).shape == expected.shape
+
+
 def test_strides_and_untouched_inputs():  # G11
     g = transform(ELEMENTS, (4, 4), (4, 6))
     images = torch.randn(8, 3, 8, 8)
