@@ -151,7 +151,8 @@ class SERLoss(nn.Module):
                 check.refuse(name, rule, list(tokens.shape))
         if len(g1) < least:
             check.refuse("tokens1", f"of at least {least} images: negatives come from others", list(tokens1.shape))
-        moved = (g2 @ g1.inverse()).on_tokens(self.token_norm(tokens1))
+        relative = g2.__matmul__(g1.inverse())  # g2 @ g1⁻¹; torch.compile of PyTorch 2.6 cannot trace the operator
+        moved = relative.on_tokens(self.token_norm(tokens1))
         return normalized(self.projection(moved)), normalized(self.projection(self.token_norm(tokens2)))
 
     def extra_repr(self) -> str:
