@@ -37,8 +37,8 @@ def gather(function: str, name: str, make: Callable[[], Tensor]) -> tuple[Tensor
     Reading the header waits for the device.
 
     Raises:
-        ValueError: in every process, where ``make`` failed in one of them, or its shape or dtype differ; ``name`` says
-            what is gathered. The process where it failed raises its own error.
+        ValueError: in every process, where ``make`` failed in one of them, or its shape, dtype or need of a
+            gradient differ; ``name`` says what is gathered. The process where it failed raises its own error.
     """
     try:
         mine = make()
@@ -49,7 +49,7 @@ def gather(function: str, name: str, make: Callable[[], Tensor]) -> tuple[Tensor
     headers = _exchange(_header(mine))
     if any(header != headers[0] for header in headers):
         theirs = ", ".join(f"rank {r}: {_described(header)}" for r, header in enumerate(headers))
-        raise ValueError(f"{function}: {name} must have the same shape and dtype in every process, got {theirs}")
+        raise ValueError(f"{function}: {name} must be alike in every process, got {theirs}")
     gathered: Tensor = _Gather.apply(mine)
     return mine, gathered
 
@@ -78,11 +78,13 @@ def _check_backend(function: str, name: str, tensor: Tensor) -> None:
 
 
 def _header(tensor: Tensor | None) -> list[int]:
-    """[dtype, dims, sizes ...] of a tensor, and -1 where there is none."""
+    """[dtype, gradient, dims, sizes ...] of a tensor, and -1 where there is none."""
     if tensor is None:
-        return [-1] * (2 + _MOST_DIMS)
+        return [-1] * (3 + _MOST_DIMS)
+    # Where one process has no backward pass to run, the others would wait for it in theirs.
+    gradient = int(tensor.requires_grad and torch.is_grad_enabled())
     sizes = list(tensor.shape)
-    return [_DTYPES.index(tensor.dtype), len(sizes), *sizes, *[0] * (_MOST_DIMS - len(sizes))]
+    return [_DTYPES.index(tensor.dtype), gradient, len(sizes), *sizes, *[0] * (_MOST_DIMS - len(sizes))]
 
 
 def _exchange(header: list[int]) -> list[list[int]]:
@@ -96,4 +98,5 @@ def _exchange(header: list[int]) -> list[list[int]]:
 def _described(header: list[int]) -> str:
     if header[0] < 0:
         return "refused, see the error there"
-    return f"{header[2 : 2 + header[1]]} {str(_DTYPES[header[0]]).removeprefix('torch.')}"
+    dtype, gradient, dims, *sizes = header
+    return f"{sizes[:dims]} {str(_DTYPES[dtype]).removeprefix('torch.')}{'' if gradient else ' without gradient'}"

@@ -136,11 +136,11 @@ class TokenTap:
         if not isinstance(output, Tensor):
             self._check.refuse_type("layer", f"one whose output is a tensor ({self.layer!r})", type(output).__name__)
         tokens, grid = self._as_tokens(output)
-        compiling = torch.compiler.is_compiling()
-        version = -1 if compiling or output.is_inference() else output._version
-        if not compiling:
-            self._taken.pop(0, None)
-        self._taken[calling_thread()] = (tokens, grid, version)
+        if torch.compiler.is_compiling():  # a graph has no thread, so what it leaves is everybody's last
+            self._taken = {0: (tokens, grid, -1)}
+            return
+        self._taken.pop(0, None)
+        self._taken[calling_thread()] = (tokens, grid, -1 if output.is_inference() else output._version)
 
     def _as_tokens(self, output: Tensor) -> tuple[Tensor, Grid]:
         image = self._images.get(calling_thread())

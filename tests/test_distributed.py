@@ -138,7 +138,8 @@ def misfits(rank):
 
 def gathered_dtypes(rank):
     try:
-        gather("f", "x", lambda: torch.ones(2, dtype=torch.float64 if rank else torch.float32))
+        dtype = torch.float64 if rank else torch.float32
+        gather("f", "x", lambda: torch.ones(2, dtype=dtype, requires_grad=not rank))
     except ValueError as error:
         return str(error)
     return "fine"
@@ -179,7 +180,7 @@ def test_two_processes(tmp_path):
         assert first == second
         assert first > 0
     for messages in misfit:
-        assert "SERLoss: [views, B, T, D] must have the same shape and dtype in every process" in messages[0]
+        assert "SERLoss: [views, B, T, D] must be alike in every process" in messages[0]
         assert "rank 0: [2, 2, 4, 512] float32, rank 1: [2, 3, 4, 512] float32" in messages[0]
         assert "rank 0: [2, 2, 4, 512] float32, rank 1: [2, 2, 9, 512] float32" in messages[1]
         assert messages[3] == "fine: True"
@@ -188,7 +189,7 @@ def test_two_processes(tmp_path):
     assert (
         dtypes[0]
         == dtypes[1]
-        == ("f: x must have the same shape and dtype in every process, got rank 0: [2] float32, rank 1: [2] float64")
+        == ("f: x must be alike in every process, got rank 0: [2] float32, rank 1: [2] float64 without gradient")
     )
     assert sums[0] == sums[1]
 

@@ -169,8 +169,14 @@ def test_compiled_inside_of_the_context():  # W4
         compiled(x)
         torch.testing.assert_close(tap.tokens, expected)
         assert tap.grid == (4, 4)
-        compiled(x).sum().backward()
-        tap.tokens.sum()
+        x = torch.rand(2, 3, 64, 64)
+        with torch.no_grad():
+            model(x)  # as it is, and compiled once more: always the last counts
+            expected = tap.tokens
+        compiled(x)
+        assert tap.tokens.requires_grad
+        torch.testing.assert_close(tap.tokens, expected)
+        tap.tokens.sum().backward()
 
 
 def test_compiled_before_is_refused():
