@@ -73,6 +73,7 @@ def test_colored_mnist_shows_the_papers_figure(tmp_path):
 
 SMALL = {
     "model": "test_vit",
+    "depth": 0,
     "image-size": 16,
     "patch-size": 4,
     "local-size": 8,
@@ -190,3 +191,14 @@ def test_ser_pretrain_refuses(changes, message, small_images, tmp_path):  # T11,
     result = subprocess.run(call, capture_output=True, **options)  # noqa: S603
     assert result.returncode != 0
     assert message in result.stderr
+
+
+def test_ser_pretrain_has_the_papers_recipe(small_images, tmp_path):
+    """One flag for all of it; here it gets as far as asking for more images."""
+    arguments = ("--recipe", "imagenet-vits16", "--data", small_images, "--ser", "on", "--hidden-dim", 64)
+    call, options = command("ser_pretrain.py", *arguments, folder=tmp_path, beside=BESIDE)
+    result = subprocess.run(call, capture_output=True, **options)  # noqa: S603
+    assert "--batch-size must be at most the 48 training images, got 2048" in result.stderr
+    chosen = json.loads((tmp_path / "runs/ser/mocov3-ser/options.json").read_text())
+    expected = {"model": "vit_small_patch16_224", "epochs": 100, "warmup_epochs": 10, "ratio": 0.01, "layer": 3}
+    assert {key: chosen[key] for key in expected} == expected
