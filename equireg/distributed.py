@@ -71,9 +71,9 @@ class _Gather(torch.autograd.Function):
 
 
 def _check_backend(function: str, name: str, tensor: Tensor) -> None:
-    backend, device = dist.get_backend(), tensor.device.type
-    if (backend, device) in {("nccl", "cpu"), ("gloo", "cuda")}:
-        wanted = "cuda" if backend == "nccl" else "cpu"
+    backend = dist.get_backend()
+    wanted = {"nccl": "cuda", "gloo": "cpu"}.get(backend, tensor.device.type)
+    if tensor.device.type != wanted:
         raise ValueError(f"{function}: {name} must be on {wanted} for the backend {backend}, got {tensor.device}")
 
 

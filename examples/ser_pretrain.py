@@ -58,8 +58,8 @@ from equireg import (
 )
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # Minutes on a CPU: a ViT-Tiny with patches of 4 pixels. Of so small a batch SER takes half: both halves feed the base
-    # method, each by itself, and MoCo-v3 with 32 or 16 images in one of them had lost more accuracy.
+    # Minutes on a CPU: a ViT-Tiny with patches of 4 pixels. Of so small a batch SER takes half, as each part feeds the
+    # base method by itself, and MoCo-v3 on 32 or 16 images lost more accuracy.
     "cifar10-vit-tiny": {
         "model": "vit_tiny_patch16_224",
         "depth": 6,  # half of its blocks, for more epochs
