@@ -137,6 +137,8 @@ def misfits(rank):
 
 
 def gathered_dtypes(rank):
+    with pytest.raises(ValueError, match="f: x must be on cpu for the backend gloo, got meta"):  # D11
+        gather("f", "x", lambda: torch.ones(2, device="meta"))
     try:
         dtype = torch.float64 if rank else torch.float32
         gather("f", "x", lambda: torch.ones(2, dtype=dtype, requires_grad=not rank))
