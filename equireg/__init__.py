@@ -6,11 +6,19 @@ from equireg.datasets import WithIndex
 from equireg.decoupled import AugSelfLoss, EquiModLoss
 from equireg.environments import Environments
 from equireg.eqinv import ClassWiseIRM, FeatureMask
-from equireg.features import extract_features
+from equireg.features import extract_features, extract_view_features
 from equireg.grid import GridTransform
+from equireg.intermediate_views import IntermediateViews
 from equireg.invariance import irmv1_penalty, rex_penalty
 from equireg.late_class_token import LateClassToken
-from equireg.probes import equivariance_score, knn_accuracy, linear_probe
+from equireg.probes import (
+    equivariance_score,
+    knn_accuracy,
+    linear_probe,
+    transformation_accuracy,
+    transformation_r2,
+)
+from equireg.reconstruction import IntermediateReconstructionHead
 from equireg.ser import SERLoss, patch_nt_xent
 from equireg.similarity import pair_lse
 from equireg.token_tap import TokenTap
@@ -27,6 +35,8 @@ __all__ = [
     "EquivariantViews",
     "FeatureMask",
     "GridTransform",
+    "IntermediateReconstructionHead",
+    "IntermediateViews",
     "LateClassToken",
     "SERLoss",
     "TokenTap",
@@ -35,6 +45,7 @@ __all__ = [
     "class_wise_risks",
     "equivariance_score",
     "extract_features",
+    "extract_view_features",
     "irmv1_penalty",
     "knn_accuracy",
     "linear_probe",
@@ -43,4 +54,6 @@ __all__ = [
     "patch_nt_xent",
     "rex_penalty",
     "split_batch",
+    "transformation_accuracy",
+    "transformation_r2",
 ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
+from equireg._progress import progress_bar
 
 _PARTS = ("images", "labels", "indices")
+Views = Callable[[Tensor, "torch.Generator | None"], tuple[Tensor, Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -44,34 +47,94 @@ def extract_features(
         (torch.Size([6, 192]), tensor([0, 1, 2, 3, 4, 5]))
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    modes = {module: module.training for module in encoder.modules()} if isinstance(encoder, nn.Module) else {}
-    first = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
-    device = torch.device("cpu") if first is None else first.device
-    try:
-        if isinstance(encoder, nn.Module):
-            encoder.eval()
-        for batch in _bar(loader) if progress else loader:
+    with frozen(encoder) as device:
+        for batch in progress_bar(loader, "features", shown=progress):
             check = Arguments("extract_features")
             if not isinstance(batch, (tuple, list)) or len(batch) != 3:
                 got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
                 check.refuse_type("loader", "a loader of (images, labels, indices), see WithIndex", got)
             images, labels, indices = (check.tensor(name, part) for name, part in zip(_PARTS, batch))
-            output = check.tensor("encoder's output", encoder(images.to(device)))
-            features = check.features("encoder's output", output.cpu(), "B D")
+            features = _encoded(check, encoder, images.to(device))
             labels, indices = check.integers("labels", labels.cpu(), "B"), check.integers("indices", indices.cpu(), "B")
             parts.append((features, labels, indices))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not parts:
         Arguments("extract_features").refuse("loader", "of at least one batch", "none")
     features, labels, indices = (torch.cat(part) for part in zip(*parts))
     return features, labels, indices
 
 
-def _bar(loader: Iterable[Any]) -> Iterable[Any]:
+@torch.no_grad()
+def extract_view_features(
+    encoder: Callable[[Tensor], Tensor],
+    loader: Iterable[Any],
+    views: Views,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of images and of their transformed views, and the parameters: what ``transformation_r2`` takes.
+
+    The encoder is handled as by ``extract_features``.
+
+    Args:
+        encoder: images [B, C, H, W] in the range of the loader's to features [B, D].
+        loader: batches of images, or tuples that begin with them.
+        views: such as ``IntermediateViews("all")``.
+        generator: source of the parameters; None draws from the global one.
+        progress: whether to show the bar.
+
+    Returns:
+        features of the images [N, D], features of their views [N, D], parameters [N, P].
+
+    Raises:
+        TypeError: a batch without images.
+        ValueError: an empty loader, or features that are not [B, D].
+
+    Example:
+        >>> from equireg import IntermediateViews
+        >>> batches = torch.rand(20, 3, 8, 8).split(8)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> views = IntermediateViews("all")
+        >>> x, x_view, t = extract_view_features(nn.Flatten(), batches, views, generator=generator, progress=False)
+        >>> x.shape, x_view.shape, t.shape
+        (torch.Size([20, 192]), torch.Size([20, 192]), torch.Size([20, 8]))
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    check = Arguments("extract_view_features")
+    with frozen(encoder) as device:
+        for batch in progress_bar(loader, "features of two views", shown=progress):
+            images = images_of(check, batch).to(device)
+            view, _, parameters = views(images, generator)
+            x, x_view = (_encoded(Arguments("extract_view_features"), encoder, part) for part in (images, view))
+            parts.append((x, x_view, parameters.cpu()))
+    if not parts:
+        check.refuse("loader", "of at least one batch", "none")
+    first, second, parameters = (torch.cat(part) for part in zip(*parts))
+    return first, second, parameters
+
+
+@contextmanager
+def frozen(encoder: Any) -> Iterator[torch.device]:
+    """An ``nn.Module`` in eval mode for a while, and the device of its first parameter; of other callables, the CPU."""
+    modes = {module: module.training for module in encoder.modules()} if isinstance(encoder, nn.Module) else {}
+    first = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
     try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return loader
-    return tqdm(loader, desc="features", leave=False)  # type: ignore[no-any-return]
+        if isinstance(encoder, nn.Module):
+            encoder.eval()
+        yield torch.device("cpu") if first is None else first.device
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def images_of(check: Arguments, batch: Any) -> Tensor:
+    """The images of a batch that is them, or begins with them."""
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
+        check.refuse_type("loader", "a loader of images, or of tuples that begin with them", type(images).__name__)
+    return images
+
+
+def _encoded(check: Arguments, encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    output = check.tensor("encoder's output", encoder(images))
+    return check.features("encoder's output", output.cpu(), "B D")

@@ -1,0 +1,63 @@
+"""How far a token map turns with its image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from equireg._checks import Arguments
+from equireg.grid import GridTransform
+from equireg.similarity import normalized
+
+
+@torch.no_grad()
+def equivariance_score(
+    encode: Callable[[Tensor], Tensor], images: Tensor, transform: GridTransform, *, shuffled: bool = False
+) -> Tensor:
+    r"""How far a token map turns with its image: 1 where it does exactly.
+
+    :math:`\cos(\rho_g(f(x)), f(\rho_g(x)))`, averaged over the places of each map (soft equivariance regularization,
+    Appendix A.2). Tokens that are alike everywhere score high without turning: put ``shuffled=True`` beside it, the
+    level that needs no equivariance. Call it with the model in eval mode; no gradient is recorded.
+
+    Args:
+        encode: images [B, C, height, width] to tokens [B, T, D], at the source grid and at the target grid.
+        images: [B, C, h·p, w·p] for a source grid (h, w) and patches of p pixels.
+        transform: the group elements, one for each image.
+        shuffled: compare each image with the next one of the batch, turned.
+
+    Returns:
+        The score of each image, [B], from -1 to 1, in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: images that are not whole patches of the source grid, tokens of other grids.
+
+    Example:
+        >>> def patch_means(images):  # an encoder that is exactly equivariant
+        ...     return torch.nn.functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)
+        >>> g = GridTransform(torch.arange(4), torch.tensor([True] * 4), (8, 8), (8, 8))
+        >>> score = equivariance_score(patch_means, torch.rand(4, 3, 32, 32), g)
+        >>> torch.allclose(score, torch.ones(4))
+        True
+    """
+    check = Arguments("equivariance_score")
+    if not callable(encode):
+        check.refuse_type("encode", "callable", type(encode).__name__)
+    if not isinstance(transform, GridTransform):
+        check.refuse_type("transform", "a GridTransform", type(transform).__name__)
+    check.option("shuffled", shuffled, (True, False))
+    check.sizes["B"] = len(transform)
+    check.features("images", images, "B C H W")
+    (h, w), (height, width) = transform.source, images.shape[2:]
+    if height % h or width % w or height // h != width // w:
+        check.refuse("images", f"of whole square patches on the grid {transform.source}", list(images.shape))
+    of_images = encode(images)
+    moved = transform.on_tokens(check.features("encode(images)", of_images, "B T D"))
+    turned = encode(transform.on_images(images, height // h))
+    check.sizes["T"] = moved.shape[1]
+    check.features("encode(transformed images)", turned, "B T D")
+    if shuffled:
+        turned = turned.roll(-1, 0)
+    return (normalized(moved) * normalized(turned)).sum(-1).mean(-1)

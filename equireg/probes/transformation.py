@@ -1,0 +1,220 @@
+"""How well frozen features tell the transformation that an image underwent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equireg._checks import Arguments
+from equireg._progress import progress_bar
+from equireg.features import frozen, images_of
+from equireg.probes.classification import linear_probe
+from equireg.token_tap import TokenTap
+
+
+@torch.no_grad()
+def transformation_r2(
+    features1: Tensor,
+    features2: Tensor,
+    parameters: Tensor,
+    *,
+    held_out: float = 0.2,
+    hidden_dim: int = 512,
+    epochs: int = 100,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    r"""R² of each transformation parameter, regressed from the frozen features of an image and its view.
+
+    :math:`R^2 = 1 - \sum (t - \hat t)^2 / \sum (t - \bar t)^2` on rows that the regressor never saw: 1 where the
+    parameter can be read off exactly, 0 where guessing the mean is as good, below 0 where it is worse (SIE; transformed
+    image reconstruction, Eq. 2). The regressor is an MLP of two hidden layers on both features side by side, fitted by
+    AdamW; of its epochs that one counts which was best on a tenth of the training rows.
+
+    Rows are held out at random, always the same for a ``seed``, so let each image be in one row only.
+
+    Args:
+        features1: of the images, [N, D], floating point; standardised here.
+        features2: of their transformed views, [N, D].
+        parameters: [N, P], as ``IntermediateViews`` returns them.
+        held_out: share of the rows to measure on, above 0 and below 1.
+        hidden_dim: width of the hidden layers.
+        epochs: passes over the training rows.
+        weight_decay: of AdamW, at least 0.
+        seed: decides the split, the weights' start and the order of the rows; the global random numbers stay.
+        progress: whether to show a bar, where tqdm is installed.
+
+    Returns:
+        R² of each parameter, [P], at most 1, on the CPU.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices, values that are not finite, too few rows for the
+            split, a parameter that does not vary.
+
+    Example:
+        >>> t = torch.rand(400, 2)
+        >>> first = torch.randn(400, 5)
+        >>> second = first + torch.cat([t[:, :1], torch.zeros(400, 4)], 1)  # moved by the first parameter alone
+        >>> r2 = transformation_r2(first, second, t, progress=False)
+        >>> bool(r2[0] > 0.8), bool(r2[1] < 0.2)
+        (True, True)
+    """
+    check = Arguments("transformation_r2")
+    for name, given in (("features1", features1), ("features2", features2)):
+        check.finite(name, check.features(name, given, "N D"))
+    check.features("parameters", parameters, "N P")
+    check.finite("parameters", parameters)
+    for name, count in (("hidden_dim", hidden_dim), ("epochs", epochs)):
+        check.count(name, count)
+    check.not_negative("weight_decay", weight_decay)
+    check.count("seed", seed, least=0)
+    generator = torch.Generator().manual_seed(seed)
+    train, test = _split(check, "features1", len(features1), held_out, generator)
+    if len(train) < 20:  # two of them for the choice of the epoch
+        check.refuse("features1", "of at least 20 rows for training", f"{len(train)} of {len(features1)}")
+    constant = (parameters[train].amax(0) == parameters[train].amin(0)) | (
+        parameters[test].amax(0) == parameters[test].amin(0)
+    )
+    if constant.any():
+        check.refuse("parameters", "different from row to row", f"a constant column {int(constant.nonzero()[0])}")
+
+    device = features1.device
+    x, t = torch.cat([features1, features2], 1).float(), parameters.float()
+    x, t = (x - x[train].mean(0)) / x[train].std(0).clamp(min=1e-6), (t - t[train].mean(0)) / t[train].std(0)
+    chosen, fitted = train[: len(train) // 10], train[len(train) // 10 :]
+    sizes = [x.shape[1], hidden_dim, hidden_dim, t.shape[1]]
+    weights = [math.sqrt(2 / a) * torch.randn(b, a, generator=generator) for a, b in pairwise(sizes)]
+    biases = [torch.zeros(b) for b in sizes[1:]]
+    layers = [tensor.to(device).requires_grad_() for tensor in (*weights, *biases)]
+
+    batch_size = min(256, len(fitted))
+    steps = epochs * (len(fitted) // batch_size)
+    optimizer = torch.optim.AdamW(layers, lr=1e-3, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    best, kept = math.inf, [layer.detach().clone() for layer in layers]
+    for _ in progress_bar(range(epochs), "regression of the parameters", shown=progress):
+        order = fitted[torch.randperm(len(fitted), generator=generator)]
+        for rows in order.split(batch_size):
+            if len(rows) < batch_size:
+                continue
+            with torch.enable_grad():
+                loss = F.mse_loss(_mlp(x[rows], layers), t[rows])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        error = float(F.mse_loss(_mlp(x[chosen], layers), t[chosen]))
+        if error < best:
+            best, kept = error, [layer.detach().clone() for layer in layers]
+
+    residual = (t[test] - _mlp(x[test], kept)).double().square().sum(0)
+    return (1 - residual / (t[test] - t[test].mean(0)).double().square().sum(0)).float().cpu()
+
+
+@torch.no_grad()
+def transformation_accuracy(
+    model: Callable[[Tensor], Any],
+    loader: Iterable[Any],
+    layers: Sequence[str] | None = None,
+    *,
+    transformation: str = "rotation",
+    held_out: float = 0.2,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Accuracy of a linear classifier that tells quarter turns, or flips, from frozen features of each layer.
+
+    Every image is seen under each transformation; features are the means of a layer's tokens (soft equivariance
+    regularization, Table 7), and the classifier is ``linear_probe``'s. All versions of an image are on one side of the
+    split, and it is the same on every call.
+
+    Args:
+        model: any module that takes images, put in eval mode for the time; without ``layers`` any callable.
+        loader: batches of images [B, C, H, W] in the range that the model wants, or tuples that begin with them.
+        layers: names of submodules, as for ``TokenTap``; None takes the model's own output [B, D], as "output".
+        transformation: "rotation" by 0, 90, 180 and 270 degrees, of square images; or "flip", left to right or not.
+        held_out: share of the images to measure on, above 0 and below 1.
+        progress: whether to show a bar, where tqdm is installed.
+
+    Returns:
+        The share of right answers for each layer; of guessing, 0.25 for rotations, 0.5 for flips.
+
+    Raises:
+        TypeError, ValueError: unknown layers or transformation, images that are not square, too few images.
+
+    Example:
+        >>> def left_and_right(images):  # how bright the sides are
+        ...     return images.mean((1, 2)).unflatten(1, (2, -1)).mean(-1)
+        >>> images = torch.rand(50, 3, 8, 8) + torch.linspace(0, 5, 8)  # brighter to the right
+        >>> transformation_accuracy(left_and_right, [images], transformation="flip", progress=False)
+        {'output': 1.0}
+    """
+    check = Arguments("transformation_accuracy")
+    check.option("transformation", transformation, ("rotation", "flip"))
+    if isinstance(layers, str) or (layers is not None and not layers):
+        check.refuse("layers", "names of layers in a list, or None", repr(layers))
+    found: dict[str, list[Tensor]] = {name: [] for name in layers or ("output",)}
+    with frozen(model) as device, ExitStack() as stack:
+        taps = {name: stack.enter_context(TokenTap(model, name)) for name in layers or ()}  # type: ignore[arg-type]
+        for batch in progress_bar(loader, f"features under {transformation}", shown=progress):
+            images = images_of(check, batch).to(device)
+            versions = _versions(check, images, transformation)
+            output = model(torch.cat(versions))
+            for name, parts in found.items():
+                if layers is None:
+                    pooled = Arguments("transformation_accuracy").features("model's output", output, "B D")
+                else:
+                    pooled = taps[name].tokens.mean(1)
+                parts.append(pooled.unflatten(0, (len(versions), len(images))).float().cpu())
+    if not next(iter(found.values())):
+        check.refuse("loader", "of at least one batch", "none")
+    features = {name: torch.cat(parts, 1) for name, parts in found.items()}
+    kinds, count = next(iter(features.values())).shape[:2]
+    train, test = _split(check, "loader", count, held_out, torch.Generator().manual_seed(0))
+
+    def labelled(of_layer: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        return of_layer[:, images].flatten(0, 1), torch.arange(kinds).repeat_interleave(len(images))
+
+    return {
+        name: linear_probe(*labelled(of_layer, train), *labelled(of_layer, test))
+        for name, of_layer in progress_bar(features.items(), "linear probes", shown=progress)
+    }
+
+
+def _mlp(x: Tensor, layers: list[Tensor]) -> Tensor:
+    """Weights first, then as many biases."""
+    half = len(layers) // 2
+    for depth, (weight, bias) in enumerate(zip(layers[:half], layers[half:])):
+        x = F.linear(x if depth == 0 else x.relu(), weight, bias)
+    return x
+
+
+def _split(
+    check: Arguments, name: str, count: int, held_out: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows for training, and those held out."""
+    check.number("held_out", held_out)
+    if not 0 < held_out < 1:
+        check.refuse("held_out", "above 0 and below 1", held_out)
+    size = round(held_out * count)
+    if size < 2 or count - size < 2:
+        check.refuse(name, f"of enough rows to hold out a share of {held_out}, and to train on the rest", count)
+    order = torch.randperm(count, generator=generator)
+    return order[size:], order[:size]
+
+
+def _versions(check: Arguments, images: Tensor, transformation: str) -> list[Tensor]:
+    if images.dim() != 4:
+        check.refuse("loader", "a loader of images [B, C, H, W]", list(images.shape))
+    if transformation == "flip":
+        return [images, images.flip(-1)]
+    if images.shape[2] != images.shape[3]:
+        check.refuse("loader", "a loader of square images, to turn them", list(images.shape))
+    return [images.rot90(turns, (2, 3)) for turns in range(4)]
