@@ -15,8 +15,17 @@ class Decoder(nn.Sequential):
         layers: list[nn.Module] = [nn.Linear(dim, hidden_dim), _ChannelsFirst()]
         for (width, following), factor in zip(pairwise(widths), enlargements(patch_size)):
             # Convolved on the small map and rearranged after: the same work as on the large map, a part of the memory.
-            layers += [nn.GELU(), nn.Conv2d(width, following * factor**2, 3, padding=1), nn.PixelShuffle(factor)]
+            layers += [nn.GELU(), _subpixel(width, following, factor), nn.PixelShuffle(factor)]
         super().__init__(*layers)
+
+
+def _subpixel(width: int, following: int, factor: int) -> nn.Conv2d:
+    """A convolution whose channels are the pixels of a larger map, at first alike: no checkerboard to begin with."""
+    convolution = nn.Conv2d(width, following * factor**2, 3, padding=1)
+    for parameter in convolution.parameters():
+        alike = parameter.detach()[:following].repeat_interleave(factor**2, 0)
+        parameter.data.copy_(alike)
+    return convolution
 
 
 def enlargements(patch_size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the pretraining examples share, to be copied beside them: batches that know their step, and a run that survives.
+"""What the pretraining examples share, to be copied beside them: a training that survives being killed.
 
 All randomness of a step follows from the seed, the step and the process, never from what ran before. So a run that was
 killed goes on bit for bit from its last checkpoint, on the same machine with the same number of processes and threads.
@@ -6,18 +6,24 @@ killed goes on bit for bit from its last checkpoint, on the same machine with th
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
 import os
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torchvision.datasets import ImageFolder
+from tqdm.auto import tqdm
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
@@ -39,6 +45,151 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     """The random numbers of one step in one process."""
     mixed = random.Random(f"{seed} {step} {rank}").getrandbits(62)  # noqa: S311
     torch.manual_seed(mixed)
+    random.seed(mixed)  # lightly's masks
+
+
+def pretrain(
+    options: argparse.Namespace,
+    variant: dict[str, Any],
+    folder: Path,
+    name: str,
+    make_objective: Callable[[], nn.Module],
+    make_collate: Callable[[int], Callable[[list[Any]], Any]],
+    evaluate: Callable[[nn.Module, torch.device], dict[str, Any]],
+) -> dict[str, Any]:
+    """Train once, or go on where a checkpoint stands; the measures at the end (in the first process).
+
+    The objective takes what ``make_collate(rank)`` makes of a list of (step, image, label), and returns the loss and
+    its parts for the log. Its ``method`` is one of ssl_methods.py. ``variant`` tells one training from others with the
+    same options.
+    """
+    rank, world, device = start_processes()
+    if device.type == "cpu":  # at these sizes its backward pass takes as long as all the rest of a step
+        timm.layers.set_fused_attn(False)
+    unknown = ("resume", "out", "workers", "variants")
+    known = {key: value for key, value in vars(options).items() if key not in unknown}
+    run = Run(folder, {**known, **variant, "world": world}, resume=options.resume, main=rank == 0)
+    done = folder / "results.json"
+    if options.resume and done.exists():
+        return json.loads(done.read_text())
+
+    seed_everything(options.seed, -1)  # the same weights in all processes
+    with warnings.catch_warnings():  # DINO's head uses a form of weight norm that PyTorch is about to replace
+        warnings.simplefilter("ignore", FutureWarning)
+        objective = make_objective().to(device)
+    decayed = [p for p in objective.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in objective.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    start = 0
+    if run.checkpoint is not None:
+        objective.load_state_dict(run.checkpoint["objective"])
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        scaler.load_state_dict(run.checkpoint["scaler"])
+        start = run.checkpoint["step"]
+    model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
+
+    images = training_images(options)
+    batches = StepBatches(
+        len(images), options.batch_size, options.epochs, seed=options.seed, rank=rank, world=world, start=start
+    )
+    loader = DataLoader(
+        WithStep(images), batch_sampler=batches, collate_fn=make_collate(rank), num_workers=options.workers
+    )
+    warmup = options.warmup_epochs * batches.steps_per_epoch
+    bar = tqdm(loader, desc=f"{options.method} {name}", total=batches.steps, initial=start, disable=rank > 0)
+    for step, batch in enumerate(bar, start):
+        seed_everything(options.seed, step, rank)
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, batches.steps, options.lr, 0.0, warmup)
+        loss, parts = model(*to_device(batch, device))
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {folder} holds the last checkpoint")
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if objective.method.clip:
+            nn.utils.clip_grad_norm_(decayed + others, objective.method.clip)
+        objective.method.before_step(step // batches.steps_per_epoch)
+        scaler.step(optimizer)
+        scaler.update()
+        objective.method.update(step, batches.steps)
+
+        row = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        run.log({"step": step + 1, **row, "lr": group["lr"]})
+        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
+        if (step + 1) % batches.steps_per_epoch == 0 or (step + 1) % options.save_every == 0:
+            states = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save(step + 1, **states, scaler=scaler.state_dict())
+
+    results: dict[str, Any] = {}
+    if rank == 0:
+        results = evaluate(objective.eval(), device)
+        write_atomically(done, (json.dumps(results, indent=2) + "\n").encode())
+    if world > 1:
+        torch.distributed.barrier()
+    return results
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The tensors in lists and tuples; anything else as it is."""
+    if isinstance(batch, (list, tuple)):
+        return [to_device(part, device) for part in batch]
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
+def precision(options: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """Mixed precision as ``--amp`` says."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def training_images(options: argparse.Namespace) -> Dataset:
+    """Those of ``train``, or as many of them as asked for, evenly over the classes."""
+    folder = ImageFolder(Path(options.data) / "train")
+    count = min(options.images or len(folder), len(folder))
+    return Subset(folder, torch.linspace(0, len(folder) - 1, count).round().long().tolist())
+
+
+def test_folder(options: argparse.Namespace) -> Path:
+    root = Path(options.data)
+    return root / "test" if (root / "test").is_dir() else root / "val"
+
+
+def parse(
+    description: str, recipes: dict[str, dict[str, Any]], add_options: Callable[[argparse.ArgumentParser], None]
+) -> argparse.Namespace:
+    """The options of an example; ``--recipe`` chooses the defaults of those that the recipes name."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument(
+        "--recipe", choices=recipes, default=next(iter(recipes)), help="a setting; flags change its parts"
+    )
+    recipe = recipes[first.parse_known_args()[0].recipe]
+    parser = argparse.ArgumentParser(description=description, parents=[first])
+    data = os.environ.get("EQUIREG_DATA")
+    parser.add_argument(
+        "--data",
+        default=f"{data}/cifar10" if data else None,
+        required=data is None,
+        help="a folder with train/<class>/* and test/<class>/* or val/<class>/*",
+    )
+    add_options(parser)
+    parser.add_argument("--amp", choices=("auto", "none", "bf16", "fp16"), default="auto")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load and augment images")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints, besides every epoch")
+    parser.add_argument("--probe-images", type=int, default=50_000, help="at most so many of train and of test")
+    for name, value in recipe.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = parser.parse_args()
+    if not (Path(options.data) / "train").is_dir() or not test_folder(options).is_dir():
+        parser.error(f"--data {options.data} must hold the folders train and test (or val)")
+    if options.amp == "auto":  # where the device multiplies bf16 in hardware
+        cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        options.amp = "bf16" if torch.cuda.is_available() or cpu else "none"
+    return options
 
 
 class StepBatches(Sampler):

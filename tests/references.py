@@ -147,3 +147,81 @@ def equimod(predicted, target, temperature):
         logits = [_cosine(predicted[i].double(), target[m].double()) / temperature for m in range(len(target))]
         total += math.log(sum(math.exp(logit) for logit in logits)) - logits[i]
     return total / len(predicted)
+
+
+# ------------------------------------------------------------------------------- transformations of an image, by pixels
+
+
+def _pixel(image, row, column, padding):
+    """The value of each channel at whole places, wherever they lie."""
+    height, width = image.shape[1:]
+    if padding == "zeros" and not (0 <= row < height and 0 <= column < width):
+        return torch.zeros(len(image), dtype=image.dtype)
+    return image[:, min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
+
+
+def _mirrored(place, side):
+    """Reflected at the outer edges of the first and the last pixel, then at most there."""
+    place = abs(place + 0.5) % (2 * side)
+    place = min(place, 2 * side - place) - 0.5
+    return min(max(place, 0.0), side - 1.0)
+
+
+def rigid_motion(image, angle, dx, dy, padding):
+    """[C, H, W] turned counter-clockwise about its centre, then moved: for each pixel, where it comes from."""
+    _, height, width = image.shape
+    moved, turn = torch.zeros_like(image), math.radians(angle)
+    for row in range(height):
+        for column in range(width):
+            right, up = column - (width - 1) / 2 - dx, -(row - (height - 1) / 2 - dy)
+            # Turned back: clockwise, with an axis that points up.
+            x = math.cos(turn) * right + math.sin(turn) * up + (width - 1) / 2
+            y = -(-math.sin(turn) * right + math.cos(turn) * up) + (height - 1) / 2
+            if padding == "border":
+                x, y = min(max(x, 0.0), width - 1.0), min(max(y, 0.0), height - 1.0)
+            elif padding == "reflection":
+                x, y = _mirrored(x, width), _mirrored(y, height)
+            left, top = math.floor(x), math.floor(y)
+            for r, down in ((top, 1 - (y - top)), (top + 1, y - top)):
+                for c, across in ((left, 1 - (x - left)), (left + 1, x - left)):
+                    moved[:, row, column] += down * across * _pixel(image, r, c, padding)
+    return moved
+
+
+def gaussian_blur(image, sigma, radius):
+    """[C, H, W]; the kernel of both axes in one, edges mirrored at the middle of the outermost pixels."""
+    _, height, width = image.shape
+    blurred = torch.zeros_like(image)
+    for row in range(height):
+        for column in range(width):
+            total = 0.0
+            for a in range(-min(radius, height - 1), min(radius, height - 1) + 1):
+                for b in range(-min(radius, width - 1), min(radius, width - 1) + 1):
+                    weight = math.exp(-(a * a + b * b) / (2 * sigma * sigma))
+                    r, c = abs(row + a), abs(column + b)
+                    r, c = min(r, 2 * (height - 1) - r), min(c, 2 * (width - 1) - c)
+                    blurred[:, row, column] += weight * image[:, r, c]
+                    total += weight
+            blurred[:, row, column] /= total
+    return blurred
+
+
+def jitter_colors(image, brightness, contrast, saturation, hue):
+    """[3, H, W], with the standard library's colour model."""
+    import colorsys
+
+    def gray(pixel):
+        return 0.2989 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]
+
+    def clamp(value):
+        return min(max(value, 0.0), 1.0)
+
+    pixels = [[clamp(brightness * v) for v in pixel] for pixel in image.flatten(1).T.tolist()]
+    level = sum(gray(pixel) for pixel in pixels) / len(pixels)
+    pixels = [[clamp(contrast * v + (1 - contrast) * level) for v in pixel] for pixel in pixels]
+    pixels = [[clamp(saturation * v + (1 - saturation) * gray(pixel)) for v in pixel] for pixel in pixels]
+    changed = []
+    for pixel in pixels:
+        h, s, v = colorsys.rgb_to_hsv(*pixel)
+        changed.append(colorsys.hsv_to_rgb((h + hue) % 1.0, s, v))
+    return torch.tensor(changed, dtype=torch.float64).T.reshape(image.shape)

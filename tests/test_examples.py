@@ -87,7 +87,7 @@ SMALL = {
     "probe-images": 40,
     "amp": "none",
 }
-BESIDE = ("pretraining.py",)
+BESIDE = ("pretraining.py", "ssl_methods.py")
 
 
 def flags(**changes):

@@ -105,7 +105,8 @@ def linear_probe(
     x, x_test = ((part.float() - mean) / std.clamp(min=1e-6) for part in (train_features, features))
     y = train_labels.long()
 
-    with torch.enable_grad():
+    # The line search needs all digits, also where the encoder ran under autocast.
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
         bias = torch.zeros(classes, device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
@@ -117,7 +118,8 @@ def linear_probe(
             return loss
 
         optimizer.step(objective)  # type: ignore[arg-type]
-    return float((F.linear(x_test, weight, bias).argmax(1) == labels).float().mean())
+        answers = F.linear(x_test, weight, bias).argmax(1)
+    return float((answers == labels).float().mean())
 
 
 def _check_samples(

@@ -191,8 +191,9 @@ def transformation_accuracy(
 def _mlp(x: Tensor, layers: list[Tensor]) -> Tensor:
     """Weights first, then as many biases."""
     half = len(layers) // 2
-    for depth, (weight, bias) in enumerate(zip(layers[:half], layers[half:])):
-        x = F.linear(x if depth == 0 else x.relu(), weight, bias)
+    with torch.autocast(x.device.type, enabled=False):  # an encoder's autocast is not the regressor's
+        for depth, (weight, bias) in enumerate(zip(layers[:half], layers[half:])):
+            x = F.linear(x if depth == 0 else x.relu(), weight, bias)
     return x
 
 
