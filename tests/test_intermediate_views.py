@@ -22,7 +22,7 @@ def seeded(seed=0):
 
 def photographs(real_images, count=6, side=None):
     image = pytest.importorskip("PIL.Image")
-    files = sorted((real_images / "imagenet-samples").glob("*.jpg"))[::20][:count]
+    files = sorted((real_images / "imagenet-samples").glob("*.jpg"))[::15][:count]
     opened = [image.open(file).convert("RGB").resize(side or (80, 64)) for file in files]
     return torch.stack([tv.to_dtype(tv.to_image(x), torch.float32, scale=True) for x in opened])
 

@@ -231,7 +231,8 @@ def test_all_parameters_are_there_for_an_optimizer():  # R5
 
 def test_rebuilds_photographs_by_heart(real_images):
     """Weak, not blind: from one-hot tokens it learns eight real images and their paths to a low error."""
-    images = photographs(real_images, count=7, side=(32, 32))
+    images = photographs(real_images, count=8, side=(32, 32))
+    assert len(images) == 8
     _, targets, _ = IntermediateViews("se2", degrees=30)(images, seeded())
     head = IntermediateReconstructionHead(64, image_size=32, patch_size=8)
     e1, e2 = torch.randn(2, len(images), 16, 32, generator=seeded(3))

@@ -62,7 +62,7 @@ def transformation_r2(
     Example:
         >>> t = torch.rand(400, 2)
         >>> first = torch.randn(400, 5)
-        >>> second = first + torch.cat([t[:, :1], torch.zeros(400, 4)], 1)  # moved by the first parameter alone
+        >>> second = first + torch.cat([5 * t[:, :1], torch.zeros(400, 4)], 1)  # moved by the first parameter alone
         >>> r2 = transformation_r2(first, second, t, progress=False)
         >>> bool(r2[0] > 0.8), bool(r2[1] < 0.2)
         (True, True)
@@ -86,36 +86,11 @@ def transformation_r2(
     if constant.any():
         check.refuse("parameters", "different from row to row", f"a constant column {int(constant.nonzero()[0])}")
 
-    device = features1.device
     x, t = torch.cat([features1, features2], 1).float(), parameters.float()
     x, t = (x - x[train].mean(0)) / x[train].std(0).clamp(min=1e-6), (t - t[train].mean(0)) / t[train].std(0)
-    chosen, fitted = train[: len(train) // 10], train[len(train) // 10 :]
-    sizes = [x.shape[1], hidden_dim, hidden_dim, t.shape[1]]
-    weights = [math.sqrt(2 / a) * torch.randn(b, a, generator=generator) for a, b in pairwise(sizes)]
-    biases = [torch.zeros(b) for b in sizes[1:]]
-    layers = [tensor.to(device).requires_grad_() for tensor in (*weights, *biases)]
-
-    batch_size = min(256, len(fitted))
-    steps = epochs * (len(fitted) // batch_size)
-    optimizer = torch.optim.AdamW(layers, lr=1e-3, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best, kept = math.inf, [layer.detach().clone() for layer in layers]
-    for _ in progress_bar(range(epochs), "regression of the parameters", shown=progress):
-        order = fitted[torch.randperm(len(fitted), generator=generator)]
-        for rows in order.split(batch_size):
-            if len(rows) < batch_size:
-                continue
-            with torch.enable_grad():
-                loss = F.mse_loss(_mlp(x[rows], layers), t[rows])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        error = float(F.mse_loss(_mlp(x[chosen], layers), t[chosen]))
-        if error < best:
-            best, kept = error, [layer.detach().clone() for layer in layers]
-
-    residual = (t[test] - _mlp(x[test], kept)).double().square().sum(0)
+    with torch.autocast(x.device.type, enabled=False):  # an encoder's precision is not the regressor's
+        layers = _regressor(x, t, train, hidden_dim, epochs, weight_decay, generator, progress)
+        residual = (t[test] - _mlp(x[test], layers)).double().square().sum(0)
     return (1 - residual / (t[test] - t[test].mean(0)).double().square().sum(0)).float().cpu()
 
 
@@ -188,12 +163,44 @@ def transformation_accuracy(
     }
 
 
+def _regressor(
+    x: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    hidden_dim: int,
+    epochs: int,
+    weight_decay: float,
+    generator: torch.Generator,
+    progress: bool,
+) -> list[Tensor]:
+    """An MLP from x to t, fitted on some of their rows: its weights, then its biases."""
+    chosen, fitted = rows[: len(rows) // 10], rows[len(rows) // 10 :]
+    sizes = [x.shape[1], hidden_dim, hidden_dim, t.shape[1]]
+    weights = [math.sqrt(2 / a) * torch.randn(b, a, generator=generator) for a, b in pairwise(sizes)]
+    layers = [layer.to(x.device).requires_grad_() for layer in (*weights, *map(torch.zeros, sizes[1:]))]
+    batch_size = min(256, max(8, len(fitted) // 20))  # few rows need as many steps
+    optimizer = torch.optim.AdamW(layers, lr=1e-3, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(fitted) / batch_size))
+    least, best = math.inf, layers
+    for _ in progress_bar(range(epochs), "regression of the parameters", shown=progress):
+        for part in fitted[torch.randperm(len(fitted), generator=generator)].split(batch_size):
+            with torch.enable_grad():
+                loss = F.mse_loss(_mlp(x[part], layers), t[part])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        error = float(F.mse_loss(_mlp(x[chosen], layers), t[chosen]))
+        if error < least:
+            least, best = error, [layer.detach().clone() for layer in layers]
+    return best
+
+
 def _mlp(x: Tensor, layers: list[Tensor]) -> Tensor:
     """Weights first, then as many biases."""
     half = len(layers) // 2
-    with torch.autocast(x.device.type, enabled=False):  # an encoder's autocast is not the regressor's
-        for depth, (weight, bias) in enumerate(zip(layers[:half], layers[half:])):
-            x = F.linear(x if depth == 0 else x.relu(), weight, bias)
+    for depth, (weight, bias) in enumerate(zip(layers[:half], layers[half:])):
+        x = F.linear(x if depth == 0 else x.relu(), weight, bias)
     return x
 
 
