@@ -88,7 +88,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-KINDS, PICTURES = ("rotation", "translation", "color", "blur"), "pictures.pt"
+KINDS = {
+    "rotation": ("angle",),
+    "translation": ("dx", "dy"),
+    "color": ("brightness", "contrast", "saturation", "hue"),
+    "blur": ("sigma",),
+}
+PICTURES = "pictures.pt"
 
 
 # ---------------------------------------------------------------------------------------------------------- the views
@@ -236,10 +242,10 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
         "accuracy": {},
     }
     pairs_of = evenly(ConcatDataset([train, test]), options.r2_images)
-    for kind in KINDS:
+    for kind in ("se2", ("color", "blur")):
         views = IntermediateViews(kind, sigma=(0.1, options.sigma), padding=options.padding)
         pairs = extract_view_features(frozen, loader(pairs_of), views, generator=torch.Generator().manual_seed(0))
-        results["r2"][kind] = dict(zip(views.parameter_names, transformation_r2(*pairs).tolist()))
+        results["r2"].update(zip(views.parameter_names, transformation_r2(*pairs).tolist()))
     layers = [f"blocks.{i}" for i in range(len(vit.blocks))]
     for transformation in ("rotation", "flip"):
         images = (frozen.normalize(batch[0]) for batch in loader(evenly(test, options.r2_images // 3)))
@@ -276,14 +282,14 @@ def report(results: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, fl
     import matplotlib.pyplot as plt
 
     names, first = list(results), next(iter(results.values()))
-    r2 = {kind: [mean(found["r2"][kind].values()) for found in results.values()] for kind in KINDS}
+    r2 = {kind: [mean(found["r2"][key] for key in keys) for found in results.values()] for kind, keys in KINDS.items()}
     rows = {key: [found[key] for found in results.values()] for key in ("k-NN", "linear")}
     turned = {key: [found["accuracy"][key] for found in results.values()] for key in first["accuracy"]}
     print(f"\n{'':36}" + "".join(f"{name:>14}" for name in names))
     for kind, values in r2.items():
         print(f"{'R², ' + kind:36}" + "".join(f"{value:14.3f}" for value in values))
-        for key in first["r2"][kind] if len(first["r2"][kind]) > 1 else ():
-            print(f"{'    ' + key:36}" + "".join(f"{found['r2'][kind][key]:14.3f}" for found in results.values()))
+        for key in KINDS[kind] if len(KINDS[kind]) > 1 else ():
+            print(f"{'    ' + key:36}" + "".join(f"{found['r2'][key]:14.3f}" for found in results.values()))
     for key, values in rows.items():
         print(f"{key + ' accuracy, %':36}" + "".join(f"{value:14.1f}" for value in values))
     for key, of_layers in turned.items():

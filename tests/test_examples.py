@@ -87,11 +87,12 @@ SMALL = {
     "probe-images": 40,
     "amp": "none",
 }
+RECONSTRUCTION = {**{key: value for key, value in SMALL.items() if key not in ("layer", "local-size")}, "r2-images": 72}
 BESIDE = ("pretraining.py", "ssl_methods.py")
 
 
-def flags(**changes):
-    chosen = {**SMALL, **{key.replace("_", "-"): value for key, value in changes.items()}}
+def flags(defaults=SMALL, **changes):
+    chosen = {**defaults, **{key.replace("_", "-"): value for key, value in changes.items()}}
     return [part for key, value in chosen.items() for part in (f"--{key}", value)]
 
 
@@ -143,38 +144,51 @@ def test_ser_pretrain_in_two_processes(method, small_images, tmp_path):
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)
 
 
-def test_ser_pretrain_resumes_bit_for_bit(small_images, tmp_path):  # T1
+@pytest.mark.parametrize(
+    ("name", "arguments", "folder", "other", "refusal"),
+    [
+        ("ser_pretrain.py", flags(ser="on"), "mocov3-ser", ("--layer", "1"), "layer 2 (now 1)"),
+        (
+            "reconstruction_pretrain.py",  # lightly's masks draw from Python's own random numbers
+            [*flags(RECONSTRUCTION, head="2", method="ibot"), "--fraction", "0.5"],
+            "ibot-2",
+            ("--fraction", "0.25"),
+            "fraction 0.5 (now 0.25)",
+        ),
+    ],
+)
+def test_pretraining_resumes_bit_for_bit(name, arguments, folder, other, refusal, small_images, tmp_path):  # T1
     """Killed in the middle of an epoch, it ends with the same weights and the same log as a run that was not."""
-    arguments = flags(data=small_images, ser="on", epochs=6, save_every=2)
-    call, options = command("ser_pretrain.py", *arguments, "--out", "whole", folder=tmp_path, beside=BESIDE)
+    arguments = [*arguments, "--data", small_images, "--epochs", "6", "--save-every", "2", "--out", "whole"]
+    call, options = command(name, *arguments, folder=tmp_path, beside=BESIDE)
     subprocess.run(call, check=True, capture_output=True, **options)  # noqa: S603
     call[call.index("whole")] = "killed"
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)  # noqa: S603
-    log, deadline = tmp_path / "killed/mocov3-ser/log.jsonl", time.time() + 120
+    log, deadline = tmp_path / "killed" / folder / "log.jsonl", time.time() + 120
     while not log.exists() or len(log.read_text().splitlines()) < 7:  # checkpoints after 2, 4, 5 and 6
         assert process.poll() is None
         assert time.time() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed/mocov3-ser/encoder.pt").exists()
+    assert not (tmp_path / "killed" / folder / "encoder.pt").exists()
     with open(log, "a") as file:
         file.write('{"step": 8, "los')  # half a line, as a kill can leave it
 
     result = subprocess.run([*call, "--resume"], check=True, capture_output=True, **options)  # noqa: S603
     assert re.search(r"[1-9]\d*/30", result.stderr)
-    whole, killed = tmp_path / "whole/mocov3-ser", tmp_path / "killed/mocov3-ser"
+    whole, killed = tmp_path / "whole" / folder, tmp_path / "killed" / folder
     assert killed.joinpath("log.jsonl").read_text() == whole.joinpath("log.jsonl").read_text()
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, killed)]
-    for name, value in states[0]["objective"].items():
-        assert torch.equal(value, states[1]["objective"][name]), name
+    for key, value in states[0]["objective"].items():
+        assert torch.equal(value, states[1]["objective"][key]), key
     results = [json.loads((folder / "results.json").read_text()) for folder in (whole, killed)]
     assert results[0] == results[1]
 
-    call[call.index("--layer") + 1] = "1"  # T7
+    call[call.index(other[0]) + 1] = other[1]  # T7
     refused = subprocess.run([*call, "--resume"], capture_output=True, **options)  # noqa: S603
     assert refused.returncode != 0
-    assert "was trained with other options: layer 2 (now 1)" in refused.stderr
+    assert f"was trained with other options: {refusal}" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -202,3 +216,52 @@ def test_ser_pretrain_has_the_papers_recipe(small_images, tmp_path):
     chosen = json.loads((tmp_path / "runs/ser/mocov3-ser/options.json").read_text())
     expected = {"model": "vit_small_patch16_224", "epochs": 100, "warmup_epochs": 10, "ratio": 0.01, "layer": 3}
     assert {key: chosen[key] for key in expected} == expected
+
+
+# -------------------------------------------------------------------------------------- pretraining with reconstruction
+
+
+def test_reconstruction_pretrain_compares(small_images, tmp_path):
+    """A table of R² and accuracies, curves, a grid of pictures, a log, and an encoder with timm's own keys."""
+    import timm
+
+    arguments = flags(RECONSTRUCTION, data=small_images)
+    output = run("reconstruction_pretrain.py", *arguments, folder=tmp_path, beside=BESIDE)
+    assert re.search(r"without +1 image +2 images", output)
+    number = r" +-?\d+\.\d+"
+    rows = (
+        "R², rotation",
+        "R², translation",
+        "dx",
+        "R², color",
+        "hue",
+        "R², blur",
+        "k-NN accuracy, %",
+        "linear accuracy, %",
+    )
+    for row in (*rows, "quarter turns told, layer 6, %", "flips told, layer 1, %"):
+        assert re.search(rf"^ *{re.escape(row)}{3 * number}$", output, re.M), row
+    assert re.search(r"backbone 0\.\d+ M parameters, decoders 0\.\d+ M", output)
+    folder = tmp_path / "runs" / "reconstruction"
+    assert is_picture(folder / "vicreg.png")
+    assert is_picture(folder / "vicreg-pictures.png")
+    for name, images in (("base", 2), ("1", 1), ("2", 2)):
+        pictures = torch.load(folder / f"vicreg-{name}" / "pictures.pt", weights_only=True)
+        assert pictures["found"].shape == (images, 6, 3, 16, 16)
+        lines = (folder / f"vicreg-{name}" / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))
+        assert set(json.loads(lines[0])) == {"step", "loss", "ssl", "reconstruction", "lr"}
+    vit = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=0)
+    vit.load_state_dict(torch.load(folder / "vicreg-2" / "encoder.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("method", ["vicreg", "dinov2"])
+def test_reconstruction_pretrain_in_two_processes(method, small_images, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    arguments = flags(RECONSTRUCTION, data=small_images, method=method, head="2", batch_size=16, crops=2, views="all")
+    output = run("reconstruction_pretrain.py", *arguments, folder=tmp_path, beside=BESIDE, launcher=launcher)
+    assert output.count("linear accuracy") == 1
+    log = tmp_path / f"runs/reconstruction/{method}-2/log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in rows)

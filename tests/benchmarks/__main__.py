@@ -12,7 +12,16 @@ from pathlib import Path
 
 from tests.benchmarks.measure import in_a_process, machine
 
-BENCHMARKS = ["class_wise_irm", "environments", "pair_lse", "training_step", "grid", "ser", "ser_flops"]
+BENCHMARKS = [
+    "class_wise_irm",
+    "environments",
+    "pair_lse",
+    "training_step",
+    "grid",
+    "ser",
+    "ser_flops",
+    "reconstruction",
+]
 
 
 def main() -> None:
