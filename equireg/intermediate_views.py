@@ -149,6 +149,7 @@ class IntermediateViews:
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
         """Random parameters [count, P] for images of ``size`` (height, width), each column even over its range."""
+        Arguments("IntermediateViews.draw").count("count", count, least=0)
         device = generator.device if generator is not None else torch.device("cpu")
         uniform = torch.rand(count, len(self.parameter_names), generator=generator, device=device)
         sides = {"dx": size[1], "dy": size[0]}
@@ -162,7 +163,16 @@ class IntermediateViews:
         """The parameters at a fraction of the path, 0 (nothing) to 1 (all): [B, P].
 
         ``only_reconstructed`` leaves out what the targets do not undergo.
+
+        Raises:
+            TypeError, ValueError: parameters that are not [B, P], a fraction that is not a number in 0 .. 1.
         """
+        check = Arguments("IntermediateViews.at")
+        check.number("fraction", fraction)
+        if not 0 <= fraction <= 1:
+            check.refuse("fraction", "in 0 .. 1", fraction)
+        check.sizes["P"] = len(self.parameter_names)
+        check.features("parameters", parameters, "B P")
         names = self.parameter_names
         kept = {name for part in self.reconstructed for name in _PARAMETERS[part]} if only_reconstructed else set(names)
         still = torch.tensor([float(name in _FACTORS) for name in names], device=parameters.device)
@@ -220,8 +230,10 @@ class IntermediateViews:
 
 def _parts(check: Arguments, name: str, kind: str | Sequence[str]) -> tuple[str, ...]:
     """The kinds that are no composition, in the order in which they are done."""
+    if not isinstance(kind, (str, tuple, list)):
+        check.refuse_type(name, "a kind, or several in a tuple", type(kind).__name__)
     found: set[str] = set()
-    for one in (kind,) if isinstance(kind, str) else tuple(kind):
+    for one in (kind,) if isinstance(kind, str) else kind:
         check.option(name, one, (*_PARAMETERS, *_COMPOSED))
         found |= set(_COMPOSED.get(one, (one,)))
     if not found:

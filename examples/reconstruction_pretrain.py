@@ -253,7 +253,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
         "accuracy": {},
     }
     pairs_of = evenly(ConcatDataset([train, test]), options.r2_images)
-    for kind in ("se2", ("color", "blur")):
+    for kind in KINDS:
         views = IntermediateViews(kind, sigma=(0.1, options.sigma), padding=options.padding)
         pairs = extract_view_features(frozen, loader(pairs_of), views, generator=torch.Generator().manual_seed(0))
         whole = (*map(over_the_image, pairs[:2]), pairs[2])
@@ -261,7 +261,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
             results["r2"][name].update(zip(views.parameter_names, transformation_r2(*features).tolist()))
     layers = [f"blocks.{i}" for i in range(len(vit.blocks))]
     for transformation in ("rotation", "flip"):
-        images = (frozen.normalize(batch[0]) for batch in loader(evenly(test, options.r2_images // 8)))
+        images = (frozen.normalize(batch[0]) for batch in loader(evenly(test, options.r2_images // 6)))
         with precision(options, device):
             found = transformation_accuracy(vit, images, layers, transformation=transformation)
         results["accuracy"][transformation] = [100 * share for share in found.values()]
@@ -395,7 +395,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reconstruct", default="se2", help="what the images half-way undergo; empty: the same")
     parser.add_argument("--padding", choices=("zeros", "border", "reflection"), default="zeros")
     parser.add_argument("--crops", type=int, choices=(1, 2), default=1, help="2: the second view has a crop of its own")
-    parser.add_argument("--r2-images", type=int, default=8000, help="to tell the transformations from")
+    parser.add_argument("--r2-images", type=int, default=6000, help="to tell the transformations from")
     parser.add_argument("--out", type=Path, default=Path("runs/reconstruction"))
 
 

@@ -89,7 +89,7 @@ def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
                 "IntermediateViews": lambda views=views, x=images, t=parameters: views.transform(x, t),
             }
             expected, own = (version() for version in versions.values())
-            torch.testing.assert_close(own, expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
             work = f"{kind}, {len(images)} images of {side} x {side}"
             found = medians(versions, repeats)
             rows += [{"work": work, "version": version, "seconds": seconds} for version, seconds in found.items()]
