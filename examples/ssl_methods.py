@@ -178,7 +178,9 @@ class IBOT(DINO):
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         side = self.options.image_size // self.options.patch_size
-        masks = [random_block_mask((len(view), side, side), device=view.device) for view in views]
+        smallest = min(4, side**2 // 10)  # patches of a block; small maps have images with fewer hidden than 4
+        shapes = [(len(view), side, side) for view in views]
+        masks = [random_block_mask(shape, min_num_masks_per_block=smallest, device=views[0].device) for shape in shapes]
         student_head, teacher_head = self.patch_heads()
         features, tokens = zip(*(self.tokens(self.backbone, v, mask=m.flatten(1)) for v, m in zip(views, masks)))
         students = [self.embed(self.head, part) for part in features]
