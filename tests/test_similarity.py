@@ -6,12 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equireg import pair_lse
-from equireg.similarity import chunked, gram, normalized, operator
+from equireg.similarity import bounded, gram, normalized, operator, tiles
 from tests import references
 
 RELATIONS = ["all", "ne", "eq"]
 WEIGHTS = ["none", "columns", "selected"]
 BACKENDS = ["dense", "chunked"]
+
+
+@pytest.fixture(params=["bounded", "online"])
+def streaming(request, monkeypatch):
+    """Both ways of ``backend="chunked"``, which chooses by the size of the logits."""
+    if request.param == "online":
+        monkeypatch.setattr(bounded, "_BOUND", -1.0)
 
 
 def problem(rows=7, cols=9, width=5, relation="all", weights="none", ids=False, dtype=torch.float64, zeros=0.3):
@@ -52,6 +59,7 @@ def gradients(x, y, scale, options, backend):
     return lse.detach(), mean.detach(), *torch.autograd.grad(objective, inputs)
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -64,28 +72,31 @@ def test_equals_the_loop(relation, weights, ids, backend):
     torch.testing.assert_close(mean, expected_mean, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_streamed_gradients_equal_dense_ones_over_many_tiles(relation, weights, ids, monkeypatch):
-    monkeypatch.setattr(chunked, "ROWS", 16)
-    monkeypatch.setattr(chunked, "COLS", 7)
+    monkeypatch.setattr(tiles, "ROWS", 16)
+    monkeypatch.setattr(tiles, "COLS", 7)
     x, y, options, *_ = problem(53, 41, 6, relation, weights, ids)
     scale = torch.tensor(0.7, dtype=torch.float64)
     for streamed, dense in zip(gradients(x, y, scale, options, "chunked"), gradients(x, y, scale, options, "dense")):
         torch.testing.assert_close(streamed, dense, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (64, 64), (10**6, 10**6)])
 def test_tile_size_does_not_matter(rows, cols, monkeypatch):  # K8
     x, y, options, *_ = problem(65, 70, 8, "ne", "columns", True, torch.float32)
     expected = gradients(x, y, torch.tensor(1.3), options, "chunked")
-    monkeypatch.setattr(chunked, "ROWS", rows)
-    monkeypatch.setattr(chunked, "COLS", cols)
+    monkeypatch.setattr(tiles, "ROWS", rows)
+    monkeypatch.setattr(tiles, "COLS", cols)
     for value, other in zip(gradients(x, y, torch.tensor(1.3), options, "chunked"), expected):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -103,6 +114,7 @@ def test_gradcheck(relation, weights, backend):
     assert torch.autograd.gradcheck(outputs, inputs, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mean_is_the_slope_in_the_scale(backend):
     x, y, options, *_ = problem(relation="ne", weights="columns")
@@ -113,6 +125,7 @@ def test_mean_is_the_slope_in_the_scale(backend):
     torch.testing.assert_close(slope * scale.detach(), mean[kept].sum())
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_a_kept_pair(backend):
     """KERNELS: lse = -inf, mean = 0, gradients 0, even when what comes back into the row is not finite."""
@@ -145,6 +158,7 @@ def test_no_rows_or_no_columns(rows, cols, backend):  # F6
     assert (x.grad == 0).all()
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_gradient_is_finite_where_the_weight_is_zero(backend):
     x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
@@ -166,6 +180,7 @@ def test_zero_weight_far_above_the_others_gives_no_nan(backend):
     assert not weight.grad.isnan().any()
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.1, 1.0, 10.0, 100.0])  # F13
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -186,10 +201,11 @@ def test_precision_of_values_and_gradients(dtype, temperature, backend):
         assert (gradient.double() - expected).norm() <= limit * expected.norm()
 
 
+@pytest.mark.usefixtures("streaming")
 def test_streams_larger_than_stored(monkeypatch):
     """The largest buffer is a tile: no tensor of the size of the matrix is ever made."""
-    monkeypatch.setattr(chunked, "ROWS", 32)
-    monkeypatch.setattr(chunked, "COLS", 32)
+    monkeypatch.setattr(tiles, "ROWS", 32)
+    monkeypatch.setattr(tiles, "COLS", 32)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -208,6 +224,7 @@ def test_streams_larger_than_stored(monkeypatch):
     assert largest <= 500 * 8
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("relation", ["all", "ne", "eq"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_large_upstream_gradients(relation, weights):
@@ -238,6 +255,7 @@ def test_what_is_dropped_may_be_anything(value, backend):
     assert lse.item() == mean.item() == 1
 
 
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("needed", ["x", "y", "scale"])
 def test_each_gradient_alone(needed):
     x, y, options, *_ = problem(30, 40, 6, "ne", "columns")
@@ -250,15 +268,30 @@ def test_each_gradient_alone(needed):
     torch.testing.assert_close(tensors[needed].grad, expected[needed], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_same_tensor_twice(backend):  # F23
-    x = torch.randn(6, 3, dtype=torch.float64)
-    ids = torch.arange(6)
-    both = x.clone().requires_grad_()
-    left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
-    pair_lse(both, both, 1.0, row_id=ids, col_id=ids, backend=backend)[0].sum().backward()
-    pair_lse(left, right, 1.0, row_id=ids, col_id=ids, backend=backend)[0].sum().backward()
-    torch.testing.assert_close(both.grad, left.grad + right.grad)
+@pytest.mark.usefixtures("streaming")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_same_tensor_twice(relation, weighted, monkeypatch):  # F23
+    """Where rows and columns are one tensor, each tile serves twice; it gives what two tensors give."""
+    monkeypatch.setattr(tiles, "COLS", 7)
+    x, _, options, *_ = problem(40, 40, 5, relation, "columns" if weighted else "none", True)
+    for kind in ("group", "id"):
+        if f"row_{kind}" in options:
+            options[f"col_{kind}"] = options[f"row_{kind}"]
+    scale = torch.tensor(0.7, dtype=torch.float64)
+    lse, mean, by_row, by_col, *others = gradients(x, x, scale, options, "dense")
+    expected = (lse, mean, by_row + by_col, *others)
+
+    inputs = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+    if weighted:
+        options["col_weight"] = options["col_weight"].clone().requires_grad_()
+        inputs.append(options["col_weight"])
+    lse, mean = pair_lse(inputs[0], inputs[0], inputs[1], **options, backend="chunked")
+    slope = torch.arange(1.0, lse.numel() + 1, dtype=lse.dtype).view_as(lse).sin()
+    objective = (lse.masked_fill(lse == -math.inf, 0) * slope).sum() + (mean * slope.cos()).sum()
+    found = (lse.detach(), mean.detach(), *torch.autograd.grad(objective, inputs))
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -286,6 +319,7 @@ def test_strides(backend):  # F22, F24, K3
     torch.testing.assert_close(summed, halves)
 
 
+@pytest.mark.usefixtures("streaming")
 def test_repeats_bit_for_bit():
     x, y, options, *_ = problem(300, 400, 16, "ne", "selected", dtype=torch.float32)
     first = gradients(x, y, torch.tensor(3.0), options, "chunked")
@@ -310,8 +344,11 @@ def test_opcheck(relation, weights):  # K12
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_whole_with_changing_shapes(backend):
     def loss(x, y, scale, group):
-        lse, mean = pair_lse(x, y, scale, relation="ne", row_group=group, col_group=group, backend=backend)
-        return (lse - mean).sum()
+        total = 0.0
+        for other in (x, y):
+            lse, mean = pair_lse(x, other, scale, relation="ne", row_group=group, col_group=group, backend=backend)
+            total = total + (lse - mean).sum()
+        return total
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (8, 12, 17, 33):

@@ -118,8 +118,9 @@ def pair_lse(
     if backend is None:
         backend = "dense" if len(x) * len(y) <= _DENSE_ENTRIES else "chunked"
     if backend == "chunked":
+        symmetric = y is x and col_group is row_group and col_id is row_id
         result: tuple[Tensor, Tensor] = operator.pair_lse(
-            x, y, scale, relation, row_group, col_group, row_id, col_id, col_weight, row_select
+            x, None if symmetric else y, scale, relation, row_group, col_group, row_id, col_id, col_weight, row_select
         )
         return result
     with torch.autocast(x.device.type, enabled=False):
@@ -133,4 +134,5 @@ def _both(check: Arguments, kind: str, row: Tensor | None, col: Tensor | None) -
         check.refuse(f"{missing}_{kind}", f"given together with {given}_{kind}", None)
     if row is None or col is None:
         return None, None
-    return check.integers(f"row_{kind}", row, "M"), check.integers(f"col_{kind}", col, "N")
+    rows = check.integers(f"row_{kind}", row, "M")
+    return rows, check.integers(f"col_{kind}", rows if col is row else col, "N")

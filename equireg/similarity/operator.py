@@ -16,7 +16,7 @@ from equireg.similarity import chunked
 from equireg.similarity.dense import Pairs, accumulation_dtype
 
 _INPUTS = (
-    "Tensor x, Tensor y, Tensor scale, str relation, Tensor? row_group, Tensor? col_group, "
+    "Tensor x, Tensor? y, Tensor scale, str relation, Tensor? row_group, Tensor? col_group, "
     "Tensor? row_id, Tensor? col_id, Tensor? col_weight, Tensor? row_select"
 )
 Result = tuple[Tensor, Tensor]
@@ -26,7 +26,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op("equireg::pair_lse", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def pair_lse(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     scale: Tensor,
     relation: str,
     row_group: Tensor | None,
@@ -58,7 +58,7 @@ def _(x: Tensor, *others: Any) -> Result:
 )
 def pair_lse_backward(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     scale: Tensor,
     relation: str,
     row_group: Tensor | None,
@@ -83,13 +83,13 @@ def pair_lse_backward(
 
 
 @pair_lse_backward.register_fake
-def _(x: Tensor, y: Tensor, scale: Tensor, *others: Any) -> Gradients:
+def _(x: Tensor, y: Tensor | None, scale: Tensor, *others: Any) -> Gradients:
     col_weight, (needs_x, needs_y, needs_weight) = others[5], others[-3:]
     dtype = accumulation_dtype(x.dtype)
     weight_shape = col_weight.shape if needs_weight and col_weight is not None else (0,)
     return (
         x.new_empty(x.shape if needs_x else (0,), dtype=dtype),
-        x.new_empty(y.shape if needs_y else (0,), dtype=dtype),
+        x.new_empty(y.shape if y is not None and needs_y else (0,), dtype=dtype),
         x.new_empty((), dtype=dtype),
         x.new_empty(weight_shape, dtype=dtype),
     )
@@ -116,7 +116,7 @@ def _differentiate(ctx: Any, grad_lse: Tensor | None, grad_mean: Tensor | None) 
     )
     return (
         dx.to(x.dtype) if need[0] else None,
-        dy.to(y.dtype) if need[1] else None,
+        dy.to(x.dtype) if need[1] else None,
         dscale.to(scale.dtype) if need[2] else None,
         *[None] * 5,
         dweight.to(col_weight.dtype) if needs_weight else None,

@@ -1,0 +1,95 @@
+"""The same sums where all logits lie within a known bound, as those of unit vectors at a common temperature do.
+
+Then ``exp(l)`` neither overflows nor vanishes, so no maximum of a row is looked for, one exponential serves all
+environments, whose sums are products with the weights, and where y is x a tile above the diagonal is the one below,
+transposed. With ``c = (g_lse - g_mean mean) e^{-lse}`` and ``b = g_mean e^{-lse}``, each [E, M],
+
+    dw_ej = sum_i e^{l_ij} (c_ei + l_ij b_ei)
+    dl_ij = e^{l_ij} (sum_e (c_ei + b_ei) w_ej + l_ij sum_e b_ei w_ej)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from equireg.similarity.dense import exponent_limit
+from equireg.similarity.products import times_transposed
+from equireg.similarity.tiles import Gradients, Tiles
+
+# e^30 is 1e13 and e^-30 1e-13: weights from 1e-24 on, and a hundred thousand of them, are far from fp32's limits.
+_BOUND = 30.0
+
+
+def serves(tiles: Tiles) -> bool:
+    """Whether this file's sums are safe; only on CPU, for elsewhere looking would wait for the device."""
+    if tiles.x.device.type != "cpu" or tiles.row_select is not None or not len(tiles.x) or not len(tiles.y):
+        return False
+    longest = [float(torch.linalg.vector_norm(part, dim=1).amax()) for part in (tiles.x, tiles.y)]
+    return longest[0] * longest[1] <= _BOUND  # never where one is NaN
+
+
+def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """``lse`` and ``mean``, each [E, M]."""
+    weight = _weight(tiles)
+    total = tiles.x.new_zeros(len(weight), len(tiles.x))
+    moment = torch.zeros_like(total)
+    for rows, cols, mirrored in _pairs(tiles):
+        logits = tiles.logits(rows, cols)
+        if logits is None:
+            continue
+        mass = logits.exp()
+        product = logits.mul_(mass)
+        for sums, part in ((total, mass), (moment, product)):
+            sums[:, rows] += weight[:, cols] @ part.T  # thin on the left, which is eight times as fast as on the right
+            if mirrored:
+                sums[:, cols] += weight[:, rows] @ part
+    return total.log(), (moment / total).masked_fill_(total == 0, 0)
+
+
+def backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | None, gradients: Gradients) -> None:
+    """Adds to the gradients; ``constant`` is g_lse - g_mean mean, [E, M]."""
+    by_row, by_col, by_weight = gradients
+    weight = _weight(tiles)
+    inverse = torch.exp((-lse).clamp(max=exponent_limit(lse.dtype)))
+    own = inverse * constant
+    slope = torch.zeros_like(own) if grad_mean is None else inverse * grad_mean
+    # dl_ij = mass_ij <level_i, level'_j> + product_ij <steep_i, steep'_j>; where y is x from both ends of a pair.
+    level, steep = (own + slope, weight), (slope, weight)
+    if tiles.symmetric:
+        level, steep = ((torch.cat(two), torch.cat(two[::-1])) for two in (level, steep))
+    for rows, cols, mirrored in _pairs(tiles):
+        logits = tiles.logits(rows, cols)
+        if logits is None:
+            continue
+        mass = logits.exp()
+        product = logits.mul_(mass)
+        if by_weight.numel():
+            by_weight[:, cols] += own[:, rows] @ mass + slope[:, rows] @ product
+            if mirrored:
+                by_weight[:, rows] += own[:, cols] @ mass.T + slope[:, cols] @ product.T
+        if by_row.numel() or by_col.numel():
+            total = mass.mul_(level[0][:, rows].T @ level[1][:, cols])
+            if grad_mean is not None:
+                total += product.mul_(steep[0][:, rows].T @ steep[1][:, cols])
+            if by_row.numel():
+                by_row[rows] += times_transposed(total, tiles.y[cols].T)
+            if by_col.numel() and (mirrored or not tiles.symmetric):
+                by_col[cols] += times_transposed(tiles.left[rows].T, total.T).T
+
+
+def _weight(tiles: Tiles) -> Tensor:
+    """The weights of the columns in each environment, [E, N]."""
+    return tiles.y.new_ones(1, len(tiles.y)) if tiles.col_weight is None else tiles.col_weight
+
+
+def _pairs(tiles: Tiles) -> Iterator[tuple[slice, slice, bool]]:
+    """The tiles, where y is x those on and above the diagonal, and whether one stands for its mirror image too."""
+    for rows in tiles.row_blocks:
+        for cols in tiles.col_blocks:
+            if not tiles.symmetric:
+                yield rows, cols, False
+            elif rows.start <= cols.start:
+                yield rows, cols, rows.start < cols.start

@@ -1,0 +1,107 @@
+"""Tiles of a masked similarity matrix: each is formed, used and forgotten."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from equireg.similarity.dense import Pairs, accumulation_dtype
+from equireg.similarity.products import times_transposed
+
+# An fp32 tile and the buffer beside it stay near a CPU's cache, and thinner tiles would starve the matrix product.
+# Both hold whole images of 49 or 196 tokens: where groups are images, fewer tiles then need a mask.
+ROWS, COLS = 392, 784
+
+
+class Gradients(NamedTuple):
+    """Where the backward pass adds up; empty what is not needed. Where y is x the first two are one."""
+
+    by_row: Tensor
+    by_col: Tensor
+    by_weight: Tensor
+
+
+class Tiles:
+    """Blocks of the matrix of logits ``scale · x yᵀ``, dropped pairs at a very low finite value.
+
+    Without ``y`` it is ``x``, and the pairs and the weights are the same by rows and by columns.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        scale: Tensor,
+        pairs: Pairs,
+        col_weight: Tensor | None,
+        row_select: Tensor | None,
+    ):
+        dtype = accumulation_dtype(x.dtype)
+        self.symmetric = y is None
+        y = x if y is None else y
+        self.x = x.to(dtype) * scale.to(dtype)  # scaled once, not in each tile
+        self.y = y.to(dtype)
+        self.left = self.y if self.symmetric else self.x  # by which a column's gradient multiplies
+        self.pairs = pairs
+        self.col_weight = None if col_weight is None else col_weight.to(dtype)
+        self.row_select = row_select
+        # Finite, so that its product with a zero mass is zero; a row whose peak stays below `empty` has no pair.
+        self.low = torch.finfo(dtype).min / 2
+        self.empty = self.low / 2
+        # Where tiles are mirrored, the blocks of rows are those of columns.
+        height = COLS if self.symmetric else ROWS
+        self.row_blocks = [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
+        self.col_blocks = [slice(i, min(i + COLS, len(y))) for i in range(0, len(y), COLS)]
+        on_cpu = x.device.type == "cpu"  # elsewhere reading the ranges would wait for the device
+        self.group_ranges = _Ranges(pairs.row_group, pairs.col_group, self) if on_cpu else None
+        self.id_ranges = _Ranges(pairs.row_id, pairs.col_id, self) if on_cpu else None
+
+    def logits(self, rows: slice, cols: slice) -> Tensor | None:
+        """The tile, or None where the relation keeps none of its pairs."""
+        groups_meet = self.group_ranges is None or self.group_ranges.overlap(rows, cols)
+        ids_meet = self.id_ranges is None or self.id_ranges.overlap(rows, cols)
+        if self.pairs.relation == "eq" and not groups_meet:
+            return None
+        logits = times_transposed(self.x[rows], self.y[cols])
+        if self.pairs.relation == "eq" or groups_meet or ids_meet:
+            dropped = self.pairs.dropped(rows, cols)
+            if dropped is not None:
+                logits.masked_fill_(dropped, self.low)
+        return logits
+
+    def weight(self, e: int, rows: slice, cols: slice) -> Tensor | None:
+        """The weights of environment ``e``, [1, cols], or [rows, cols] where each row selects its own."""
+        if self.col_weight is None:
+            return None
+        if self.row_select is None:
+            return self.col_weight[e, None, cols]
+        return self.col_weight[e, :, cols][self.row_select[rows]]
+
+    def add_to_weight(self, by_weight: Tensor, e: int, rows: slice, cols: slice, gradient: Tensor) -> None:
+        if self.row_select is None:
+            by_weight[e, cols] += gradient.sum(0)
+        else:
+            # A product with the one-hot selection sums in a fixed order; an index_add on a GPU would not.
+            chosen = self.row_select[rows] == torch.arange(by_weight.shape[1], device=gradient.device)[:, None]
+            by_weight[e, :, cols] += chosen.to(gradient.dtype) @ gradient
+
+
+class _Ranges:
+    """The smallest and largest key of each block, to see at once that two blocks have no key in common."""
+
+    def __init__(self, row_key: Tensor | None, col_key: Tensor | None, tiles: Tiles):
+        self.rows, self.cols = self._of(row_key, tiles.row_blocks), self._of(col_key, tiles.col_blocks)
+
+    @staticmethod
+    def _of(key: Tensor | None, blocks: list[slice]) -> dict[int, tuple[int, int]]:
+        if key is None:
+            return {}
+        return {block.start: (int(key[block].min()), int(key[block].max())) for block in blocks}
+
+    def overlap(self, rows: slice, cols: slice) -> bool:
+        if not self.rows or not self.cols:
+            return False
+        (row_low, row_high), (col_low, col_high) = self.rows[rows.start], self.cols[cols.start]
+        return row_low <= col_high and col_low <= row_high
