@@ -47,6 +47,7 @@ def extract_features(
         (torch.Size([6, 192]), tensor([0, 1, 2, 3, 4, 5]))
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    check_callable(Arguments("extract_features"), "encoder", encoder)
     with frozen(encoder) as device:
         for batch in progress_bar(loader, "features", shown=progress):
             check = Arguments("extract_features")
@@ -101,6 +102,8 @@ def extract_view_features(
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     check = Arguments("extract_view_features")
+    check_callable(check, "encoder", encoder)
+    check_callable(check, "views", views)
     with frozen(encoder) as device:
         for batch in progress_bar(loader, "features of two views", shown=progress):
             images = images_of(check, batch).to(device)
@@ -133,6 +136,11 @@ def images_of(check: Arguments, batch: Any) -> Tensor:
     if not isinstance(images, Tensor):
         check.refuse_type("loader", "a loader of images, or of tuples that begin with them", type(images).__name__)
     return images
+
+
+def check_callable(check: Arguments, name: str, value: object) -> None:
+    if not callable(value):
+        check.refuse_type(name, "a module or a function", type(value).__name__)
 
 
 def _encoded(check: Arguments, encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class IntermediateViews:
             ``parameter_names``. The parameters are for probes: the encoder and the decoders are not to see them.
 
         Raises:
-            TypeError, ValueError: images that are not floating point, of another shape, or for colours not in 0 .. 1.
+            TypeError, ValueError: images that are not floating point, of another shape, or for colours not in 0 .. 1;
+                on CPU half a range beyond it is let pass, for resizing overshoots, and clamped.
         """
         self._check_images(images)
         parameters = self.draw(len(images), (images.shape[2], images.shape[3]), generator).to(images.device)
@@ -149,9 +150,17 @@ class IntermediateViews:
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
         """Random parameters [count, P] for images of ``size`` (height, width), each column even over its range."""
-        Arguments("IntermediateViews.draw").count("count", count, least=0)
+        check = Arguments("IntermediateViews.draw")
+        check.count("count", count, least=0)
+        if not isinstance(size, (tuple, list)) or len(size) != 2:
+            check.refuse("size", "(height, width)", size)
+        for side in size:
+            check.count("size", side)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            check.refuse_type("generator", "a torch.Generator or None", type(generator).__name__)
         device = generator.device if generator is not None else torch.device("cpu")
-        uniform = torch.rand(count, len(self.parameter_names), generator=generator, device=device)
+        shape = (count, len(self.parameter_names))
+        uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
         sides = {"dx": size[1], "dy": size[0]}
         columns = []
         for name, column in zip(self.parameter_names, uniform.unbind(1)):
@@ -169,6 +178,7 @@ class IntermediateViews:
         """
         check = Arguments("IntermediateViews.at")
         check.number("fraction", fraction)
+        check.option("only_reconstructed", only_reconstructed, (True, False))
         if not 0 <= fraction <= 1:
             check.refuse("fraction", "in 0 .. 1", fraction)
         check.sizes["P"] = len(self.parameter_names)
@@ -183,11 +193,20 @@ class IntermediateViews:
         """Each image under parameters [B, P] that are given, such as those drawn for another crop of it.
 
         Raises:
-            TypeError, ValueError: as on calling; parameters that are not [B, P] on the images' device.
+            TypeError, ValueError: as on calling; parameters that are not [B, P] on the images' device, on CPU also
+                values that are not finite, below 0 for a factor or σ, or a σ beyond the range of these views.
         """
         check = self._check_images(images)
         check.sizes["P"] = len(self.parameter_names)
-        return self._apply(images, check.features("parameters", parameters, "B P"), 0)
+        check.features("parameters", parameters, "B P")
+        if values_visible(parameters):
+            check.finite("parameters", parameters)
+            for name, column in zip(self.parameter_names, parameters.detach().unbind(1)):
+                most = self.ranges["sigma"][1] if name == "sigma" else math.inf  # the kernel is made for it
+                wrong = (column < 0) | (column > most * (1 + 1e-6))
+                if name in (*_FACTORS, "sigma") and wrong.any():
+                    check.refuse("parameters", f"in 0 .. {most:g} for {name}", f"{float(column[wrong][0]):g}")
+        return self._apply(images, parameters, 0)
 
     def _apply(self, images: Tensor, parameters: Tensor, whole: int) -> Tensor:
         """Everything to the images from ``whole`` on; to those before, what is reconstructed."""
@@ -212,8 +231,8 @@ class IntermediateViews:
     def _check_images(self, images: Tensor) -> Arguments:
         check = Arguments("IntermediateViews")
         check.features("images", images, "B C H W")
-        if images.shape[2] == 0 or images.shape[3] == 0:
-            check.refuse("images", "of at least one pixel", list(images.shape))
+        if 0 in images.shape[1:]:
+            check.refuse("images", "of at least one channel and pixel", list(images.shape))
         if "color" in self.parts:
             if images.shape[1] != 3:
                 check.refuse("images", "[B, 3, H, W] for colours", list(images.shape))
@@ -250,6 +269,7 @@ def _range(
     high: float = math.inf,
 ) -> tuple[float, float]:
     """Lowest and highest value; one number means around ``center``, as far as ``low`` and ``high`` go."""
+    got = given
     if not isinstance(given, (tuple, list)):
         if center is None:
             check.refuse_type(name, "a pair of numbers", type(given).__name__)
@@ -260,7 +280,7 @@ def _range(
     for bound in given:
         check.number(name, bound)
         if not (math.isfinite(bound) and low <= bound <= high):
-            check.refuse(name, f"finite and within {low} .. {high}", given)
+            check.refuse(name, f"finite and within {low} .. {high}", got)
     if given[0] > given[1]:
         check.refuse(name, "the lowest value first", given)
     return float(given[0]), float(given[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,8 @@ class IntermediateReconstructionHead(nn.Module):
         Args:
             equivariant1: see ``reconstruct``.
             equivariant2: see ``reconstruct``.
-            targets: the intermediate images [n, B, C, H, W], floating point, in 0 .. 1 or standardised, not 0 .. 255.
+            targets: the intermediate images [n, B, C, H, W], floating point, in 0 .. 1, or standardised where the head
+                has no ``mean`` and ``std``, not 0 .. 255.
 
         Raises:
             TypeError, ValueError: as ``reconstruct``; targets of another dtype, shape or, where looking is free, range.
@@ -181,7 +182,7 @@ class IntermediateReconstructionHead(nn.Module):
         total = torch.zeros((), dtype=accurate, device=joined.device)
         for decoder, weight, target in zip(self.decoders, self.image_weights, targets):
             if weight == 0:  # DistributedDataParallel wants to see every parameter used
-                total = total + sum((parameter * 0).sum() for parameter in decoder.parameters())
+                total = total + sum(parameter.flatten()[:0].sum() for parameter in decoder.parameters())
                 continue
             goal = target.to(accurate)
             if self.mean is not None and self.std is not None:
@@ -205,8 +206,11 @@ class IntermediateReconstructionHead(nn.Module):
         if equivariant1.dim() == 3 and equivariant1.shape[1] != h * w:
             rule = f"of {h} x {w} tokens, without class or register tokens"
             check.refuse("equivariant1", rule, list(equivariant1.shape))
-        if equivariant1.dim() == 4 and 0 in equivariant1.shape[2:]:
-            check.refuse("equivariant1", "of at least one place", list(equivariant1.shape))
+        if equivariant1.dim() == 4:  # a stride rounds up or down
+            for place, side in zip(equivariant1.shape[2:], self.image_size):
+                if not max(1, side // self.patch_size) <= place <= math.ceil(side / self.patch_size):
+                    rule = f"of {h} x {w} places (images over patch_size)"
+                    check.refuse("equivariant1", rule, list(equivariant1.shape))
         # Half precision from an encoder under autocast; under autocast the decoders go back to it by themselves.
         like = next(self.decoders.parameters())
         first, second = (part.to(like.dtype) for part in (equivariant1, equivariant2))
@@ -236,6 +240,8 @@ _LARGEST_PIXEL = 16.0  # beyond any standardised image, below the bytes of one
 
 def _weights(check: Arguments, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
     """Weights of the images that sum to 1."""
+    if given is not None and not isinstance(given, Iterable):
+        check.refuse_type("image_weights", f"{count} numbers, one for each image", type(given).__name__)
     weights = [1.0] * count if given is None else list(given)
     if len(weights) != count:
         check.refuse("image_weights", f"{count} numbers, one for each image", weights)
@@ -243,7 +249,8 @@ def _weights(check: Arguments, given: Sequence[float] | None, count: int) -> tup
         check.not_negative("image_weights", weight)
     if sum(weights) == 0:
         check.refuse("image_weights", "above 0 for one image at least", weights)
-    return tuple(weight / sum(weights) for weight in weights)
+    shares = [weight / max(weights) for weight in weights]  # whose sum cannot overflow
+    return tuple(share / sum(shares) for share in shares)
 
 
 def _statistics(
@@ -252,10 +259,11 @@ def _statistics(
     if mean is None and std is None:
         return None
     for name, given in (("mean", mean), ("std", std)):
-        if given is None or len(given) != channels:
+        if not isinstance(given, Sized) or len(given) != channels:
             check.refuse(name, f"{channels} numbers, as there are channels, where mean or std is given", given)
         for value in given:
             check.number(name, value)
             if not math.isfinite(value) or (name == "std" and value <= 0):
                 check.refuse(name, "finite and above 0" if name == "std" else "finite", given)
-    return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    first, second = (torch.tensor([float(value) for value in given]).view(-1, 1, 1) for given in (mean, std))  # type: ignore[union-attr]
+    return first, second

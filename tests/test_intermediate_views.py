@@ -319,7 +319,7 @@ def test_refuses_settings(arguments, error, message):
         ("color", torch.full((2, 3, 8, 8), math.nan), ValueError, "images must be in 0 .. 1 for colours, got nan"),
         ("rotation", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "images must be .* got torch.uint8"),
         ("rotation", torch.rand(3, 8, 8), ValueError, r"images must be \[B, C, H, W\], got \[3, 8, 8\]"),
-        ("rotation", torch.rand(2, 3, 0, 8), ValueError, "images must be of at least one pixel"),
+        ("rotation", torch.rand(2, 3, 0, 8), ValueError, "images must be of at least one channel and pixel"),
         ("rotation", "x", TypeError, "images must be a tensor"),
     ],
 )
@@ -338,3 +338,19 @@ def test_refuses_parameters():
         views.at(torch.zeros(2, 2), 0.5)
     with pytest.raises(ValueError, match="count must be at least 0, got -1"):
         views.draw(-1, (8, 8))
+    with pytest.raises(ValueError, match=r"size must be \(height, width\), got 8"):
+        views.draw(2, 8)
+    with pytest.raises(ValueError, match="size must be at least 1, got -8"):
+        views.draw(2, (-8, 8))
+    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got int"):
+        views(images, 0)
+    with pytest.raises(ValueError, match="only_reconstructed must be one of True, False, got 'no'"):
+        views.at(torch.zeros(2, 3), 0.5, only_reconstructed="no")
+    with pytest.raises(ValueError, match=r"images must be of at least one channel and pixel, got \[2, 0, 8, 8\]"):
+        views(torch.rand(2, 0, 8, 8))
+    blur = IntermediateViews("blur", sigma=(0.1, 0.5))
+    for sigma in (8.0, -1.0):
+        with pytest.raises(ValueError, match=f"parameters must be in 0 .. 0.5 for sigma, got {sigma:g}"):
+            blur.transform(images, torch.full((2, 1), sigma))
+    with pytest.raises(ValueError, match="parameters must be finite, got nan in row 0"):
+        blur.transform(images, torch.full((2, 1), float("nan")))

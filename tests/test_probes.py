@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import pytest
@@ -184,3 +185,54 @@ def test_wrong_options():
             linear_probe(**samples(), **options)
     with pytest.raises(ValueError, match="^linear_probe: train_features must be finite, got nan"):
         linear_probe(**samples(train_features=torch.full((8, 3), torch.nan)))
+
+
+def clusters(count=200):
+    y = torch.arange(count) % 4
+    return torch.nn.functional.one_hot(y, 6) + 0.3 * torch.randn(count, 6), y
+
+
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e20, 1e60])
+def test_probes_have_no_scale(probe, scale):
+    x, y = clusters()
+    assert probe(x.double() * scale, y, x.double() * scale, y) == probe(x.double(), y, x.double(), y) > 0.9
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 100.1])
+def test_linear_probe_leaves_out_what_is_constant_in_training(constant):
+    x, y = clusters()
+    train, test = torch.full((200, 1), constant), torch.full((200, 1), constant)
+    test[::5] += 0.5
+    assert linear_probe(torch.cat([x, train], 1), y, torch.cat([x, test], 1), y) == linear_probe(x, y, x, y)
+
+
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
+def test_probes_take_features_from_anywhere(probe):
+    """From inference mode, in it, from an encoder with a graph, of mixed precision; nothing flows back."""
+    x, y = clusters()
+    expected = probe(x, y, x, y)
+    with torch.inference_mode():
+        inside, labels = x.clone(), y.clone()
+        assert probe(x, y, x, y) == probe(inside, labels, inside, labels) == expected
+    assert probe(inside, labels, inside, labels) == expected
+    leaf = x.clone().requires_grad_()
+    assert probe(2 * leaf, y, 2 * leaf, y) == expected
+    assert leaf.grad is None
+    assert probe(x.double(), y, x, y) == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert probe(x, y, x, y) == expected
+
+
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
+@pytest.mark.parametrize("name", ["train_features", "features"])
+def test_probes_refuse_what_is_not_finite_or_not_there(probe, name):
+    x, y = clusters()
+    given = {"train_features": x, "train_labels": y, "features": x, "labels": y}
+    broken = x.clone()
+    broken[3, 2] = math.nan
+    with pytest.raises(ValueError, match=f": {name} must be finite, got nan in row 3"):
+        probe(**{**given, name: broken})
+    empty = {name: x[:0], name.replace("features", "labels"): y[:0]}
+    with pytest.raises(ValueError, match=rf": {name} must be of at least one sample and one feature, got \[0, 6\]"):
+        probe(**{**given, **empty})

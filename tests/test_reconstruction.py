@@ -194,9 +194,9 @@ def test_every_image_size(side, patch):  # R4: maps of 1 x 1, odd sides, sides t
 
 
 def test_map_of_another_grid_is_resized():  # R4
-    head = IntermediateReconstructionHead(8, image_size=32, patch_size=8, hidden_dim=8, channels=1)
-    rebuilt = head.reconstruct(*torch.randn(2, 2, 4, 5, 3))  # [B, d, 5, 3], where 4 x 4 was to be expected
-    assert rebuilt.shape == (2, 2, 1, 32, 32)
+    head = IntermediateReconstructionHead(8, image_size=(36, 28), patch_size=8, hidden_dim=8, channels=1)
+    for places in ((5, 4), (4, 3)):  # a CNN whose stride rounds up, and one whose rounds down
+        assert head.reconstruct(*torch.randn(2, 2, 4, *places)).shape == (2, 2, 1, 36, 28)
 
 
 def test_pixels_stand_where_their_token_does():
@@ -428,3 +428,42 @@ def test_refuses_prefix_tokens_and_empty_batches():
         head.split(torch.randn(3, 4, 11))
     with pytest.raises(ValueError, match=r"features must be \[B, T, D\], \[B, D, h, w\] or \[B, D\]"):
         head.split(torch.randn(12))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mean": 0.5, "std": 0.5}, ValueError, "mean must be 3 numbers"),
+        ({"image_weights": 1.0}, TypeError, "image_weights must be 2 numbers, one for each image, got float"),
+        ({"image_weights": True}, TypeError, "image_weights must be 2 numbers, one for each image, got bool"),
+    ],
+)
+def test_refuses_numbers_for_lists(options, error, message):
+    with pytest.raises(error, match=message):
+        IntermediateReconstructionHead(8, image_size=8, patch_size=4, **options)
+
+
+def test_statistics_of_any_kind_of_number():
+    head = IntermediateReconstructionHead(
+        8, image_size=8, patch_size=4, mean=torch.zeros(3).double().numpy(), std=[1, 2, 3], image_weights=[1e308, 1e308]
+    )
+    assert head.mean.dtype == head.std.dtype == torch.float32
+    assert head.image_weights == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("places", [(2, 2), (8, 16), (15, 16)])
+def test_refuses_a_map_of_another_stride(places):
+    head = IntermediateReconstructionHead(16, image_size=64, patch_size=4)
+    parts = torch.rand(2, 1, 8, *places)
+    with pytest.raises(ValueError, match="equivariant1 must be of 16 x 16 places"):
+        head.reconstruct(*parts)
+
+
+def test_decoder_of_weight_zero_may_hold_anything():
+    head = IntermediateReconstructionHead(8, image_size=8, patch_size=4, image_weights=[1, 0])
+    for parameter in head.decoders[1].parameters():
+        parameter.data.fill_(math.nan)
+    loss = head(*torch.rand(2, 1, 4, 4), torch.rand(2, 1, 3, 8, 8))
+    loss.backward()
+    assert loss.isfinite()
+    assert all((parameter.grad == 0).all() for parameter in head.decoders[1].parameters())

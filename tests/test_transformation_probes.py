@@ -262,3 +262,58 @@ def test_view_features_are_those_of_images_and_views():
 def test_view_features_refuse(encoder, loader, error, message):
     with pytest.raises(error, match=f"extract_view_features: {message}"):
         extract_view_features(encoder, loader, IntermediateViews("blur"), progress=False)
+
+
+def test_r2_with_features_that_are_rarely_active():
+    """A column that is constant in the training rows says nothing, and moves nothing where it is not."""
+    t = torch.rand(1000, 1)
+    first = torch.randn(1000, 8)
+    second = first + torch.cat([5 * t, torch.zeros(1000, 7)], 1)
+    expected = transformation_r2(first, second, t, epochs=20, progress=False)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    rare = torch.zeros(1000, 1)
+    rare[order[0]] = 0.5  # held out
+    found = transformation_r2(torch.cat([first, rare], 1), torch.cat([second, rare], 1), t, epochs=20, progress=False)
+    assert expected > 0.8
+    assert found > 0.8
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_r2_has_no_scale(scale):
+    t = torch.rand(300, 1)
+    first = torch.randn(300, 5)
+    second = first + torch.cat([5 * t, torch.zeros(300, 4)], 1)
+    plain, scaled = (transformation_r2(s * first, s * second, t, epochs=10, progress=False) for s in (1.0, scale))
+    torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_r2_under_inference_mode():
+    with torch.inference_mode():
+        t, first = torch.rand(100, 1), torch.randn(100, 5)
+        inside = transformation_r2(first, first + t, t, epochs=2, progress=False)
+    assert torch.equal(transformation_r2(first, first + t, t, epochs=2, progress=False), inside)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(60, 0), torch.zeros(60, 0), torch.rand(60, 1)), "features1 must be of at least one column"),
+        ((torch.rand(60, 3), torch.rand(60, 3), torch.zeros(60, 0)), "parameters must be of at least one column"),
+    ],
+)
+def test_r2_refuses_nothing_to_read(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        transformation_r2(*arguments, progress=False)
+
+
+@pytest.mark.parametrize("layers", [5, [], "blocks.0", iter(["blocks.0"])])
+def test_accuracy_refuses_layers(layers):
+    with pytest.raises(ValueError, match="layers must be names of layers in a list, or None"):
+        transformation_accuracy(torch.nn.Flatten(), [torch.rand(8, 3, 4, 4)], layers, progress=False)
+
+
+def test_accuracy_refuses_models():
+    with pytest.raises(TypeError, match="model must be a module or a function, got NoneType"):
+        transformation_accuracy(None, [torch.rand(8, 3, 4, 4)], progress=False)
+    with pytest.raises(ValueError, match=r"model must be one that gives a row for each image, got \[1, 48\]"):
+        transformation_accuracy(lambda x: x[:1].flatten(1), [torch.rand(8, 3, 4, 4)], progress=False)

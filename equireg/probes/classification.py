@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg.probes._features import standardized
 from equireg.similarity import normalized
 
 
@@ -36,7 +37,8 @@ def knn_accuracy(
         The share of right answers, 0 to 1.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or devices, a negative label, no samples, k above N.
+        TypeError, ValueError: wrong dtypes, shapes or devices, a negative label, no samples, features that are not
+            finite, k above N.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
@@ -44,15 +46,18 @@ def knn_accuracy(
         0.6666666666666666
     """
     check = Arguments("knn_accuracy")
+    named = (("train_features", train_features), ("features", features))
     classes = _check_samples(check, train_features, train_labels, features, labels)
     check.count("k", k)
     if k > len(train_features):
         check.refuse("k", f"at most the {len(train_features)} training samples", k)
     check.positive("temperature", temperature)
-    bank, votes_of = normalized(train_features), F.one_hot(train_labels.long(), classes).to(train_features.device)
+    bank, queries = (_directions(check, name, given) for name, given in named)
+    votes_of = F.one_hot(train_labels.long(), classes).to(train_features.device)
     right = 0.0
-    for rows, truth in zip(normalized(features).split(1024), labels.split(1024)):
-        cosine, nearest = (rows @ bank.T).topk(k)
+    for rows, truth in zip(queries.split(1024), labels.split(1024)):
+        with torch.autocast(rows.device.type, enabled=False):
+            cosine, nearest = (rows @ bank.T).topk(k)
         # Relative to the nearest, so that no temperature overflows.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = (weight[..., None] * votes_of[nearest]).sum(1)
@@ -69,10 +74,11 @@ def linear_probe(
     weight_decay: float = 1e-3,
     max_iterations: int = 200,
 ) -> float:
-    r"""Accuracy of a linear classifier on frozen features: logistic regression, fitted to the end.
+    r"""Accuracy of a linear classifier on frozen features: logistic regression.
 
     Features are standardised by the training samples, and :math:`\text{CE} + \tfrac{w}{2} \lVert W \rVert^2` is
-    minimised by L-BFGS on all of them at once: convex, so no learning rate and no seed decides the result.
+    minimised by L-BFGS on all of them at once: convex, so no learning rate and no seed decides the result. Without
+    weight decay it may take more iterations to its end.
 
     Args:
         train_features: [N, D], floating point.
@@ -101,12 +107,11 @@ def linear_probe(
     check.count("max_iterations", max_iterations)
     check.finite("train_features", train_features)
     check.finite("features", features)
-    mean, std = train_features.float().mean(0), train_features.float().std(0, correction=0)
-    x, x_test = ((part.float() - mean) / std.clamp(min=1e-6) for part in (train_features, features))
-    y = train_labels.long()
+    x, x_test = standardized(train_features, features)
 
     # The line search needs all digits, also where the encoder ran under autocast.
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = train_labels.long().clone()
         weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
         bias = torch.zeros(classes, device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
@@ -130,9 +135,18 @@ def _check_samples(
     check.integers("train_labels", train_labels, "N")
     check.features("features", features, "M D")
     check.integers("labels", labels, "M")
-    if not check.sizes["N"] or not check.sizes["M"]:
-        check.refuse("features", "of at least one sample, as train_features", list(features.shape))
+    for name, given in (("train_features", train_features), ("features", features)):
+        if given.numel() == 0:
+            check.refuse(name, "of at least one sample and one feature", list(given.shape))
     for name, given in (("train_labels", train_labels), ("labels", labels)):
         if int(given.min()) < 0:
             check.refuse(name, "0 or above", int(given.min()))
     return int(max(train_labels.max(), labels.max())) + 1
+
+
+def _directions(check: Arguments, name: str, features: Tensor) -> Tensor:
+    """Rows of unit length, in fp32, whatever their scale."""
+    check.finite(name, features)
+    exact = features.detach().double()
+    largest = exact.abs().amax(1, keepdim=True)
+    return normalized((exact / torch.where(largest > 0, largest, 1)).float())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg._progress import progress_bar
-from equireg.features import frozen, images_of
+from equireg.features import check_callable, frozen, images_of
+from equireg.probes._features import standardized
 from equireg.probes.classification import linear_probe
 from equireg.token_tap import TokenTap
 
@@ -76,19 +77,25 @@ def transformation_r2(
         check.count(name, count)
     check.not_negative("weight_decay", weight_decay)
     check.count("seed", seed, least=0)
+    if seed >= 2**63:
+        check.refuse("seed", "below 2**63", seed)
     generator = torch.Generator().manual_seed(seed)
     train, test = _split(check, "features1", len(features1), held_out, generator)
     if len(train) < 20:  # two of them for the choice of the epoch
         check.refuse("features1", "of at least 20 rows for training", f"{len(train)} of {len(features1)}")
+    for name, given in (("features1", features1), ("parameters", parameters)):
+        if given.shape[1] == 0:
+            check.refuse(name, "of at least one column", list(given.shape))
     constant = (parameters[train].amax(0) == parameters[train].amin(0)) | (
         parameters[test].amax(0) == parameters[test].amin(0)
     )
     if constant.any():
         check.refuse("parameters", "different from row to row", f"a constant column {int(constant.nonzero()[0])}")
 
-    x, t = torch.cat([features1, features2], 1).float(), parameters.float()
-    x, t = (x - x[train].mean(0)) / x[train].std(0).clamp(min=1e-6), (t - t[train].mean(0)) / t[train].std(0)
-    with torch.autocast(x.device.type, enabled=False):  # an encoder's precision is not the regressor's
+    # An encoder's precision is not the regressor's.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(features1.device.type, enabled=False):
+        both = torch.cat([features1, features2], 1)
+        (_, x), (_, t) = (standardized(part[train], part) for part in (both, parameters))
         layers = _regressor(x, t, train, hidden_dim, epochs, weight_decay, generator, progress)
         residual = (t[test] - _mlp(x[test], layers)).double().square().sum(0)
     return (1 - residual / (t[test] - t[test].mean(0)).double().square().sum(0)).float().cpu()
@@ -133,8 +140,9 @@ def transformation_accuracy(
     """
     check = Arguments("transformation_accuracy")
     check.option("transformation", transformation, ("rotation", "flip"))
-    if isinstance(layers, str) or (layers is not None and not layers):
+    if layers is not None and not (isinstance(layers, (list, tuple)) and layers):
         check.refuse("layers", "names of layers in a list, or None", repr(layers))
+    check_callable(check, "model", model)
     found: dict[str, list[Tensor]] = {name: [] for name in layers or ("output",)}
     with frozen(model) as device, ExitStack() as stack:
         taps = {name: stack.enter_context(TokenTap(model, name)) for name in layers or ()}  # type: ignore[arg-type]
@@ -147,6 +155,8 @@ def transformation_accuracy(
                     pooled = Arguments("transformation_accuracy").features("model's output", output, "B D")
                 else:
                     pooled = taps[name].tokens.mean(1)
+                if len(pooled) != len(versions) * len(images):
+                    check.refuse("model", "one that gives a row for each image", list(pooled.shape))
                 parts.append(pooled.unflatten(0, (len(versions), len(images))).float().cpu())
     if not next(iter(found.values())):
         check.refuse("loader", "of at least one batch", "none")

@@ -1,0 +1,115 @@
+"""InfoNCE within groups of samples, soft or hard, and its slope in a dummy scale, without the similarity matrix.
+
+With similarities ``s`` that a dummy ``θ = 1`` multiplies, and a positive ``p``, the loss of a row and its derivative in
+``θ`` have closed forms in the log-sum-exp and the softmax mean of the row's negatives:
+
+    log Z - s_p = softplus(gap),    d/dθ = sigmoid(gap) (mean - s_p),    gap = lse - s_p
+
+so a penalty on the slope needs no second differentiation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equireg._checks import Arguments, values_visible
+from equireg.similarity import normalized, pair_lse
+
+
+class Rows(NamedTuple):
+    """The loss and its slope for each row, and whether the row has a negative; where not, both are 0."""
+
+    loss: Tensor
+    slope: Tensor
+    counted: Tensor
+
+
+def rows_of(lse: Tensor, mean: Tensor, positive: Tensor) -> Rows:
+    """From the log-sum-exp and softmax mean of each row's negatives and the similarity of its positive."""
+    counted = lse > -math.inf
+    gap = torch.where(counted, lse - positive, 0)
+    loss, slope = F.softplus(gap), gap.sigmoid() * (mean - positive)
+    return Rows(torch.where(counted, loss, 0), torch.where(counted, slope, 0), counted)
+
+
+def soft_info_nce(
+    z1: Tensor, z2: Tensor, weights: Tensor | None = None, *, temperature: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    r"""InfoNCE of two views within soft groups of samples, and its slope in a dummy scale.
+
+    With the cosine similarities :math:`s` of all 2N rows (both views) over the temperature, a row's positive :math:`p`
+    (the other view of its sample), and the weight :math:`w_k(j)` of sample j in group k, which both of its views share,
+
+    .. math::
+        Z_k(i) &= e^{s_{ip}} + (2N - 2) \frac{\sum_a w_k(a)\, e^{s_{ia}}}{\sum_a w_k(a)} \qquad
+            (a:\ \text{all rows but } i \text{ and } p) \\
+        L_k &= \frac{\sum_i w_k(i)\, (\log Z_k(i) - s_{ip})}{\sum_i w_k(i)}, \qquad
+        \text{slope}_k = \frac{\partial L_k(\theta s)}{\partial \theta} \Big|_{\theta = 1}
+
+    the objective of Step 2 of IP-IRM (Wang et al., 2021), Eq. 3, in closed form: memory grows with N, not its square.
+    Both results are differentiable in the features and the weights. One group of equal weights is SimCLR's loss.
+
+    Args:
+        z1: features of the first views, [N, d], any floating dtype; normalised here.
+        z2: features of the second views, [N, d].
+        weights: [N, K], at least 0; None for one group of all samples.
+        temperature: above 0.
+
+    Returns:
+        loss [K] and slope [K], in float32, or float64 for float64 features. A row without a negative of positive weight
+        in a group is left out of it; both are 0, with gradients of 0, for a group without a row.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or temperatures; on CPU also weights that are negative or not finite.
+
+    In a distributed run the samples are those of this process.
+
+    Example:
+        >>> z1, z2 = torch.eye(4), torch.eye(4)
+        >>> loss, slope = soft_info_nce(z1, z2)
+        >>> loss.shape, bool(torch.isclose(loss[0], torch.log(1 + 6 * torch.tensor(-2.0).exp())))
+        (torch.Size([1]), True)
+        >>> soft_info_nce(z1, z2, torch.eye(4)[:, :2] + 0.5)[0].shape
+        torch.Size([2])
+    """
+    check = Arguments("soft_info_nce")
+    check_views(check, z1, z2, temperature)
+    if weights is not None:
+        check.features("weights", weights, "N K")
+        if values_visible(weights):
+            wrong = ~((weights >= 0) & (weights < math.inf))
+            if wrong.any():
+                check.refuse("weights", "finite and at least 0", float(weights[wrong][0]))
+
+    x1, x2 = normalized(z1), normalized(z2)
+    x, samples = torch.cat([x1, x2]), torch.arange(len(z1), device=z1.device)
+    ids = torch.cat([samples, samples])
+    shares = x.new_ones(len(z1), 1) if weights is None else weights.to(x.dtype)
+    by_row = shares.T.repeat(1, 2)  # [K, 2 N]
+    lse, mean = pair_lse(x, x, 1 / temperature, row_id=ids, col_id=ids, col_weight=None if weights is None else by_row)
+    if weights is not None:
+        # What the others weigh: a sum in float64, so that taking one off leaves the others even if it outweighs them.
+        others = 2 * (shares.double().sum(0) - shares.double()).T.repeat(1, 2)
+        scale = (2 * len(z1) - 2) / torch.where(others > 0, others, 1)
+        lse = lse + scale.log().to(lse.dtype)
+    positive = ((x1 * x2).sum(1) / temperature).repeat(2)
+    rows = rows_of(lse, mean, positive)
+    counted = by_row * rows.counted
+    total = counted.sum(1)
+    total = torch.where(total > 0, total, 1)
+    return (counted * rows.loss).sum(1) / total, (counted * rows.slope).sum(1) / total
+
+
+def check_views(check: Arguments, z1: Tensor, z2: Tensor, temperature: float) -> None:
+    check.features("z1", z1, "N d")
+    check.features("z2", z2, "N d")
+    if z2.dtype != z1.dtype:
+        check.refuse_type("z2", f"of z1's dtype {z1.dtype}", z2.dtype)
+    if check.sizes["N"] == 0 or check.sizes["d"] == 0:
+        check.refuse("z1", "of at least one sample and one feature", list(z1.shape))
+    check.positive("temperature", temperature)
