@@ -6,11 +6,15 @@ from equireg.datasets import WithIndex
 from equireg.decoupled import AugSelfLoss, EquiModLoss
 from equireg.environments import Environments
 from equireg.eqinv import ClassWiseIRM, FeatureMask
-from equireg.features import extract_features, extract_view_features
+from equireg.features import extract_features, extract_two_views, extract_view_features
 from equireg.grid import GridTransform
+from equireg.info_nce import soft_info_nce
 from equireg.intermediate_views import IntermediateViews
 from equireg.invariance import irmv1_penalty, rex_penalty
+from equireg.ipirm import IPIRMLoss, mix_images
+from equireg.ipirm_methods import MoCoIPIRMLoss, SimSiamIPIRMLoss
 from equireg.late_class_token import LateClassToken
+from equireg.partitions import PartitionReport, PartitionUpdater
 from equireg.probes import (
     equivariance_score,
     knn_accuracy,
@@ -35,24 +39,32 @@ __all__ = [
     "EquivariantViews",
     "FeatureMask",
     "GridTransform",
+    "IPIRMLoss",
     "IntermediateReconstructionHead",
     "IntermediateViews",
     "LateClassToken",
+    "MoCoIPIRMLoss",
+    "PartitionReport",
+    "PartitionUpdater",
     "SERLoss",
+    "SimSiamIPIRMLoss",
     "TokenTap",
     "WithIndex",
     "adjusted_similarity",
     "class_wise_risks",
     "equivariance_score",
     "extract_features",
+    "extract_two_views",
     "extract_view_features",
     "irmv1_penalty",
     "knn_accuracy",
     "linear_probe",
+    "mix_images",
     "mocov3_photometric",
     "pair_lse",
     "patch_nt_xent",
     "rex_penalty",
+    "soft_info_nce",
     "split_batch",
     "transformation_accuracy",
     "transformation_r2",

@@ -8,14 +8,16 @@ raises the same ``ValueError``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 _MOST_DIMS = 6
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -40,18 +42,84 @@ def gather(function: str, name: str, make: Callable[[], Tensor]) -> tuple[Tensor
         ValueError: in every process, where ``make`` failed in one of them, or its shape, dtype or need of a
             gradient differ; ``name`` says what is gathered. The process where it failed raises its own error.
     """
-    try:
+
+    def checked() -> Tensor:
         mine = make()
         _check_backend(function, name, mine)
-    except (TypeError, ValueError):
-        _exchange(_header(None))  # so that the others stop too, instead of waiting for this one
-        raise
-    headers = _exchange(_header(mine))
-    if any(header != headers[0] for header in headers):
-        theirs = ", ".join(f"rank {r}: {_described(header)}" for r, header in enumerate(headers))
-        raise ValueError(f"{function}: {name} must be alike in every process, got {theirs}")
+        return mine
+
+    mine = agree(function, name, checked, _header, _described)
     gathered: Tensor = _Gather.apply(mine)
     return mine, gathered
+
+
+def gather_rows(function: str, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """The rows [n, ...] of all processes in the order of ranks, on the CPU, without a gradient; n may differ.
+
+    Raises:
+        ValueError: in every process, where ``make`` failed in one, or the rows differ in shape or dtype.
+    """
+    if world_size() == 1:
+        return make()
+    mine = agree(function, name, make, lambda rows: [0, 0, 0, *_header(rows[:1])[3:]], _described)
+    counts = [numbers[0] for numbers in _exchange([len(mine)])]
+    on = _device()
+    padded = mine.new_zeros(max(counts), *mine.shape[1:], device=on)
+    padded[: len(mine)] = mine
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded)
+    return torch.cat([rows[:count].cpu() for rows, count in zip(everyone, counts)])
+
+
+def agree(
+    function: str,
+    name: str,
+    make: Callable[[], Result],
+    header: Callable[[Result], list[int]],
+    described: Callable[[list[int]], str] = str,
+) -> Result:
+    """What ``make`` gives, once every process has made its own with the same ``header`` (at most nine numbers).
+
+    Raises:
+        ValueError: in every process, where the headers differ or ``make`` failed in one, which raises its own error.
+    """
+    if world_size() == 1:
+        return make()
+    try:
+        mine = make()
+        numbers = header(mine)
+    except Exception:
+        _exchange(_header(None))  # so that the others stop too, instead of waiting for this one
+        raise
+    length = 3 + _MOST_DIMS
+    headers = _exchange([*numbers, *[0] * (length - len(numbers))])
+    if any(header != headers[0] for header in headers):
+        theirs = ", ".join(
+            f"rank {r}: {'refused, see the error there' if header[0] < 0 else described(header)}"
+            for r, header in enumerate(headers)
+        )
+        raise ValueError(f"{function}: {name} must be alike in every process, got {theirs}")
+    return mine
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What ``make`` gives in the first process, in all of them; where it fails there, all raise the same error."""
+    if world_size() == 1:
+        return make()
+    message: list[Any] = [None]
+    if rank() == 0:
+        try:
+            message = [(make(), None)]
+        except (ValueError, FloatingPointError) as error:
+            message = [(None, error)]
+        except BaseException as error:  # the others have to hear of it before it leaves this process
+            dist.broadcast_object_list([(None, RuntimeError(f"rank 0 failed: {error!r}"))], src=0, device=_device())
+            raise
+    dist.broadcast_object_list(message, src=0, device=_device())
+    result, failure = message[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
 
 
 class _Gather(torch.autograd.Function):
@@ -87,16 +155,18 @@ def _header(tensor: Tensor | None) -> list[int]:
     return [_DTYPES.index(tensor.dtype), gradient, len(sizes), *sizes, *[0] * (_MOST_DIMS - len(sizes))]
 
 
+def _device() -> torch.device:
+    """Where the backend wants its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def _exchange(header: list[int]) -> list[list[int]]:
-    on = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    mine = torch.tensor(header, device=on)
+    mine = torch.tensor(header, device=_device())
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)
     return torch.stack(everyone).tolist()
 
 
 def _described(header: list[int]) -> str:
-    if header[0] < 0:
-        return "refused, see the error there"
     dtype, gradient, dims, *sizes = header
     return f"{sizes[:dims]} {str(_DTYPES[dtype]).removeprefix('torch.')}{'' if gradient else ' without gradient'}"

@@ -116,6 +116,49 @@ def extract_view_features(
     return first, second, parameters
 
 
+@torch.no_grad()
+def extract_two_views(
+    encoder: Callable[[Tensor], Tensor], loader: Iterable[Any], *, progress: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run an encoder over a loader of two views: what ``PartitionUpdater.update`` is given where it has no encoder.
+
+    The encoder is handled as by ``extract_features``.
+
+    Args:
+        encoder: views [B, C, H, W] to features [B, d].
+        loader: batches ``((view1, view2), ..., indices)``, as over ``WithIndex(dataset)`` whose images come as pairs.
+        progress: whether to show the bar.
+
+    Returns:
+        features of the first views [N, d] and of the second ones [N, d], int64 indices [N], in the order of the loader.
+
+    Raises:
+        TypeError: a batch without two views and indices.
+        ValueError: an empty loader, or features that are not [B, d].
+
+    Example:
+        >>> batches = [((torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)), torch.arange(4))]
+        >>> z1, z2, indices = extract_two_views(nn.Flatten(), batches, progress=False)
+        >>> z1.shape, z2.shape, indices
+        (torch.Size([4, 192]), torch.Size([4, 192]), tensor([0, 1, 2, 3]))
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    check = Arguments("extract_two_views")
+    check_callable(check, "encoder", encoder)
+    with frozen(encoder) as device:
+        for batch in progress_bar(loader, "features of two views", shown=progress):
+            pair = batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                check.refuse_type("loader", "a loader of ((view1, view2), ..., indices)", type(batch).__name__)
+            first, second = (_encoded(Arguments("extract_two_views"), encoder, view.to(device)) for view in pair)
+            indices = check.tensor("indices", batch[-1], "whole numbers").cpu()
+            parts.append((first, second, Arguments("extract_two_views").integers("indices", indices, "B")))
+    if not parts:
+        check.refuse("loader", "of at least one batch", "none")
+    first, second, indices = (torch.cat(part) for part in zip(*parts))
+    return first, second, indices
+
+
 @contextmanager
 def frozen(encoder: Any) -> Iterator[torch.device]:
     """An ``nn.Module`` in eval mode for a while, and the device of its first parameter; of other callables, the CPU."""

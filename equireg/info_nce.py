@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(lse: Tensor, mean: Tensor, positive: Tensor) -> Rows:
-    """From the log-sum-exp and softmax mean of each row's negatives and the similarity of its positive."""
+    """From the log-sum-exp and softmax mean of each row's negatives, [K, rows], and the similarity of its positive."""
     counted = lse > -math.inf
     gap = torch.where(counted, lse - positive, 0)
     loss, slope = F.softplus(gap), gap.sigmoid() * (mean - positive)

@@ -342,7 +342,7 @@ def report(results: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, fl
                 axes.scatter(places, lines, color="black", marker="_", s=120, zorder=3)
         axes.set_xticks(range(len(table)), table)
     accuracy.set(ylabel="test accuracy, %", title="frozen features")
-    told.set(ylabel="R²", title=f"told by frozen features, {QUARTERS} (line: {WHOLE})", ylim=(0, 1.1))
+    told.set(ylabel="R²", title=f"R² from {QUARTERS} (line: {WHOLE})", ylim=(0, 1.1))
     told.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out / f"{name}.png", dpi=130)

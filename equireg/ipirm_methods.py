@@ -1,0 +1,148 @@
+"""IP-IRM on SimSiam and on MoCo-v2."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equireg._checks import Arguments
+from equireg.info_nce import Rows, rows_of
+from equireg.partition_loss import PartitionLoss
+from equireg.partitions import PartitionUpdater
+from equireg.similarity import normalized, pair_lse
+
+
+class SimSiamIPIRMLoss(PartitionLoss):
+    r"""SimSiam's loss that is invariant over the groups of all partitions, as :class:`IPIRMLoss` is for SimCLR.
+
+    .. math:: L(k, P) = -\tfrac{\theta}{2} \operatorname*{mean}_{i \in k} \big( \cos(p_{1i}, z_{2i}) +
+        \cos(p_{2i}, z_{1i}) \big), \qquad \theta = 1
+
+    so that the slope in the dummy scale is the loss itself. No gradient passes into z.
+
+    Args:
+        partitions: as of :class:`IPIRMLoss`.
+        weight: λ₁ of the squared slopes, at least 0.
+
+    The call is ``loss(p1, p2, z1, z2, indices)``: predictions and projections of both views, [B, d].
+
+    Raises:
+        TypeError, ValueError: as :class:`IPIRMLoss`.
+
+    Example:
+        >>> criterion = SimSiamIPIRMLoss(torch.arange(100)[None] % 2)
+        >>> p1, p2, z1, z2 = torch.ones(4, 16, 8)
+        >>> criterion(p1, p2, z1, z2, torch.arange(16))
+        tensor(-1.6000)
+    """
+
+    def __init__(self, partitions: PartitionUpdater | Tensor, *, weight: float = 0.2):
+        super().__init__("SimSiamIPIRMLoss", partitions, weight)
+
+    def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
+        check = Arguments(self.function)
+        for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
+            check.features(name, part, "N d")
+        if p1.numel() == 0:
+            check.refuse("p1", "of at least one sample and one feature", list(p1.shape))
+        indices = self.check_indices(check, indices)
+        groups, count = self.groups_of(indices)
+        q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
+        loss = -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2
+        rows = Rows(loss, loss, torch.ones_like(loss, dtype=torch.bool))
+        return self.combined(rows, torch.ones_like(loss), [(rows, group, count) for group in groups])
+
+
+class MoCoIPIRMLoss(PartitionLoss):
+    r"""MoCo-v2's loss with its queue, invariant over the groups of all partitions.
+
+    L(k, P) is InfoNCE of the queries of group k, each with its own key as the positive and the keys of group k in the
+    queue as negatives; the queue remembers whose they are. As in :class:`IPIRMLoss` otherwise.
+
+    Args:
+        partitions: as of :class:`IPIRMLoss`.
+        num_features: d, width of queries and keys.
+        queue_size: how many keys of earlier batches are negatives. It begins with random directions, as MoCo's does,
+            which belong to no group.
+        temperature: τ, above 0.
+        weight: λ₁ of the squared slopes, at least 0.
+
+    The call ``loss(query [B, d], key [B, d], indices [B])`` puts the keys into the queue afterwards, in training mode.
+    A sample is no negative of itself, however old its key. In a distributed run each process has a queue of its own.
+
+    Raises:
+        TypeError, ValueError: as :class:`IPIRMLoss`; a batch larger than the queue.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> criterion = MoCoIPIRMLoss(torch.arange(100)[None] % 2, num_features=8, queue_size=64)
+        >>> for batch in torch.arange(96).split(16):
+        ...     loss = criterion(torch.randn(16, 8), torch.randn(16, 8), batch)
+        >>> loss.shape, int((criterion.queue_indices >= 0).sum())
+        (torch.Size([]), 64)
+    """
+
+    queue: Tensor
+    queue_indices: Tensor
+    place: Tensor
+
+    def __init__(
+        self,
+        partitions: PartitionUpdater | Tensor,
+        *,
+        num_features: int = 128,
+        queue_size: int = 4096,
+        temperature: float = 0.2,
+        weight: float = 0.2,
+    ):
+        super().__init__("MoCoIPIRMLoss", partitions, weight)
+        check = Arguments(self.function)
+        check.count("num_features", num_features)
+        check.count("queue_size", queue_size)
+        check.positive("temperature", temperature)
+        self.temperature = temperature
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, num_features, generator=generator), dim=1))
+        self.register_buffer("queue_indices", torch.full((queue_size,), -1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+        check = Arguments(self.function)
+        check.sizes["d"] = self.queue.shape[1]
+        check.features("query", query, "N d")
+        check.features("key", key, "N d")
+        if not 0 < len(query) <= len(self.queue):
+            check.refuse("query", f"of 1 to queue_size = {len(self.queue)} samples", list(query.shape))
+        indices = self.check_indices(check, indices)
+        groups, count = self.groups_of(indices)
+        x, own_key = normalized(query), normalized(key.detach())
+        bank, owners = self.queue.to(x.dtype, copy=True), self.queue_indices.clone()  # both are about to change
+        known = owners >= 0
+        in_queue = torch.where(known, self.groups_of(owners.clamp(min=0))[0], -1)  # [P, queue_size]
+        positive = (x * own_key).sum(1) / self.temperature
+
+        scale = 1 / self.temperature
+        everyone = rows_of(*pair_lse(x, bank, scale, row_id=indices, col_id=owners), positive)
+        parts = []
+        for group, of_queue in zip(groups, in_queue):
+            negatives = pair_lse(
+                x, bank, scale, relation="eq", row_group=group, col_group=of_queue, row_id=indices, col_id=owners
+            )
+            parts.append((rows_of(*negatives, positive), group, count))
+        loss = self.combined(everyone, torch.ones_like(positive), parts)
+        if self.training:
+            self._enqueue(own_key, indices)
+        return loss
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor, indices: Tensor) -> None:
+        places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[places] = keys.to(self.queue.dtype)
+        self.queue_indices[places] = indices
+        self.place.copy_((self.place + len(keys)) % len(self.queue))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.queue.shape[1]}, queue_size={len(self.queue)}, temperature={self.temperature}, weight={self.weight}"
+        )
