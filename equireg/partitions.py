@@ -56,9 +56,10 @@ class PartitionUpdater(nn.Module):
         lr: Adam's learning rate, above 0.
         max_passes: at most this many passes; with 0 ``update`` finds nothing and gives the last partition.
         block_size: samples compared with each other at once; None compares all, in time that grows with N².
-        balance: ``"relaxed"`` takes ``relu(h - H)`` off the objective, with H the entropy of the mean of P over all
-            samples and h that of two groups of 2 : 1 (0.6365 for K = 2), so that no group is much more than twice
-            another; ``"strict"`` adds H; None does nothing.
+        balance: ``"relaxed"`` takes ``10 relu(h - H)`` off the objective, with H the entropy of the mean of P over all
+            samples and h that of two groups of 2 : 1 (0.6365 for K = 2); ``"strict"`` adds H. With either, no group is
+            more than twice another: where the hard ones are a little beyond, their least certain samples move. None
+            does nothing.
         restarts: how often a collapsed partition (a group with less than a fiftieth of its share) is given up for one
             from other logits.
         seed: of the updater's own generator, which travels in the ``state_dict``.

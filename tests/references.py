@@ -225,3 +225,54 @@ def jitter_colors(image, brightness, contrast, saturation, hue):
         h, s, v = colorsys.rgb_to_hsv(*pixel)
         changed.append(colorsys.hsv_to_rgb((h + hue) % 1.0, s, v))
     return torch.tensor(changed, dtype=torch.float64).T.reshape(image.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------- IP-IRM
+
+
+def soft_info_nce(z1, z2, weights, temperature, theta=1.0):
+    """Loss of each group, in float64, row by row: the relaxed loss of IP-IRM's Step 2; None where no row counts."""
+    z = torch.cat([z1, z2]).double()
+    z = z / z.norm(dim=1, keepdim=True)
+    n = len(z1)
+    losses = []
+    for w in weights.double().T:
+        numerator = denominator = 0.0
+        for i in range(2 * n):
+            p = (i + n) % (2 * n)
+            s = [theta * float(z[i] @ z[a]) / temperature for a in range(2 * n)]
+            others = [a for a in range(2 * n) if a not in (i, p)]
+            total = sum(float(w[a % n]) for a in others)
+            if total == 0:
+                continue
+            negatives = sum(float(w[a % n]) * math.exp(s[a]) for a in others) * (2 * n - 2) / total
+            numerator += float(w[i % n]) * (math.log(math.exp(s[p]) + negatives) - s[p])
+            denominator += float(w[i % n])
+        losses.append(numerator / denominator if denominator else None)
+    return losses
+
+
+def group_info_nce(z1, z2, group, temperature, theta=1.0, keys=None):
+    """SimCLR's loss within each group, {group: loss}, and without ``group`` that of all samples; float64 loops."""
+    z1, z2 = ((z / z.norm(dim=1, keepdim=True)).double() for z in (z1, z2))
+    losses = {}
+    for k in sorted(set(group.tolist())):
+        members = [i for i in range(len(group)) if group[i] == k]
+        if len(members) < 2:
+            continue
+        rows = []
+        for mine, other in ((z1, z2), (z2, z1)):
+            for i in members:
+                positive = theta * float(mine[i] @ other[i]) / temperature
+                logits = [theta * float(mine[i] @ z[j]) / temperature for j in members if j != i for z in (z1, z2)]
+                rows.append(math.log(math.exp(positive) + sum(map(math.exp, logits))) - positive)
+        losses[k] = sum(rows) / len(rows)
+    return losses
+
+
+def slope(loss, *arguments, step=1e-5, **options):
+    """Central difference of ``loss(..., theta)`` at 1."""
+    up, down = (loss(*arguments, theta=1 + d, **options) for d in (step, -step))
+    if isinstance(up, dict):
+        return {k: (up[k] - down[k]) / (2 * step) for k in up}
+    return [None if a is None else (a - b) / (2 * step) for a, b in zip(up, down)]
