@@ -45,10 +45,9 @@ def find_partition(z1: Tensor, z2: Tensor, search: Search, generator: torch.Gene
     """From fresh logits; the best pass counts. Raises FloatingPointError where the objective is not finite."""
     count = len(z1)
     blocks = 1 if search.block_size is None else math.ceil(count / search.block_size)
-    start = torch.randn(count, search.num_groups, generator=generator)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(z1.device.type, enabled=False):
         z1, z2 = z1.detach().clone(), z2.detach().clone()
-        logits = start.to(z1.device).requires_grad_()
+        logits = torch.randn(count, search.num_groups, generator=generator).to(z1.device).requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=search.lr)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, _MILESTONES, _DECAY)
         best, best_objective, best_logits, waited = Found(z1.new_empty(0), 0.0, 0.0, 0.0, 0), -math.inf, logits, 0

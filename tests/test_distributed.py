@@ -40,6 +40,7 @@ def _child(rank, world, store, queue, function, arguments):
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
         value = function(rank, *arguments)
+        dist.barrier()  # a process that leaves while another still reads from it makes gloo abort there
         dist.destroy_process_group()
     except Exception:
         problem = traceback.format_exc()
