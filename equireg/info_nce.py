@@ -87,17 +87,18 @@ def soft_info_nce(
                 check.refuse("weights", "finite and at least 0", float(weights[wrong][0]))
 
     x1, x2 = normalized(z1), normalized(z2)
-    x, samples = torch.cat([x1, x2]), torch.arange(len(z1), device=z1.device)
-    ids = torch.cat([samples, samples])
+    # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
+    x = torch.stack([x1, x2], 1).flatten(0, 1)
+    ids = torch.arange(len(z1), device=z1.device).repeat_interleave(2)
     shares = x.new_ones(len(z1), 1) if weights is None else weights.to(x.dtype)
-    by_row = shares.T.repeat(1, 2)  # [K, 2 N]
+    by_row = shares.T.repeat_interleave(2, 1)  # [K, 2 N]
     lse, mean = pair_lse(x, x, 1 / temperature, row_id=ids, col_id=ids, col_weight=None if weights is None else by_row)
     if weights is not None:
         # What the others weigh: a sum in float64, so that taking one off leaves the others even if it outweighs them.
-        others = 2 * (shares.double().sum(0) - shares.double()).T.repeat(1, 2)
+        others = 2 * (shares.double().sum(0) - shares.double()).T.repeat_interleave(2, 1)
         scale = (2 * len(z1) - 2) / torch.where(others > 0, others, 1)
         lse = lse + scale.log().to(lse.dtype)
-    positive = ((x1 * x2).sum(1) / temperature).repeat(2)
+    positive = ((x1 * x2).sum(1) / temperature).repeat_interleave(2)
     rows = rows_of(lse, mean, positive)
     counted = by_row * rows.counted
     total = counted.sum(1)

@@ -117,7 +117,7 @@ def test_many_tiles_equal_few(monkeypatch):
     z1, z2 = views(500, 8)
     weights = torch.rand(500, 2, dtype=torch.float64, requires_grad=True)
     whole = soft_info_nce(z1, z2, weights)
-    monkeypatch.setattr(tiles, "COLS", 64)
+    monkeypatch.setattr(tiles, "ROWS", 64)
     parts = soft_info_nce(z1, z2, weights)
     torch.testing.assert_close(whole, parts)
     for one, other in zip(whole, parts):

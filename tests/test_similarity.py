@@ -273,7 +273,7 @@ def test_each_gradient_alone(needed):
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_same_tensor_twice(relation, weighted, monkeypatch):  # F23
     """Where rows and columns are one tensor, each tile serves twice; it gives what two tensors give."""
-    monkeypatch.setattr(tiles, "COLS", 7)
+    monkeypatch.setattr(tiles, "ROWS", 7)
     x, _, options, *_ = problem(40, 40, 5, relation, "columns" if weighted else "none", True)
     for kind in ("group", "id"):
         if f"row_{kind}" in options:

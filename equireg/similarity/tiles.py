@@ -50,10 +50,10 @@ class Tiles:
         # Finite, so that its product with a zero mass is zero; a row whose peak stays below `empty` has no pair.
         self.low = torch.finfo(dtype).min / 2
         self.empty = self.low / 2
-        # Where tiles are mirrored, the blocks of rows are those of columns.
-        height = COLS if self.symmetric else ROWS
-        self.row_blocks = [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
-        self.col_blocks = [slice(i, min(i + COLS, len(y))) for i in range(0, len(y), COLS)]
+        self.row_blocks = [slice(i, min(i + ROWS, len(x))) for i in range(0, len(x), ROWS)]
+        # Where tiles are mirrored, the blocks of columns are those of rows; the smaller ones leave less on the diagonal.
+        width = ROWS if self.symmetric else COLS
+        self.col_blocks = [slice(i, min(i + width, len(y))) for i in range(0, len(y), width)]
         on_cpu = x.device.type == "cpu"  # elsewhere reading the ranges would wait for the device
         self.group_ranges = _Ranges(pairs.row_group, pairs.col_group, self) if on_cpu else None
         self.id_ranges = _Ranges(pairs.row_id, pairs.col_id, self) if on_cpu else None

@@ -21,6 +21,7 @@ BENCHMARKS = [
     "ser",
     "ser_flops",
     "reconstruction",
+    "partition",
 ]
 
 
