@@ -2,12 +2,15 @@
 
 from equireg.class_risks import ClassRisks, class_wise_risks
 from equireg.class_similarity import adjusted_similarity
+from equireg.contrastive_distillation import ContrastiveDistillation
 from equireg.datasets import WithIndex
 from equireg.decoupled import AugSelfLoss, EquiModLoss
+from equireg.distillation import DistillationLoss, FeatureDistillation, OverhaulDistillation
 from equireg.environments import Environments
 from equireg.eqinv import ClassWiseIRM, FeatureMask
 from equireg.features import extract_features, extract_two_views, extract_view_features
 from equireg.grid import GridTransform
+from equireg.inference import ensemble, fit_ensemble_weights, predict_tta
 from equireg.info_nce import soft_info_nce
 from equireg.intermediate_views import IntermediateViews
 from equireg.invariance import irmv1_penalty, rex_penalty
@@ -34,9 +37,12 @@ __all__ = [
     "AugSelfLoss",
     "ClassRisks",
     "ClassWiseIRM",
+    "ContrastiveDistillation",
+    "DistillationLoss",
     "Environments",
     "EquiModLoss",
     "EquivariantViews",
+    "FeatureDistillation",
     "FeatureMask",
     "GridTransform",
     "IPIRMLoss",
@@ -44,6 +50,7 @@ __all__ = [
     "IntermediateViews",
     "LateClassToken",
     "MoCoIPIRMLoss",
+    "OverhaulDistillation",
     "PartitionReport",
     "PartitionUpdater",
     "SERLoss",
@@ -52,10 +59,12 @@ __all__ = [
     "WithIndex",
     "adjusted_similarity",
     "class_wise_risks",
+    "ensemble",
     "equivariance_score",
     "extract_features",
     "extract_two_views",
     "extract_view_features",
+    "fit_ensemble_weights",
     "irmv1_penalty",
     "knn_accuracy",
     "linear_probe",
@@ -63,6 +72,7 @@ __all__ = [
     "mocov3_photometric",
     "pair_lse",
     "patch_nt_xent",
+    "predict_tta",
     "rex_penalty",
     "soft_info_nce",
     "split_batch",

@@ -51,7 +51,7 @@ class Tiles:
         self.low = torch.finfo(dtype).min / 2
         self.empty = self.low / 2
         self.row_blocks = [slice(i, min(i + ROWS, len(x))) for i in range(0, len(x), ROWS)]
-        # Where tiles are mirrored, the blocks of columns are those of rows; the smaller ones leave less on the diagonal.
+        # Where tiles are mirrored, columns are blocked as rows are; the smaller blocks leave less on the diagonal.
         width = ROWS if self.symmetric else COLS
         self.col_blocks = [slice(i, min(i + width, len(y))) for i in range(0, len(y), width)]
         on_cpu = x.device.type == "cpu"  # elsewhere reading the ranges would wait for the device
