@@ -276,7 +276,7 @@ class _Connector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         places: Tensor = self.norm(self.linear(x).flatten(0, -2))
-        return places.unflatten(0, x.shape[:-1])
+        return places.view(*x.shape[:-1], -1)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

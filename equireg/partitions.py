@@ -66,7 +66,7 @@ class PartitionUpdater(nn.Module):
 
     Attributes:
         partitions: int64 [P, N], the group of each sample in each partition; the first has all samples in one group.
-        reports: a :class:`PartitionReport` for each update of this object.
+        reports: a :class:`PartitionReport` for each partition after the first.
 
     Across processes, rank 0 looks for the partition and all get it; each must hold the same partitions before, or every
     process raises. A ``state_dict`` of another number of samples or groups is refused.
@@ -279,6 +279,13 @@ class PartitionUpdater(nn.Module):
         options = ("temperature", "weight", "lr", "max_passes", "block_size", "balance")
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
         return f"{self.num_samples}, {self.num_groups}, partitions={len(self.partitions)}, {shown}"
+
+    def get_extra_state(self) -> list[dict[str, Any]]:
+        """The reports, as plain numbers."""
+        return [report._asdict() for report in self.reports]
+
+    def set_extra_state(self, state: list[dict[str, Any]]) -> None:
+        self.reports = [PartitionReport(**report) for report in state]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}partitions")

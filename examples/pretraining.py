@@ -59,9 +59,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train once, or go on where a checkpoint stands; the measures at the end (in the first process).
 
-    The objective takes what ``make_collate(rank)`` makes of a list of (step, image, label), and returns the loss and
-    its parts for the log. Its ``method`` is one of ssl_methods.py. ``variant`` tells one training from others with the
-    same options.
+    The objective takes what ``make_collate(rank)`` makes of a list of (step, image, label, index), and returns the loss
+    and its parts for the log. Its ``method`` is one of ssl_methods.py, or has their ``clip``, ``before_step`` and
+    ``update``. ``variant`` tells one training from others with the same options.
     """
     rank, world, device = start_processes()
     if device.type == "cpu":  # at these sizes its backward pass takes as long as all the rest of a step
@@ -221,15 +221,15 @@ class StepBatches(Sampler):
 
 
 class WithStep(Dataset):
-    """A dataset read by (step, index), which gives (step, image, label)."""
+    """A dataset read by (step, index), which gives (step, image, label, index)."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any, int, int]:
         step, index = key
         image, label = self.dataset[index]
-        return step, image, label
+        return step, image, label, index
 
 
 def cosine(step: int, steps: int, first: float, last: float, warmup: int = 0) -> float:

@@ -111,7 +111,7 @@ class Crops:
         )
         self.policy = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
-    def __call__(self, samples: list[tuple[int, Any, int]]) -> tuple[Tensor, Tensor]:
+    def __call__(self, samples: list[tuple[int, Any, int, int]]) -> tuple[Tensor, Tensor]:
         """The first views, and where asked for other crops of the same images."""
         images = [v2.functional.to_dtype(v2.functional.to_image(s[1]), torch.float32, scale=True) for s in samples]
         with torch.random.fork_rng(devices=[]):

@@ -116,7 +116,7 @@ class Views:
         self.equivariant = EquivariantViews(size, options.patch_size)
         self.equivariant_local = EquivariantViews(local, options.patch_size)
 
-    def __call__(self, samples: list[tuple[int, Any, int]]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    def __call__(self, samples: list[tuple[int, Any, int, int]]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """The views of ``b1``, the views of ``b2``, and the elements of each pair of the latter."""
         step = samples[0][0]
         images = [v2.functional.to_dtype(v2.functional.to_image(s[1]), torch.float32, scale=True) for s in samples]
