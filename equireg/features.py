@@ -145,14 +145,18 @@ def extract_two_views(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     check = Arguments("extract_two_views")
     check_callable(check, "encoder", encoder)
+    if not isinstance(loader, Iterable):
+        check.refuse_type("loader", "a loader of ((view1, view2), ..., indices)", type(loader).__name__)
     with frozen(encoder) as device:
         for batch in progress_bar(loader, "features of two views", shown=progress):
             pair = batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 check.refuse_type("loader", "a loader of ((view1, view2), ..., indices)", type(batch).__name__)
-            first, second = (_encoded(Arguments("extract_two_views"), encoder, view.to(device)) for view in pair)
+            views = [check.tensor("a view", view, "images").to(device) for view in pair]
+            check.sizes.pop("B", None)  # the width is that of all batches, the size that of both views and the indices
+            first, second = (_encoded(check, encoder, view) for view in views)
             indices = check.tensor("indices", batch[-1], "whole numbers").cpu()
-            parts.append((first, second, Arguments("extract_two_views").integers("indices", indices, "B")))
+            parts.append((first, second, check.integers("indices", indices, "B")))
     if not parts:
         check.refuse("loader", "of at least one batch", "none")
     first, second, indices = (torch.cat(part) for part in zip(*parts))

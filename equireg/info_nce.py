@@ -94,8 +94,7 @@ def soft_info_nce(
     by_row = shares.T.repeat_interleave(2, 1)  # [K, 2 N]
     lse, mean = pair_lse(x, x, 1 / temperature, row_id=ids, col_id=ids, col_weight=None if weights is None else by_row)
     if weights is not None:
-        # What the others weigh: a sum in float64, so that taking one off leaves the others even if it outweighs them.
-        others = 2 * (shares.double().sum(0) - shares.double()).T.repeat_interleave(2, 1)
+        others = 2 * _without_own(shares.double()).T.repeat_interleave(2, 1)
         scale = (2 * len(z1) - 2) / torch.where(others > 0, others, 1)
         lse = lse + scale.log().to(lse.dtype)
     positive = ((x1 * x2).sum(1) / temperature).repeat_interleave(2)
@@ -104,6 +103,14 @@ def soft_info_nce(
     total = counted.sum(1)
     total = torch.where(total > 0, total, 1)
     return (counted * rows.loss).sum(1) / total, (counted * rows.slope).sum(1) / total
+
+
+def _without_own(x: Tensor) -> Tensor:
+    """For each row of [N, K] the sum of all others, from both sides: a sum less its own would cancel."""
+    zero = torch.zeros_like(x[:1])
+    before = torch.cat([zero, x[:-1].cumsum(0)])
+    after = torch.cat([x[1:].flip(0).cumsum(0).flip(0), zero])
+    return before + after
 
 
 def check_views(check: Arguments, z1: Tensor, z2: Tensor, temperature: float) -> None:

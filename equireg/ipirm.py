@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, values_visible
 from equireg.info_nce import check_views, rows_of
 from equireg.partition_loss import PartitionLoss
 from equireg.partitions import PartitionUpdater
@@ -120,20 +120,27 @@ def mix_images(
     if images.dim() == 0:
         check.refuse("images", "[B, ...]", [])
     partner = torch.randperm(len(images), generator=generator)
-    # A Beta variate is a share of two Gamma variates; PyTorch's own sampler takes no generator for the former.
-    gammas = torch._standard_gamma(torch.full((2, len(images)), float(alpha)), generator=generator).clamp(min=1e-30)
-    share = (gammas[0] / gammas.sum(0)).to(images.device, images.dtype)
+    # A Beta variate is a share of two Gamma variates, and of those a small alpha leaves only the logarithms:
+    # log G(a) = log G(a + 1) + log(U) / a. PyTorch's own sampler of Beta takes no generator.
+    shape = torch.full((2, len(images)), float(alpha), dtype=torch.float64)
+    uniform = 1 - torch.rand(shape.shape, dtype=torch.float64, generator=generator)
+    log_gamma = torch._standard_gamma(shape + 1, generator=generator).log() + uniform.log() / alpha
+    share = (log_gamma[0] - log_gamma[1]).sigmoid().to(images.device, images.dtype)
     partner, share_of = partner.to(images.device), share.view(-1, *[1] * (images.dim() - 1))
     return torch.lerp(images[partner], images, share_of), partner, share
 
 
 def _checked_mix(check: Arguments, mix: tuple[Tensor, float | Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(mix, tuple) or len(mix) != 2:
-        check.refuse("mix", "(partner, share) or None", type(mix).__name__)
+        got = f"{len(mix)} parts" if isinstance(mix, tuple) else type(mix).__name__
+        check.refuse("mix", "(partner, share) or None", got)
     partner = check.integers("mix's partner", mix[0], "N")
     check.below("mix's partner", partner, len(x), "the batch")
     if isinstance(mix[1], Tensor):
         share = check.features("mix's share", mix[1], "N").to(x.dtype)
+        if values_visible(share) and not bool(((share >= 0) & (share <= 1)).all()):
+            low, high = (float(bound) for bound in share.detach().aminmax())
+            check.refuse("mix's share", "in 0 .. 1", f"{low:g} .. {high:g}")
     else:
         check.not_negative("mix's share", mix[1])
         if mix[1] > 1:

@@ -43,7 +43,8 @@ class SimSiamIPIRMLoss(PartitionLoss):
     def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
         check = Arguments(self.function)
         for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
-            check.features(name, part, "N d")
+            if check.features(name, part, "N d").dtype != p1.dtype:
+                check.refuse_type(name, f"of p1's dtype {p1.dtype}", part.dtype)
         if p1.numel() == 0:
             check.refuse("p1", "of at least one sample and one feature", list(p1.shape))
         indices = self.check_indices(check, indices)
@@ -111,13 +112,14 @@ class MoCoIPIRMLoss(PartitionLoss):
         check = Arguments(self.function)
         check.sizes["d"] = self.queue.shape[1]
         check.features("query", query, "N d")
-        check.features("key", key, "N d")
+        if check.features("key", key, "N d").dtype != query.dtype:
+            check.refuse_type("key", f"of query's dtype {query.dtype}", key.dtype)
         if not 0 < len(query) <= len(self.queue):
             check.refuse("query", f"of 1 to queue_size = {len(self.queue)} samples", list(query.shape))
         indices = self.check_indices(check, indices)
         groups, count = self.groups_of(indices)
         x, own_key = normalized(query), normalized(key.detach())
-        bank, owners = self.queue.to(x.dtype, copy=True), self.queue_indices.clone()  # both are about to change
+        bank, owners = self.queue.to(x.dtype), self.queue_indices
         known = owners >= 0
         in_queue = torch.where(known, self.groups_of(owners.clamp(min=0))[0], -1)  # [P, queue_size]
         positive = (x * own_key).sum(1) / self.temperature
@@ -137,10 +139,11 @@ class MoCoIPIRMLoss(PartitionLoss):
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor, indices: Tensor) -> None:
+        """New tensors instead of changed ones: the backward pass needs what the loss saw, compiled or not."""
         places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[places] = keys.to(self.queue.dtype)
-        self.queue_indices[places] = indices
-        self.place.copy_((self.place + len(keys)) % len(self.queue))
+        self.queue = self.queue.index_copy(0, places, keys.to(self.queue.dtype))
+        self.queue_indices = self.queue_indices.index_copy(0, places, indices)
+        self.place = (self.place + len(keys)) % len(self.queue)
 
     def extra_repr(self) -> str:
         return (

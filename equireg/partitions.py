@@ -58,10 +58,10 @@ class PartitionUpdater(nn.Module):
         block_size: samples compared with each other at once; None compares all, in time that grows with N².
         balance: ``"relaxed"`` takes ``10 relu(h - H)`` off the objective, with H the entropy of the mean of P over all
             samples and h that of two groups of 2 : 1 (0.6365 for K = 2); ``"strict"`` adds H. With either, no group is
-            more than twice another: where the hard ones are a little beyond, their least certain samples move. None
-            does nothing.
-        restarts: how often a collapsed partition (a group with less than a fiftieth of its share) is given up for one
-            from other logits.
+            more than twice another, unless it collapsed: where the hard ones are a little beyond, their least certain
+            samples move. None does nothing.
+        starts: how many searches, each from logits of its own. The partition of the largest objective is kept, of
+            those that have not collapsed (to a group of one sample, or of less than a fiftieth of an even share).
         seed: of the updater's own generator, which travels in the ``state_dict``.
 
     Attributes:
@@ -98,7 +98,7 @@ class PartitionUpdater(nn.Module):
         max_passes: int = 61,
         block_size: int | None = 3096,
         balance: str | None = "relaxed",
-        restarts: int = 2,
+        starts: int = 3,
         seed: int = 0,
     ):
         super().__init__()
@@ -107,6 +107,7 @@ class PartitionUpdater(nn.Module):
         check.count("num_groups", num_groups, least=2)
         if num_groups > num_samples:
             check.refuse("num_groups", f"at most the {num_samples} samples", num_groups)
+        check.number("temperature", temperature)  # frozen here, so no tensor that learns
         check.positive("temperature", temperature)
         check.not_negative("weight", weight)
         check.positive("lr", lr)
@@ -114,11 +115,11 @@ class PartitionUpdater(nn.Module):
         if block_size is not None:
             check.count("block_size", block_size, least=2)
         check.option("balance", balance, ("relaxed", "strict", None))
-        check.count("restarts", restarts, least=0)
+        check.count("starts", starts)
         check.count("seed", seed, least=0)
         self.num_samples, self.num_groups = num_samples, num_groups
         self.temperature, self.weight, self.lr, self.max_passes = temperature, weight, lr, max_passes
-        self.block_size, self.balance, self.restarts = block_size, balance, restarts
+        self.block_size, self.balance, self.starts = block_size, balance, starts
         self.register_buffer("partitions", torch.zeros(1, num_samples, dtype=torch.int64))
         self.register_buffer("generator_state", torch.Generator().manual_seed(seed).get_state())
         self.reports: list[PartitionReport] = []
@@ -153,16 +154,20 @@ class PartitionUpdater(nn.Module):
             FloatingPointError: the objective is not finite.
 
         Warns:
-            UserWarning: a collapsed partition, after the restarts.
+            UserWarning: the partitions of all starts collapsed.
 
         Whatever is raised, the partitions and the generator stay as they were.
         """
-        x1, x2 = distributed.agree(
+        rows, indices = distributed.agree(
             "PartitionUpdater.update",
-            "partitions",
-            lambda: self._features(z1, z2, generator, encoder, progress),
-            self._checksums,
+            "partitions, generator and kind of features",
+            lambda: self._rows(z1, z2, generator, encoder, progress),
+            self._header,
+            _described,
         )
+        if indices is not None:
+            rows = self._in_order(distributed.gather_rows(rows), distributed.gather_rows(indices))
+        x1, x2 = self._checked(*rows.chunk(2, 1))
         if self.max_passes == 0:
             return self.partitions[-1].clone()
         source = torch.Generator() if generator is None else generator
@@ -172,34 +177,52 @@ class PartitionUpdater(nn.Module):
         try:
             # One process looks; all get what it found, and the state its generator is left in.
             found, after = distributed.from_first(lambda: (self._search(x1, x2, source, progress), source.get_state()))
+            report = self._report(found)
+            if report.collapsed:
+                warnings.warn(
+                    f"PartitionUpdater: the partition collapsed, its groups are of {report.group_sizes} samples from "
+                    f"each of {self.starts} starts: the features do not tell samples apart, or balance is None",
+                    stacklevel=2,
+                )
         except BaseException:
             source.set_state(before)
             raise
         source.set_state(after)
-        if generator is None:
-            self.generator_state = after.to(self.generator_state.device)
-        return self._join(found)
+        self.reports.append(report)
+        with torch.inference_mode(False):  # what is made in that mode could not be loaded into later
+            partition = found.partition.to(self.partitions.device, copy=True)
+            self.partitions = torch.cat([self.partitions, partition[None]])
+            if generator is None:
+                self.generator_state = after.to(self.generator_state.device, copy=True)
+        return partition
 
-    def _features(
+    def _rows(
         self,
         z1: Tensor | Iterable[Any],
         z2: Tensor | None,
         generator: torch.Generator | None,
         encoder: Callable[[Tensor], Tensor] | None,
         progress: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """What was given, checked, or what the encoder makes of it: [N, d] each, in the order of the samples."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both views' features side by side, [n, 2 d]; and where an encoder made them, whose they are, [n]."""
         check = Arguments("PartitionUpdater.update")
         if generator is not None and not isinstance(generator, torch.Generator):
             check.refuse_type("generator", "a torch.Generator or None", type(generator).__name__)
         if encoder is not None:
             if isinstance(z1, Tensor) or z2 is not None:
                 check.refuse_type("z1 and z2", "a loader and None where encoder is given", "tensors")
-            z1, z2 = self._encoded(check, encoder, z1, progress)
-        elif not isinstance(z1, Tensor):
+            first, second, indices = extract_two_views(encoder, z1, progress=progress)
+            check.below("indices", indices, self.num_samples, "num_samples")
+            return torch.cat([first, second], 1), indices
+        if not isinstance(z1, Tensor):
             check.refuse_type("z1", "a tensor, or a loader together with encoder", type(z1).__name__)
-        elif z2 is None:
+        if z2 is None:
             check.refuse("z2", "given with z1", None)
+        self._checked(z1, z2)
+        return torch.cat([z1, z2], 1), None
+
+    def _checked(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+        check = Arguments("PartitionUpdater.update")
         check_views(check, z1, z2, self.temperature)
         if len(z1) != self.num_samples:
             check.refuse("z1", f"of num_samples = {self.num_samples} rows", list(z1.shape))
@@ -207,97 +230,96 @@ class PartitionUpdater(nn.Module):
             check.finite(name, z)
         return z1, z2
 
-    def _encoded(
-        self, check: Arguments, encoder: Callable[[Tensor], Tensor], loader: Iterable[Any], progress: bool
-    ) -> tuple[Tensor, Tensor]:
-        indices = torch.empty(0, dtype=torch.int64)
-
-        def rows() -> Tensor:
-            nonlocal indices
-            first, second, indices = extract_two_views(encoder, loader, progress=progress)
-            check.below("indices", indices, self.num_samples, "num_samples")
-            return torch.cat([first, second], 1)
-
-        both = distributed.gather_rows("PartitionUpdater.update", "z1", rows)
-        indices = distributed.gather_rows("PartitionUpdater.update", "indices", lambda: indices)
-        place = torch.full((self.num_samples,), -1)
-        place[indices.flip(0)] = torch.arange(len(indices)).flip(0)  # the first of those that come twice
-        if (place < 0).any():
-            missing = (place < 0).nonzero().squeeze(1)
-            check.refuse(
-                "loader",
-                f"of all {self.num_samples} samples",
-                f"none of index {int(missing[0])} ({len(missing)} missing)",
-            )
-        return both[place].chunk(2, 1)  # type: ignore[return-value]
+    def _in_order(self, rows: Tensor, indices: Tensor) -> Tensor:
+        """Sample n in row n, as it came first."""
+        order = indices.argsort(stable=True)
+        known = indices[order]
+        first = torch.cat([known.new_ones(1, dtype=torch.bool), known[1:] != known[:-1]])
+        if int(first.sum()) < self.num_samples:
+            there = torch.zeros(self.num_samples, dtype=torch.bool)
+            there[known] = True
+            missing = (~there).nonzero().squeeze(1)
+            got = f"none of index {int(missing[0])} ({len(missing)} missing)"
+            Arguments("PartitionUpdater.update").refuse("loader", f"of all {self.num_samples} samples", got)
+        return rows[order[first]]
 
     def _search(self, z1: Tensor, z2: Tensor, generator: torch.Generator, progress: bool) -> Found:
         search = Search(
             self.num_groups, self.temperature, self.weight, self.lr, self.max_passes, self.block_size, self.balance
         )
-        for _ in range(self.restarts + 1):
-            found = find_partition(z1, z2, search, generator, progress=progress)
-            if not self._collapsed(found.partition):
-                break
-        return found._replace(partition=found.partition.cpu())
+        found = [find_partition(z1, z2, search, generator, progress=progress) for _ in range(self.starts)]
+        # The objective has local maxima; and a partition that collapsed is the last choice.
+        best = max(found, key=lambda one: (not self._collapsed(one.partition), self._objective(one)))
+        return best._replace(partition=best.partition.cpu())
+
+    def _objective(self, found: Found) -> float:
+        return found.loss + self.weight * found.penalty - found.balance
 
     def _collapsed(self, partition: Tensor) -> bool:
         smallest = int(partition.bincount(minlength=self.num_groups).min())
-        return smallest < max(2, _COLLAPSED * self.num_samples / self.num_groups)
+        share = self.num_samples / self.num_groups
+        return smallest < max(min(2, int(share)), _COLLAPSED * share)
 
-    def _join(self, found: Found) -> Tensor:
-        sizes = tuple(found.partition.bincount(minlength=self.num_groups).tolist())
-        partition = found.partition.to(self.partitions)
-        report = PartitionReport(
-            found.loss + self.weight * found.penalty - found.balance,
-            found.loss,
-            found.penalty,
-            found.balance,
-            found.passes,
-            sizes,
-            tuple(adjusted_rand_index(partition, earlier) for earlier in self.partitions),
-            self._collapsed(partition),
+    def _report(self, found: Found) -> PartitionReport:
+        partition = found.partition.to(self.partitions.device)
+        return PartitionReport(
+            objective=self._objective(found),
+            loss=found.loss,
+            penalty=found.penalty,
+            balance=found.balance,
+            passes=found.passes,
+            group_sizes=tuple(partition.bincount(minlength=self.num_groups).tolist()),
+            agreement=tuple(adjusted_rand_index(partition, earlier) for earlier in self.partitions),
+            collapsed=self._collapsed(partition),
         )
-        self.reports.append(report)
-        self.partitions = torch.cat([self.partitions, partition[None]])
-        if report.collapsed:
-            warnings.warn(
-                f"PartitionUpdater: the partition collapsed, its groups are of {sizes} samples after {self.restarts} "
-                "restarts: the features do not tell samples apart, or balance is None",
-                stacklevel=3,
-            )
-        return partition.clone()
 
-    def _checksums(self, _: object = None) -> list[int]:
-        """Of the partitions and the generator: equal in all processes, or the updater is not the same one in them."""
+    def _header(self, rows: tuple[Tensor, Tensor | None]) -> list[int]:
+        """What must be equal in all processes."""
         places = torch.arange(1, self.partitions.numel() + 1, device=self.partitions.device)
         mixed = (self.partitions.flatten() + 1) * (places * 0x9E3779B1 + 1)
         state = self.generator_state.long() * torch.arange(1, len(self.generator_state) + 1).to(self.partitions.device)
-        return [len(self.partitions), self.num_samples, self.num_groups, int(mixed.sum()), int(state.sum())]
+        sums = [int(mixed.sum()), int(state.sum())]
+        kind = [rows[0].shape[1] // 2, rows[0].element_size(), int(rows[1] is not None)]
+        return [len(self.partitions), self.num_samples, self.num_groups, *sums, *kind]
 
     def extra_repr(self) -> str:
         options = ("temperature", "weight", "lr", "max_passes", "block_size", "balance")
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
         return f"{self.num_samples}, {self.num_groups}, partitions={len(self.partitions)}, {shown}"
 
-    def get_extra_state(self) -> list[dict[str, Any]]:
-        """The reports, as plain numbers."""
-        return [report._asdict() for report in self.reports]
+    def get_extra_state(self) -> dict[str, Any]:
+        """The number of groups, and the reports as plain numbers."""
+        return {"num_groups": self.num_groups, "reports": [report._asdict() for report in self.reports]}
 
-    def set_extra_state(self, state: list[dict[str, Any]]) -> None:
-        self.reports = [PartitionReport(**report) for report in state]
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.reports = [PartitionReport(**report) for report in state["reports"]]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(f"{prefix}partitions")
-        if saved is not None:
-            errors: list[str] = args[-1]
-            groups = int(saved.max()) + 1
-            if saved.dim() != 2 or saved.shape[1] != self.num_samples or groups > self.num_groups:
-                errors.append(
-                    f"PartitionUpdater: the partitions saved are {list(saved.shape)} with {groups} groups, "
-                    f"this updater is of {self.num_samples} samples and {self.num_groups} groups"
-                )
-                return
-            if saved.shape != self.partitions.shape:
-                self.partitions = torch.zeros_like(saved, device=self.partitions.device)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        missing: list[str] = args[2]
+        errors: list[str] = args[4]
+        names = ("partitions", "generator_state", "_extra_state")
+        absent = [prefix + name for name in names if prefix + name not in state_dict]
+        if absent:  # all or nothing
+            missing.extend(absent)
+            return
+        saved, generator, extra = (state_dict[prefix + name] for name in names)
+        groups = extra["num_groups"]
+        fits = saved.dim() == 2 and len(saved) and saved.shape[1] == self.num_samples and groups == self.num_groups
+        whole = saved.dtype == torch.int64 and saved.numel() and 0 <= int(saved.min()) <= int(saved.max()) < groups
+        if not fits or not whole or generator.shape != self.generator_state.shape:
+            errors.append(
+                f"PartitionUpdater: the partitions saved are {list(saved.shape)} with {groups} groups, "
+                f"this updater is of {self.num_samples} samples and {self.num_groups} groups"
+                + ("" if not fits else "; they or the generator's state are damaged")
+            )
+            return
+        self.partitions = torch.zeros_like(saved, device=self.partitions.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _described(header: list[int]) -> str:
+    count, samples, groups, partitions, generator, width, size, encoded, _ = header
+    return (
+        f"{count} partitions of {samples} samples in {groups} groups (sum {partitions}), generator at {generator}, "
+        f"features of width {width} and {size} bytes from {'an encoder' if encoded else 'tensors'}"
+    )

@@ -13,8 +13,8 @@ that is still entangled. Run it with
 which trains a ResNet-18 twice, without and with partitions, and compares them: k-NN and linear accuracy, what was
 found, and what samples of each group look like; a table, and two pictures in runs/ipirm. ``--partition on`` trains
 once. Several processes: ``torchrun --nproc-per-node 2 examples/ipirm_pretrain.py ...``. The paper's setting:
-``--recipe vipriors-resnet50``. A killed run goes on with ``--resume``, its partitions with it. Copy pretraining.py along
-with this file.
+``--recipe vipriors-resnet50``. A killed run goes on with ``--resume``, its partitions with it. Copy pretraining.py
+along with this file.
 """
 
 from __future__ import annotations

@@ -337,6 +337,23 @@ def test_mix_images():
     assert abs(float(shares.var()) - 0.125) < 0.005  # 1 / (4 (2 alpha + 1))
 
 
+@pytest.mark.parametrize("alpha", [0.001, 0.01, 0.1, 1.0, 30.0])
+def test_mix_shares_are_betas(alpha):
+    share = mix_images(torch.rand(20_000, 1, dtype=torch.float64), alpha=alpha)[2]
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(float(share.mean()) - 0.5) < 0.015
+    assert abs(float(share.var()) - variance) < 0.03 * variance
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-14, 1e-16, 1e-18])
+def test_sum_of_the_others_does_not_cancel(epsilon):
+    z1, z2 = views(6)
+    weights = torch.full((6, 1), epsilon, dtype=torch.float64)
+    weights[0] = 1
+    expected = references.soft_info_nce(z1, z2, weights, 0.5)
+    assert soft_info_nce(z1, z2, weights)[0].tolist() == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("kind", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])  # noqa: S301
 def test_copies(kind):
     criterion = kind(IPIRMLoss(PARTITIONS, weight=0.3))
@@ -346,16 +363,26 @@ def test_copies(kind):
     )
 
 
-@pytest.mark.parametrize("loss", ["simclr", "simsiam"])
-def test_losses_compile_whole(loss):
-    z1, z2 = views(8)
-    if loss == "simclr":
-        criterion, arguments = IPIRMLoss(PARTITIONS), (z1, z2)
-    else:
-        criterion, arguments = SimSiamIPIRMLoss(PARTITIONS), (z1, z2, z2, z1)
-    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
-    indices = torch.arange(8)
-    torch.testing.assert_close(compiled(*arguments, indices), criterion(*arguments, indices))
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("loss", ["simclr", "simsiam", "moco"])
+def test_losses_compile_whole(loss, seed):
+    """Values and gradients, also of the loss that changes its own queue."""
+    torch.manual_seed(seed)
+    z1, z2 = views(8, 4)
+    make = {
+        "simclr": lambda: IPIRMLoss(PARTITIONS),
+        "simsiam": lambda: SimSiamIPIRMLoss(PARTITIONS),
+        "moco": lambda: MoCoIPIRMLoss(PARTITIONS, num_features=4, queue_size=16).double(),
+    }[loss]
+    results = []
+    for criterion in (make(), torch.compile(make(), fullgraph=True, backend="aot_eager")):
+        leaf = z1.clone().requires_grad_()
+        arguments = (leaf, z2, z2, z1) if loss == "simsiam" else (leaf, z2)
+        for _ in range(3):
+            value = criterion(*arguments, torch.arange(8))
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize(
@@ -377,6 +404,16 @@ def test_losses_compile_whole(loss):
         (lambda: IPIRMLoss(-PARTITIONS), ValueError, "partitions must be of groups 0 .. K - 1"),
         (lambda: IPIRMLoss(PARTITIONS, weight=-1), ValueError, "weight must be finite and at least 0, got -1"),
         (lambda: IPIRMLoss(PARTITIONS, temperature=0), ValueError, "temperature must be finite and above 0, got 0"),
+        (
+            lambda: SimSiamIPIRMLoss(PARTITIONS)(*torch.ones(3, 4, 2), torch.ones(4, 2).double(), torch.arange(4)),
+            TypeError,
+            "z2 must be of p1's dtype torch.float32, got torch.float64",
+        ),
+        (
+            lambda: MoCoIPIRMLoss(PARTITIONS)(torch.ones(4, 128), torch.ones(4, 128).double(), torch.arange(4)),
+            TypeError,
+            "key must be of query's dtype torch.float32, got torch.float64",
+        ),
         (lambda: MoCoIPIRMLoss(PARTITIONS, queue_size=0), ValueError, "queue_size must be at least 1, got 0"),
     ],
 )
@@ -393,6 +430,8 @@ def test_wrong_options(make, error, message):
         ({"indices": torch.tensor([0, 1, 2, -1])}, ValueError, r"indices must be in 0 .. 29 .*, got -1 at position 3"),
         ({"indices": torch.rand(4)}, TypeError, "indices must be a tensor of whole numbers"),
         ({"mix": 0.5}, ValueError, r"mix must be \(partner, share\) or None, got float"),
+        ({"mix": (1, 2, 3)}, ValueError, r"mix must be \(partner, share\) or None, got 3 parts"),
+        ({"mix": (torch.arange(4), torch.full((4,), 2.0))}, ValueError, "mix's share must be in 0 .. 1, got 2 .. 2"),
         ({"mix": (torch.arange(4) + 1, 0.5)}, ValueError, "mix's partner must be in 0 .. 3 .*, got 4"),
         ({"mix": (torch.arange(4), 1.5)}, ValueError, "mix's share must be in 0 .. 1, got 1.5"),
     ],

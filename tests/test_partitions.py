@@ -75,7 +75,7 @@ def test_search_equals_one_written_out(groups):
 @pytest.mark.parametrize("balance", ["relaxed", "strict", None])
 def test_report_is_the_objective_of_the_logits(balance):
     z, _ = clusters()
-    updater = PartitionUpdater(60, 3, max_passes=1, balance=balance, weight=0.7)
+    updater = PartitionUpdater(60, 3, max_passes=1, balance=balance, weight=0.7, starts=1)
     updater.update(*z, torch.Generator().manual_seed(5), **QUIET)
     shares = torch.randn(60, 3, generator=torch.Generator().manual_seed(5)).softmax(1)
     report = updater.reports[0]
@@ -104,7 +104,7 @@ def test_blocks_are_even_and_drawn_anew(monkeypatch):
     monkeypatch.setattr(partition_search, "soft_info_nce", watched)
     z = torch.randn(2, 50, 4)
     z[0, :, 0] = torch.arange(50)
-    PartitionUpdater(50, block_size=20, max_passes=3).update(*z, **QUIET)
+    PartitionUpdater(50, block_size=20, max_passes=3, starts=1).update(*z, **QUIET)
     assert [len(block) for block in seen] == [17, 17, 16] * 3
     passes = [torch.cat(seen[i : i + 3]) for i in (0, 3, 6)]
     for samples in passes:
@@ -114,7 +114,7 @@ def test_blocks_are_even_and_drawn_anew(monkeypatch):
 
 def test_stops_after_five_passes_without_gain_once_past_fifty():
     z, _ = clusters()
-    updater = PartitionUpdater(60, max_passes=500, block_size=25)
+    updater = PartitionUpdater(60, max_passes=500, block_size=25, starts=1)
     updater.update(*z, **QUIET)
     assert 51 <= updater.reports[0].passes < 500
 
@@ -253,6 +253,7 @@ def test_given_generator_is_the_only_one_that_moves():
     [
         (PartitionUpdater(50), "of 50 samples and 2 groups"),
         (PartitionUpdater(60, 2), "of 60 samples and 2 groups"),
+        (PartitionUpdater(60, 4), "of 60 samples and 4 groups"),
     ],
 )
 def test_another_dataset_is_refused_when_loading(other, message):  # P9, E6
@@ -268,6 +269,20 @@ def test_keys_are_checked_when_loading():  # P9
     state = PartitionUpdater(60).state_dict()
     with pytest.raises(RuntimeError, match="Missing key.*partitions"):
         PartitionUpdater(60).load_state_dict({k: v for k, v in state.items() if k != "partitions"})
+    changed = PartitionUpdater(60, seed=1).state_dict()
+    for name in state:  # nothing is half loaded
+        updater = PartitionUpdater(60)
+        with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
+            updater.load_state_dict({k: v for k, v in changed.items() if k != name})
+        assert same_state(updater, state)
+    for broken in (
+        state["partitions"] - 1,
+        state["partitions"] + 2,
+        state["partitions"].float(),
+        torch.zeros(0, 60).long(),
+    ):
+        with pytest.raises(RuntimeError, match="the partitions saved are"):
+            PartitionUpdater(60).load_state_dict({**state, "partitions": broken})
     with pytest.raises(RuntimeError, match="Unexpected key.*more"):
         PartitionUpdater(60).load_state_dict({**state, "more": torch.zeros(1)})
 
@@ -340,6 +355,9 @@ def test_loader_that_lacks_or_repeats_samples():
     batches = [((z[0, i], z[1, i]), i) for i in torch.arange(60).split(16)]
     with pytest.raises(ValueError, match=r"loader must be of all 60 samples, got none of index 48 \(12 missing\)"):
         PartitionUpdater(60).update(batches[:-1], encoder=torch.nn.Identity(), **QUIET)
+    twice = batches + [((torch.randn(60, 8), torch.randn(60, 8)), torch.arange(60)) for _ in range(60)]
+    again = PartitionUpdater(60).update(twice, encoder=torch.nn.Identity(), **QUIET)
+    assert torch.equal(again, PartitionUpdater(60).update(*z, **QUIET))
     again = [*batches, ((torch.randn(4, 8), torch.randn(4, 8)), torch.arange(4))]
     found = PartitionUpdater(60).update(again, encoder=torch.nn.Identity(), **QUIET)
     assert torch.equal(found, PartitionUpdater(60).update(*z, **QUIET))
@@ -353,6 +371,17 @@ def test_extract_two_views():
     assert torch.equal(indices, torch.arange(60))
     with pytest.raises(TypeError, match="loader must be a loader of .*view1, view2.*, got Tensor"):
         extract_two_views(torch.nn.Identity(), [torch.rand(3, 4)], **QUIET)
+    for first, second, indices, message in (
+        (torch.rand(4, 2), torch.rand(3, 2), torch.arange(4), r"output must be .B, D. = .4, 2., got .3, 2."),
+        (torch.rand(4, 2), torch.rand(4, 3), torch.arange(4), r"output must be .B, D. = .4, 2., got .4, 3."),
+        (torch.rand(4, 2), torch.rand(4, 2), torch.arange(3), r"indices must be .B. = .4., got .3."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract_two_views(torch.nn.Identity(), [((first, second), indices)], **QUIET)
+    with pytest.raises(TypeError, match="a view must be a tensor of images, got list"):
+        extract_two_views(torch.nn.Identity(), [(([1.0], [1.0]), torch.arange(1))], **QUIET)
+    with pytest.raises(TypeError, match="loader must be a loader of .*, got int"):
+        extract_two_views(torch.nn.Identity(), 5, **QUIET)
     with pytest.raises(ValueError, match="loader must be of at least one batch, got none"):
         extract_two_views(torch.nn.Identity(), [], **QUIET)
 
@@ -380,28 +409,51 @@ def test_objective_that_is_not_finite_leaves_everything_as_it_was(monkeypatch): 
     assert len(updater.reports) == 1
 
 
-@pytest.mark.parametrize("restarts", [0, 2])
-def test_collapse_is_said_and_tried_again(restarts, monkeypatch):  # P3
+@pytest.mark.parametrize("collapsing", [2, 3])
+def test_collapse_is_avoided_or_said(collapsing, monkeypatch):  # P3
+    """A start that collapses is passed over, however good its objective; where all do, it is said."""
     attempts = []
 
-    def collapsing(z1, z2, search, generator, *, progress):
+    def some_collapse(z1, z2, search, generator, *, progress):
         found = find_partition(z1, z2, search, generator, progress=progress)
         attempts.append(found)
-        return found._replace(partition=torch.zeros(60).long()) if len(attempts) <= 2 else found
+        if (len(attempts) - 1) % 3 >= collapsing:
+            return found
+        return found._replace(partition=torch.zeros(60).long(), loss=found.loss + 10)
 
-    monkeypatch.setattr(partitions, "find_partition", collapsing)
+    monkeypatch.setattr(partitions, "find_partition", some_collapse)
     z, _ = clusters()
-    updater = PartitionUpdater(60, restarts=restarts)
-    if restarts:
+    updater = PartitionUpdater(60)
+    if collapsing < 3:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             updater.update(*z, **QUIET)
         assert not updater.reports[0].collapsed
-        assert len(attempts) == 3
-    else:
-        with pytest.warns(UserWarning, match=r"the partition collapsed, its groups are of \(60, 0\) samples"):
+        assert torch.equal(updater.partitions[1], attempts[2].partition)
+        return
+    with pytest.warns(UserWarning, match=r"the partition collapsed, its groups are of \(60, 0\) samples"):
+        updater.update(*z, **QUIET)
+    assert updater.reports[0].collapsed
+    before = copy.deepcopy(updater.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="collapsed"):
             updater.update(*z, **QUIET)
-        assert updater.reports[0].collapsed
+    assert same_state(updater, before)
+
+
+def test_the_best_of_several_starts():
+    """One start stops at a local maximum that another gets past."""
+    z = torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(0)
+    search = Search(2, 0.5, 0.5, 0.5, 61, 3096, "relaxed")
+    singles = [find_partition(*z, search, generator, progress=False) for _ in range(4)]
+    objectives = [one.loss + 0.5 * one.penalty - one.balance for one in singles]
+    assert max(objectives) - objectives[0] > 1e-3
+    updater = PartitionUpdater(60, starts=4)
+    found = updater.update(*z, torch.Generator().manual_seed(0), **QUIET)
+    assert torch.equal(found, singles[objectives.index(max(objectives))].partition)
+    assert updater.reports[0].objective == max(objectives)
 
 
 def test_no_passes_find_nothing():  # P4
@@ -414,8 +466,10 @@ def test_no_passes_find_nothing():  # P4
 def test_in_any_mode(mode):
     z, _ = clusters()
     expected = PartitionUpdater(60).update(*z, **QUIET)
+    updater = PartitionUpdater(60)
     with mode():
-        assert torch.equal(PartitionUpdater(60).update(*z.clone(), **QUIET), expected)
+        assert torch.equal(updater.update(*z.clone(), **QUIET), expected)
+    updater.load_state_dict(updater.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -432,7 +486,7 @@ def test_in_any_mode(mode):
         ({"max_passes": -1}, ValueError, "max_passes must be at least 0, got -1"),
         ({"block_size": 1}, ValueError, "block_size must be at least 2, got 1"),
         ({"balance": "loose"}, ValueError, "balance must be one of 'relaxed', 'strict', None, got 'loose'"),
-        ({"restarts": -1}, ValueError, "restarts must be at least 0, got -1"),
+        ({"starts": 0}, ValueError, "starts must be at least 1, got 0"),
     ],
 )
 def test_wrong_options(options, error, message):  # P4, E2
@@ -477,20 +531,32 @@ def _search_here(rank):
     return [updater.partitions.tolist(), updater.generator_state.tolist(), updater.reports[1].passes]
 
 
+CASES = ("state", "features", "search", "generator", "kind", "dtype")
+
+
 def _refuse_here(rank):
-    """Other partitions in one process; then features that one refuses; then an error of the search itself."""
+    """What does not fit in one of the processes, each time; none may wait for the other."""
     z, _ = clusters()
+    loader = [((z[0, part], z[1, part]), part) for part in torch.arange(60)[rank::2].split(7)]
     found = []
-    for case in ("state", "features", "search"):
-        updater = PartitionUpdater(60, max_passes=5)
-        if case == "state" and rank == 1:
-            updater.partitions = torch.ones(1, 60).long()
+    for case in CASES:
+        updater = PartitionUpdater(60, max_passes=5, seed=rank if case == "state" else 0)
+        arguments, options = (z[0], z[1]), {}
         if case == "search" and rank == 0:
             updater._search = lambda *_: (_ for _ in ()).throw(FloatingPointError("the objective must be finite"))
-        bad = case == "features" and rank == 1
+        if case == "features" and rank == 1:
+            arguments = (z[0] * math.nan, z[1])
+        if case == "generator" or (case == "kind" and rank == 1):
+            arguments, options = (loader,), {"encoder": torch.nn.Identity()}
+        if case == "generator" and rank == 0:
+            options["generator"] = "bad"
+        if case == "dtype":
+            batches = [((a.double(), b.double()), i) for (a, b), i in loader] if rank else loader
+            arguments, options = (batches,), {"encoder": torch.nn.Identity()}
         try:
-            updater.update(z[0] * (math.nan if bad else 1), z[1], **QUIET)
-        except (ValueError, FloatingPointError) as error:
+            updater.update(*arguments, **options, **QUIET)
+            found.append("nothing")
+        except (TypeError, ValueError, FloatingPointError) as error:
             found.append(f"{type(error).__name__}: {error}")
     return found
 
@@ -506,10 +572,13 @@ def test_processes_share_one_partition(tmp_path):  # P7
 
 
 def test_processes_refuse_together(tmp_path):  # P7
-    first, second = in_processes(2, _refuse_here, tmp_path)
-    assert first[0] == second[0]
-    assert "partitions must be alike in every process" in first[0]
-    assert "partitions must be alike in every process, got" in first[1]
-    assert "rank 1: refused, see the error there" in first[1]
-    assert "z1 must be finite, got nan" in second[1]
-    assert first[2] == second[2] == "FloatingPointError: the objective must be finite"
+    results = (dict(zip(CASES, found)) for found in in_processes(2, _refuse_here, tmp_path))
+    first, second = results
+    for case in ("state", "kind", "dtype"):
+        assert first[case] == second[case]
+        assert "partitions, generator and kind of features must be alike in every process, got rank 0: 1" in first[case]
+    assert "rank 1: refused, see the error there" in first["features"]
+    assert "z1 must be finite, got nan" in second["features"]
+    assert first["generator"].startswith("TypeError: PartitionUpdater.update: generator must be")
+    assert "rank 0: refused, see the error there" in second["generator"]
+    assert first["search"] == second["search"] == "FloatingPointError: the objective must be finite"

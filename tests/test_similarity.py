@@ -17,8 +17,7 @@ BACKENDS = ["dense", "chunked"]
 @pytest.fixture(params=["bounded", "online"])
 def streaming(request, monkeypatch):
     """Both ways of ``backend="chunked"``, which chooses by the size of the logits."""
-    if request.param == "online":
-        monkeypatch.setattr(bounded, "_BOUND", -1.0)
+    monkeypatch.setattr(bounded, "_BOUND", -1.0 if request.param == "online" else 40.0)
 
 
 def problem(rows=7, cols=9, width=5, relation="all", weights="none", ids=False, dtype=torch.float64, zeros=0.3):
@@ -317,6 +316,24 @@ def test_strides(backend):  # F22, F24, K3
     (halves,) = torch.autograd.grad(joined.sum() / 2, x)
     torch.testing.assert_close(summed, weighted)
     torch.testing.assert_close(summed, halves)
+
+
+@pytest.mark.parametrize("weight", [1e-38, 1e-30, 1e-20, 1e15, 1e30, 1e37])
+def test_weights_of_any_size(weight):
+    x = normalized(torch.randn(40, 8))
+    lse, mean, *grads = gradients(
+        x, x.clone(), torch.tensor(14.0), {"col_weight": torch.full((2, 40), weight)}, "chunked"
+    )
+    exact, exact_mean, *_ = gradients(
+        x.double(),
+        x.double(),
+        torch.tensor(14.0).double(),
+        {"col_weight": torch.full((2, 40), weight).double()},
+        "dense",
+    )
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-4, atol=1e-4)
+    assert all(gradient.isfinite().all() for gradient in grads[:3])
 
 
 @pytest.mark.usefixtures("streaming")

@@ -19,8 +19,10 @@ from equireg.similarity.dense import exponent_limit
 from equireg.similarity.products import times_transposed
 from equireg.similarity.tiles import Gradients, Tiles
 
-# e^30 is 1e13 and e^-30 1e-13: weights from 1e-24 on, and a hundred thousand of them, are far from fp32's limits.
-_BOUND = 30.0
+# e^15 is 3e6 and e^-15 3e-7; with these weights a hundred thousand of them are far from fp32's limits. A bound twice as
+# high would also lose digits: gradients are differences of sums that are as many times larger.
+_BOUND = 15.0
+_WEIGHTS = (1e-20, 1e15)
 
 
 def serves(tiles: Tiles) -> bool:
@@ -28,7 +30,10 @@ def serves(tiles: Tiles) -> bool:
     if tiles.x.device.type != "cpu" or tiles.row_select is not None or not len(tiles.x) or not len(tiles.y):
         return False
     longest = [float(torch.linalg.vector_norm(part, dim=1).amax()) for part in (tiles.x, tiles.y)]
-    return longest[0] * longest[1] <= _BOUND  # never where one is NaN
+    if not longest[0] * longest[1] <= _BOUND:  # as where one is NaN
+        return False
+    weight = tiles.col_weight
+    return weight is None or bool(((weight == 0) | ((weight >= _WEIGHTS[0]) & (weight <= _WEIGHTS[1]))).all())
 
 
 def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:

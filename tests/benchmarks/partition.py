@@ -84,7 +84,7 @@ def step(version, arguments):
 
 def one_pass(arguments):
     z1, z2, _ = arguments
-    PartitionUpdater(len(z1), max_passes=1).update(z1, z2, progress=False)
+    PartitionUpdater(len(z1), max_passes=1, starts=1).update(z1, z2, progress=False)
 
 
 def memory_runs():

@@ -1,0 +1,393 @@
+"""The VIPriors recipe on few labelled images: invariant pretraining, distillation, test-time augmentation, ensemble.
+
+    python examples/distill.py --data folder-with-train-and-test
+
+pretrains a ResNet-18 by IP-IRM on SimCLR without labels (or takes ``--encoder``, a file of ipirm_pretrain.py),
+fine-tunes it on ``--images`` labelled ones, and takes that for the teacher of students that start from the same one:
+
+    loss = criterion(student(images), teacher(images), labels)
+
+with each loss of Stage II. Then it merges predictions over flips and crops, and over the models, with weights fitted
+on images that no model was trained on. A table, and a picture in runs/distill. A killed run goes on with ``--resume``.
+Copy pretraining.py and ipirm_pretrain.py along with this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ipirm_pretrain
+import timm
+import torch
+from ipirm_pretrain import MEAN, STD, evenly, plain_transform
+from pretraining import parse, precision, pretrain, seed_everything, test_folder, training_images, write_atomically
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from equireg import (
+    ContrastiveDistillation,
+    DistillationLoss,
+    FeatureDistillation,
+    OverhaulDistillation,
+    ensemble,
+    fit_ensemble_weights,
+    predict_tta,
+)
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # Minutes on a CPU: 100 labelled images per class.
+    "cifar10-resnet18": {
+        "model": "resnet18",
+        "stage1": "cifar10-resnet18",
+        "image_size": 32,
+        "crop_scale": 0.5,
+        "images": 1000,
+        "epochs": 40,
+        "warmup_epochs": 4,
+        "batch_size": 100,
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+    },
+    # Wang et al., Section 4.2: 50 images per class, 224 pixels, 100 epochs; there by SGD.
+    "vipriors-resnet50": {
+        "model": "resnet50",
+        "stage1": "vipriors-resnet50",
+        "image_size": 224,
+        "crop_scale": 0.2,
+        "images": 0,  # all
+        "epochs": 100,
+        "warmup_epochs": 10,
+        "batch_size": 256,
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+    },
+}
+
+TEACHER, SCRATCH, AGAIN = "fine-tuned (the teacher)", "from scratch", "fine-tuned, another seed"
+STUDENTS = {
+    "KL, logits": "logits",
+    "KL, features": "features",
+    "OFD, several layers": "ofd",
+    "OFD, last layer": "ofd-last",
+    "CRD": "crd",
+}
+# Of the second loss beside the cross entropy; DistillationLoss brings its own.
+WEIGHTS = {"features": 10.0, "ofd": 1.0, "ofd-last": 1.0, "crd": 0.1}
+
+
+# --------------------------------------------------------------------------------------------------------- the models
+
+
+class BeforeActivation:
+    """The inputs of the last ReLU of each stage of a timm ResNet, [B, D, h, w], while it runs: what OFD compares."""
+
+    def __init__(self, model: nn.Module, stages: Iterable[int]):
+        self.model, self.stages = model, stages
+        self.maps: list[Tensor] = []
+
+    def __enter__(self) -> BeforeActivation:
+        self.hooks = []
+        for stage in self.stages:
+            block = getattr(self.model, f"layer{stage}")[-1]
+            activation = block.act3 if hasattr(block, "act3") else block.act2
+            # The ReLU works in place.
+            self.hooks.append(activation.register_forward_pre_hook(lambda _, x: self.maps.append(x[0].clone())))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def run(model: nn.Module, images: Tensor, stages: Iterable[int] = ()) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Logits, pooled features, and the maps before the activation."""
+    with BeforeActivation(model, stages) as before:
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    return model.get_classifier()(pooled).float(), pooled.float(), [part.float() for part in before.maps]
+
+
+class Student(nn.Module):
+    """A classifier and the loss that it learns by; ``method`` is itself, as the shared training loop wants it."""
+
+    clip = 5.0  # largest norm of the gradient
+
+    def __init__(self, options: argparse.Namespace, kind: str, encoder: Path | None, teacher: nn.Module | None):
+        super().__init__()
+        classes = len(ImageFolder(Path(options.data) / "train").classes)
+        self.options, self.kind, self.of_teacher = options, kind, [teacher]  # in a list: no part of this module
+        self.model = timm.create_model(options.model, num_classes=classes)
+        if encoder is not None:
+            self.model.load_state_dict(torch.load(encoder, map_location="cpu", weights_only=True), strict=False)
+        self.model.to(memory_format=torch.channels_last)
+        self.classify = DistillationLoss(beta=0.0) if kind != "logits" else DistillationLoss()
+        channels = [stage["num_chs"] for stage in self.model.feature_info][-4:]
+        width = self.model.num_features
+        self.stages = {"ofd": (1, 2, 3, 4), "ofd-last": (4,)}.get(kind, ())
+        if kind == "features":
+            self.distill: nn.Module = FeatureDistillation(width)
+        elif self.stages:
+            dims = [channels[stage - 1] for stage in self.stages]
+            self.distill = OverhaulDistillation(dims, dims)
+            self.distill.fit_margins(self._teachers_maps())
+        elif kind == "crd":
+            self.distill = ContrastiveDistillation(width, width, len(training_images(options)))
+
+    @property
+    def method(self) -> Student:
+        return self
+
+    def _teachers_maps(self) -> Iterable[list[Tensor]]:
+        images = Transformed(training_images(self.options), plain_transform(self.options))
+        for batch, _ in DataLoader(images, batch_size=256):
+            with torch.no_grad():
+                yield run(self.of_teacher[0].cpu(), batch, self.stages)[2]
+
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        images = images.contiguous(memory_format=torch.channels_last)
+        teacher = self.of_teacher[0]
+        with precision(self.options, images.device):
+            logits, features, maps = run(self.model, images, self.stages)
+            if teacher is None:
+                theirs = logits.detach(), features, maps
+            else:
+                with torch.no_grad():
+                    theirs = run(teacher.to(images.device), images, self.stages)
+        loss = self.classify(logits, theirs[0], labels)
+        parts = {"classification": loss.detach()}
+        if self.kind in WEIGHTS:
+            pairs = {"features": (features, theirs[1]), "crd": (features, theirs[1], indices)}
+            extra = self.distill(*pairs.get(self.kind, (maps, theirs[2])))
+            loss, parts["distillation"] = loss + WEIGHTS[self.kind] * extra, extra.detach()
+        return loss, parts
+
+    def before_step(self, epoch: int) -> None:
+        """Before each step of the optimizer."""
+
+    def update(self, step: int, steps: int) -> None:
+        """After each step of the optimizer."""
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+class Transformed(Dataset):
+    """(image, label) with the image transformed."""
+
+    def __init__(self, images: Dataset, transform: Callable[[Any], Tensor]):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(image), label
+
+
+class Augmented:
+    """Makes a batch: crops, flips, RandAugment and random erasing, as in the report."""
+
+    def __init__(self, options: argparse.Namespace, rank: int):
+        self.options, self.rank = options, rank
+        self.policy = v2.Compose(
+            [
+                v2.RandomResizedCrop(options.image_size, scale=(options.crop_scale, 1.0), interpolation=3),
+                v2.RandomHorizontalFlip(),
+                v2.RandAugment(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+                v2.RandomErasing(p=0.25),
+            ]
+        )
+
+    def __call__(self, samples: list[tuple[int, Any, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            seed_everything(self.options.seed, samples[0][0], self.rank)
+            images = torch.stack([self.policy(sample[1]) for sample in samples])
+        return images, torch.tensor([sample[2] for sample in samples]), torch.tensor([sample[3] for sample in samples])
+
+
+def validation_images(options: argparse.Namespace) -> Dataset:
+    """The folder ``val`` beside ``test``, or as many training images that no model is trained on with their labels."""
+    root = Path(options.data)
+    if (root / "val").is_dir() and (root / "test").is_dir():
+        return ImageFolder(root / "val")
+    used = training_images(options)
+    rest = sorted(set(range(len(used.dataset))) - set(used.indices))
+    if not rest:
+        raise SystemExit(f"--images must leave some of the {len(used)} training images for validation, or give a val/")
+    return evenly(Subset(used.dataset, rest), min(len(rest), options.probe_images, 1000))
+
+
+# ------------------------------------------------------------------------------------------------------- the measures
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module, images: Dataset, options: argparse.Namespace, device: torch.device, **tta: str
+) -> tuple[Tensor, Tensor]:
+    """Probabilities and labels; plain, or merged as ``tta`` says."""
+    found, labels = [], []
+    loader = DataLoader(Transformed(images, plain_transform(options)), batch_size=250, num_workers=options.workers)
+    for batch, truth in tqdm(loader, desc="predictions", leave=False):
+        batch = batch.to(device, memory_format=torch.channels_last)
+        with precision(options, device):
+            answers = predict_tta(model, batch, **tta) if tta else model(batch).float().softmax(1)
+        found.append(answers.float().cpu())
+        labels.append(truth)
+    return torch.cat(found), torch.cat(labels)
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    return 100 * float((probabilities.argmax(1) == labels).float().mean())
+
+
+def evaluate(objective: Student, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Accuracies, and the predictions for what comes after."""
+    test = evenly(ImageFolder(test_folder(options)), options.probe_images)
+    saved = {}
+    for name, images in (("val", validation_images(options)), ("test", test)):
+        for how, tta in (("plain", {}), ("ten", {"crops": "ten", "merge": "gmean"})):
+            saved[f"{name} {how}"], saved[name] = predictions(objective.model, images, options, device, **tta)
+    for name, content in (("predictions.pt", saved), ("model.pt", objective.model.state_dict())):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(folder / name, buffer.getvalue())
+    return {name: accuracy(saved[name], saved[name.split()[0]]) for name in saved if " " in name}
+
+
+def augmentations(options: argparse.Namespace, folder: Path, name: str, device: torch.device) -> dict[str, float]:
+    """Accuracy of one model for every kind of test-time augmentation."""
+    model = timm.create_model(options.model, num_classes=len(ImageFolder(Path(options.data) / "train").classes))
+    model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+    model.eval().to(device, memory_format=torch.channels_last)
+    test = evenly(ImageFolder(test_folder(options)), options.probe_images)
+    rows = {f"{name}, one view": accuracy(*predictions(model, test, options, device))}
+    for crops in ("flip", "five", "ten"):
+        for merge in ("mean", "gmean", "tsharpen"):
+            found = predictions(model, test, options, device, crops=crops, merge=merge)
+            rows[f"{name}, {crops}, {merge}"] = accuracy(*found)
+    return rows
+
+
+def ensembles(folders: dict[str, Path]) -> dict[str, float]:
+    """Accuracy of all models together, from their plain and from their ten-crop predictions."""
+    saved = [torch.load(folder / "predictions.pt", weights_only=True) for folder in folders.values()]
+    labels, rows = {part: saved[0][part] for part in ("val", "test")}, {}
+    for how, title in (("plain", "one view"), ("ten", "ten crops")):
+        val, test = (torch.stack([one[f"{part} {how}"] for one in saved]) for part in ("val", "test"))
+        for merge in ("mean", "gmean", "tsharpen"):
+            rows[f"ensemble, {title}, {merge}"] = accuracy(ensemble(test, merge=merge), labels["test"])
+        weights = fit_ensemble_weights(val, labels["val"])
+        rows[f"ensemble, {title}, weighted"] = accuracy(ensemble(test, weights=weights), labels["test"])
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(folders, weights.tolist()))
+        tqdm.write(f"weights fitted on {len(labels['val'])} images, {title}: {shares}")
+    return rows
+
+
+def report(trained: dict[str, dict[str, float]], merged: dict[str, float], path: Path) -> None:
+    """A table, and beside it a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    print(f"\n{'accuracy, %':42}{'validation':>12}{'test':>8}")
+    for name, found in trained.items():
+        print(f"{name:42}{found['val plain']:12.1f}{found['test plain']:8.1f}")
+    print()
+    for name, value in merged.items():
+        print(f"{name:54}{value:8.1f}")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.3))
+    for axes, rows in ((left, {name: found["test plain"] for name, found in trained.items()}), (right, merged)):
+        colors = [f"C{('ensemble' in name) + 2 * (axes is left)}" for name in rows]
+        bars = axes.barh(list(rows)[::-1], list(rows.values())[::-1], color=colors[::-1])
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        axes.set(xlabel="test accuracy, %", xlim=(0.9 * min(rows.values()), 1.03 * max(rows.values())))
+        axes.tick_params(axis="y", labelsize=8)
+    left.set_title("fine-tuning and distillation")
+    right.set_title("test-time augmentation and ensembles")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    print(f"\n{path}")
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def stage_one(options: argparse.Namespace) -> Path:
+    """The file of the encoder: the one that was given, or trained here."""
+    if options.encoder is not None:
+        return options.encoder
+    shared = {key: value for key, value in vars(options).items() if key not in ("variants", "recipe")}
+    own = {"method": "simclr", "groups": 2, "weight": 0.2, "mixup": 0.0, "out": options.out / "stage1"}
+    recipe = dict(ipirm_pretrain.RECIPES[options.stage1])
+    if options.stage1_epochs:
+        recipe["epochs"], recipe["update_every"] = options.stage1_epochs, max(1, options.stage1_epochs // 3)
+    for name in ("model", "image_size"):
+        recipe[name] = getattr(options, name)
+    if options.stage1_images:
+        recipe["images"] = options.stage1_images
+        recipe["batch_size"] = min(recipe["batch_size"], options.stage1_images)
+    stage = argparse.Namespace(**{**shared, **recipe, **own})
+    ipirm_pretrain.train(stage, True)
+    return ipirm_pretrain.folder_of(stage, True) / "encoder.pt"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoder", type=Path, help="encoder.pt of ipirm_pretrain.py, of the same --model")
+    parser.add_argument("--stage1-epochs", type=int, default=0, help="of pretraining; 0: the recipe's")
+    parser.add_argument("--stage1-images", type=int, default=0, help="of pretraining; 0: the recipe's")
+    parser.add_argument("--method", choices=(*STUDENTS.values(), "all"), default="all", help="of distillation")
+    parser.add_argument("--out", type=Path, default=Path("runs/distill"))
+
+
+def main() -> None:
+    options = parse(__doc__.splitlines()[0], RECIPES, add_options)
+    encoder = stage_one(options)
+    trained, folders = {}, {}
+
+    def train(name: str, kind: str, seed: int, start: Path | None, teacher: nn.Module | None) -> dict[str, float]:
+        own = argparse.Namespace(**{**vars(options), "seed": seed, "method": name})
+        folders[name] = folder = options.out / f"{kind}-{seed}"
+        variant = {"kind": kind, "encoder": str(start), "students": options.method}
+        make = partial(Student, own, kind, start, teacher)
+        measure = partial(evaluate, options=own, folder=folder)
+        trained[name] = pretrain(own, variant, folder, "", make, partial(Augmented, own), measure)
+        return trained[name]
+
+    train(SCRATCH, "scratch", options.seed, None, None)
+    train(TEACHER, "plain", options.seed, encoder, None)
+    train(AGAIN, "plain", options.seed + 1, encoder, None)
+    teacher = timm.create_model(options.model, num_classes=len(ImageFolder(Path(options.data) / "train").classes))
+    state = torch.load(folders[TEACHER] / "model.pt", map_location="cpu", weights_only=True)
+    teacher.load_state_dict(state)
+    teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    for name, kind in STUDENTS.items():
+        if options.method in (kind, "all"):
+            train(name, kind, options.seed + 1, encoder, teacher)
+
+    if all(trained.values()):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        pretrained = {name: folder for name, folder in folders.items() if name != SCRATCH}
+        best = max(pretrained, key=lambda name: trained[name]["val plain"])
+        merged = {**augmentations(options, folders[best], best, device), **ensembles(pretrained)}
+        report(trained, merged, options.out / "distill.png")
+        (options.out / "merged.json").write_text(json.dumps(merged, indent=2) + "\n")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
