@@ -445,13 +445,13 @@ def test_collapse_is_avoided_or_said(collapsing, monkeypatch):  # P3
 def test_the_best_of_several_starts():
     """One start stops at a local maximum that another gets past."""
     z = torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(4))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     search = Search(2, 0.5, 0.5, 0.5, 61, 3096, "relaxed")
     singles = [find_partition(*z, search, generator, progress=False) for _ in range(4)]
     objectives = [one.loss + 0.5 * one.penalty - one.balance for one in singles]
     assert max(objectives) - objectives[0] > 1e-3
     updater = PartitionUpdater(60, starts=4)
-    found = updater.update(*z, torch.Generator().manual_seed(0), **QUIET)
+    found = updater.update(*z, torch.Generator().manual_seed(1), **QUIET)
     assert torch.equal(found, singles[objectives.index(max(objectives))].partition)
     assert updater.reports[0].objective == max(objectives)
 
