@@ -202,8 +202,8 @@ def test_pretraining_resumes_bit_for_bit(name, arguments, folder, other, refusal
     assert killed.joinpath("log.jsonl").read_text() == whole.joinpath("log.jsonl").read_text()
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, killed)]
     for key, value in states[0]["objective"].items():
-        other = states[1]["objective"][key]
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, key
+        resumed = states[1]["objective"][key]
+        assert torch.equal(value, resumed) if isinstance(value, torch.Tensor) else value == resumed, key
     results = [json.loads((folder / "results.json").read_text()) for folder in (whole, killed)]
     assert results[0] == results[1]
 
