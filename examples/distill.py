@@ -25,8 +25,19 @@ from typing import Any
 import ipirm_pretrain
 import timm
 import torch
-from ipirm_pretrain import MEAN, STD, evenly, plain_transform
-from pretraining import parse, precision, pretrain, seed_everything, test_folder, training_images, write_atomically
+from pretraining import (
+    MEAN,
+    STD,
+    evenly,
+    parse,
+    plain_transform,
+    precision,
+    pretrain,
+    seed_everything,
+    test_folder,
+    training_images,
+    write_atomically,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
@@ -146,7 +157,7 @@ class Student(nn.Module):
         return self
 
     def _teachers_maps(self) -> Iterable[list[Tensor]]:
-        images = Transformed(training_images(self.options), plain_transform(self.options))
+        images = Transformed(training_images(self.options), as_the_model_sees(self.options))
         for batch, _ in DataLoader(images, batch_size=256):
             with torch.no_grad():
                 yield run(self.of_teacher[0].cpu(), batch, self.stages)[2]
@@ -217,6 +228,10 @@ class Augmented:
         return images, torch.tensor([sample[2] for sample in samples]), torch.tensor([sample[3] for sample in samples])
 
 
+def as_the_model_sees(options: argparse.Namespace) -> v2.Compose:
+    return v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
+
+
 def validation_images(options: argparse.Namespace) -> Dataset:
     """The folder ``val`` beside ``test``, or as many training images that no model is trained on with their labels."""
     root = Path(options.data)
@@ -238,7 +253,7 @@ def predictions(
 ) -> tuple[Tensor, Tensor]:
     """Probabilities and labels; plain, or merged as ``tta`` says."""
     found, labels = [], []
-    loader = DataLoader(Transformed(images, plain_transform(options)), batch_size=250, num_workers=options.workers)
+    loader = DataLoader(Transformed(images, as_the_model_sees(options)), batch_size=250, num_workers=options.workers)
     for batch, truth in tqdm(loader, desc="predictions", leave=False):
         batch = batch.to(device, memory_format=torch.channels_last)
         with precision(options, device):

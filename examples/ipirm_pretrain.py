@@ -35,7 +35,19 @@ from lightly.models.modules.heads import (
     SimSiamProjectionHead,
 )
 from lightly.models.utils import update_momentum
-from pretraining import parse, precision, pretrain, seed_everything, start_processes, test_folder, training_images
+from pretraining import (
+    MEAN,
+    STD,
+    evenly,
+    parse,
+    plain_transform,
+    precision,
+    pretrain,
+    seed_everything,
+    start_processes,
+    test_folder,
+    training_images,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
@@ -54,7 +66,6 @@ from equireg import (
     mix_images,
 )
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTITIONS = "partitions.pt"
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -235,27 +246,12 @@ class Objective(nn.Module):
 # ------------------------------------------------------------------------------------------------------- the measures
 
 
-def into_range(image: Tensor) -> Tensor:
-    """Bicubic resizing overshoots."""
-    return image.clamp(0, 1)
-
-
-def plain_transform(options: argparse.Namespace) -> v2.Compose:
-    size = (options.image_size,) * 2
-    steps = [v2.Resize(size, interpolation=3, antialias=True), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    return v2.Compose([*steps, into_range, v2.Normalize(MEAN, STD)])
-
-
-def evenly(dataset: Any, count: int) -> Subset:
-    return Subset(dataset, torch.linspace(0, len(dataset) - 1, min(len(dataset), count)).round().long().tolist())
-
-
 def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     method = objective.method
     torch.save(method.backbone.state_dict(), folder / "encoder.pt")  # plain timm keys
-    parts = []
+    parts, transform = [], v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
     for path in (Path(options.data) / "train", test_folder(options)):
-        images = evenly(ImageFolder(path, plain_transform(options)), options.probe_images)
+        images = evenly(ImageFolder(path, transform), options.probe_images)
         loader = DataLoader(WithIndex(images), batch_size=256, num_workers=options.workers)
         with precision(options, device):
             features, labels, _ = extract_features(nn.Sequential(Channels(), method.backbone), loader)

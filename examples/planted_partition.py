@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--data", default=f"{data}/cifar10/train" if data else None, help="class folders of images")
     parser.add_argument("--images", type=int, default=2000, help="of --data")
     parser.add_argument("--rounds", type=int, default=3, help="each trains, then looks for a partition")
-    parser.add_argument("--epochs", type=int, default=30, help="of each round")
+    parser.add_argument("--epochs", type=int, default=10, help="of each round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/planted_partition.png"))
     options = parser.parse_args()

@@ -23,9 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -148,8 +150,23 @@ def precision(options: argparse.Namespace, device: torch.device) -> torch.autoca
 def training_images(options: argparse.Namespace) -> Dataset:
     """Those of ``train``, or as many of them as asked for, evenly over the classes."""
     folder = ImageFolder(Path(options.data) / "train")
-    count = min(options.images or len(folder), len(folder))
-    return Subset(folder, torch.linspace(0, len(folder) - 1, count).round().long().tolist())
+    return evenly(folder, options.images or len(folder))
+
+
+def evenly(dataset: Any, count: int) -> Subset:
+    """At most so many of its samples, at even distances."""
+    return Subset(dataset, torch.linspace(0, len(dataset) - 1, min(len(dataset), count)).round().long().tolist())
+
+
+def into_range(image: Tensor) -> Tensor:
+    """Bicubic resizing overshoots."""
+    return image.clamp(0, 1)
+
+
+def plain_transform(options: argparse.Namespace) -> v2.Compose:
+    """An image as a tensor in 0 .. 1, of the size of the training."""
+    resize = v2.Resize((options.image_size,) * 2, interpolation=3, antialias=True)
+    return v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), into_range])
 
 
 def test_folder(options: argparse.Namespace) -> Path:

@@ -29,10 +29,21 @@ from typing import Any
 import timm
 import torch
 from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
-from pretraining import parse, precision, pretrain, seed_everything, test_folder, write_atomically
-from ssl_methods import MEAN, METHODS, STD
+from pretraining import (
+    MEAN,
+    STD,
+    evenly,
+    parse,
+    plain_transform,
+    precision,
+    pretrain,
+    seed_everything,
+    test_folder,
+    write_atomically,
+)
+from ssl_methods import METHODS
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -219,25 +230,14 @@ def over_the_image(quarters: Tensor) -> Tensor:
     return quarters.unflatten(1, (4, -1)).mean(1)
 
 
-def into_range(image: Tensor) -> Tensor:
-    """Bicubic resizing overshoots."""
-    return image.clamp(0, 1)
-
-
-def evenly(dataset: Any, count: int) -> Subset:
-    return Subset(dataset, torch.linspace(0, len(dataset) - 1, min(len(dataset), count)).round().long().tolist())
-
-
 @torch.no_grad()
 def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """R² of every parameter, accuracy of quarter turns and flips by layer, k-NN and linear accuracy, and pictures."""
-    vit, size = objective.method.backbone.vit, options.image_size
+    vit = objective.method.backbone.vit
     torch.save(vit.state_dict(), folder / "encoder.pt")  # plain timm keys
     frozen = Frozen(vit, options)
-    steps = [v2.Resize((size, size), interpolation=3, antialias=True), v2.ToImage()]
-    plain = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), into_range])
     train, test = (
-        evenly(ImageFolder(path, plain), options.probe_images)
+        evenly(ImageFolder(path, plain_transform(options)), options.probe_images)
         for path in (Path(options.data) / "train", test_folder(options))
     )
 

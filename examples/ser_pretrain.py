@@ -25,10 +25,21 @@ from typing import Any
 
 import timm
 import torch
-from pretraining import parse, precision, pretrain, seed_everything, test_folder
-from ssl_methods import MEAN, METHODS, STD
+from pretraining import (
+    MEAN,
+    STD,
+    evenly,
+    into_range,
+    parse,
+    plain_transform,
+    precision,
+    pretrain,
+    seed_everything,
+    test_folder,
+)
+from ssl_methods import METHODS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -93,11 +104,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------- the views
-
-
-def into_range(image: Tensor) -> Tensor:
-    """Bicubic resizing overshoots, and the jittered hue of a colour outside of 0 .. 1 can be NaN."""
-    return image.clamp(0, 1)
 
 
 class Views:
@@ -194,14 +200,12 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     """k-NN and linear accuracy, and the equivariance of the layer where the class token enters and of the last."""
     vit, size = objective.method.backbone.vit, options.image_size
     torch.save(vit.state_dict(), folder / "encoder.pt")  # plain timm keys; the late class token is a hook
-    steps = [v2.Resize((size, size), interpolation=3, antialias=True), v2.ToImage()]
-    plain = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    plain = v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
     folders = {"train": Path(options.data) / "train", "test": test_folder(options)}
     parts = {name: ImageFolder(path, plain) for name, path in folders.items()}
     found = {}
     for name, part in parts.items():
-        chosen = torch.linspace(0, len(part) - 1, min(len(part), options.probe_images)).round().long().tolist()
-        loader = DataLoader(WithIndex(Subset(part, chosen)), batch_size=256, num_workers=options.workers)
+        loader = DataLoader(WithIndex(evenly(part, options.probe_images)), batch_size=256, num_workers=options.workers)
         found[name] = extract_features(LastFour(vit, options), loader)[:2]
     (x, y), (x_test, y_test) = found["train"], found["test"]
     width = vit.embed_dim

@@ -22,10 +22,8 @@ from lightly.models.modules.heads import (
     VICRegProjectionHead,
 )
 from lightly.models.utils import concat_all_gather, random_block_mask, update_momentum
-from pretraining import cosine, precision
+from pretraining import MEAN, STD, cosine, precision
 from torch import Tensor, nn
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Method(nn.Module):
