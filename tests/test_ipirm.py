@@ -124,6 +124,29 @@ def test_many_tiles_equal_few(monkeypatch):
         torch.testing.assert_close(*(torch.autograd.grad(x.sum(), weights, retain_graph=True)[0] for x in (one, other)))
 
 
+def test_streams():
+    """No tensor of the size of the matrix is ever made, forward or backward."""
+    from equireg.similarity import tiles
+
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for part in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(part, torch.Tensor):
+                    largest = max(largest, part.numel())
+            return result
+
+    z1, z2 = views(1000, 4, torch.float32)
+    weights = torch.rand(1000, 2, requires_grad=True)
+    with Watch():
+        loss, slope = soft_info_nce(z1, z2, weights)
+        (loss.sum() + slope.square().sum()).backward()
+    assert largest <= tiles.ROWS**2  # of 2,000²
+
+
 def test_compiles_whole():
     compiled = torch.compile(soft_info_nce, fullgraph=True, backend="aot_eager")
     z1, z2 = views(40)
