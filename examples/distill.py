@@ -326,11 +326,13 @@ def report(trained: dict[str, dict[str, float]], merged: dict[str, float], path:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.3))
     for axes, rows in ((left, {name: found["test plain"] for name, found in trained.items()}), (right, merged)):
-        colors = [f"C{('ensemble' in name) + 2 * (axes is left)}" for name in rows]
-        bars = axes.barh(list(rows)[::-1], list(rows.values())[::-1], color=colors[::-1])
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-        axes.set(xlabel="test accuracy, %", xlim=(0.9 * min(rows.values()), 1.03 * max(rows.values())))
-        axes.tick_params(axis="y", labelsize=8)
+        for place, (name, value) in enumerate(reversed(rows.items())):
+            color = f"C{('ensemble' in name) + 2 * (axes is left)}"
+            axes.plot(value, place, "o", color=color)
+            axes.annotate(f"{value:.1f}", (value, place), (6, -3), textcoords="offset points", fontsize=8)
+        axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
+        axes.set(xlabel="test accuracy, %", xlim=(0.97 * min(rows.values()), 1.03 * max(rows.values())))
+        axes.grid(axis="y", alpha=0.3)
     left.set_title("fine-tuning and distillation")
     right.set_title("test-time augmentation and ensembles")
     figure.tight_layout()

@@ -48,9 +48,10 @@ def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
         mass = logits.exp()
         product = logits.mul_(mass)
         for sums, part in ((total, mass), (moment, product)):
-            sums[:, rows] += weight[:, cols] @ part.T  # thin on the left, which is eight times as fast as on the right
+            # The thin factor on the left, which is eight times as fast as on the right.
+            sums[:, rows].addmm_(weight[:, cols], part.T)
             if mirrored:
-                sums[:, cols] += weight[:, rows] @ part
+                sums[:, cols].addmm_(weight[:, rows], part)
     return total.log(), (moment / total).masked_fill_(total == 0, 0)
 
 
@@ -72,9 +73,10 @@ def backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | No
         mass = logits.exp()
         product = logits.mul_(mass)
         if by_weight.numel():
-            by_weight[:, cols] += own[:, rows] @ mass + slope[:, rows] @ product
-            if mirrored:
-                by_weight[:, rows] += own[:, cols] @ mass.T + slope[:, cols] @ product.T
+            for factor, part in ((own, mass), (slope, product)):
+                by_weight[:, cols].addmm_(factor[:, rows], part)
+                if mirrored:
+                    by_weight[:, rows].addmm_(factor[:, cols], part.T)
         if by_row.numel() or by_col.numel():
             total = mass.mul_(level[0][:, rows].T @ level[1][:, cols])
             if grad_mean is not None:
