@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from equireg import IPIRMLoss, MoCoIPIRMLoss, PartitionUpdater, SimSiamIPIRMLoss, mix_images, soft_info_nce
 from tests import references
+from tests.test_similarity import Watch
 
 
 def views(count=9, width=5, dtype=torch.float64):
@@ -128,23 +129,12 @@ def test_streams():
     """No tensor of the size of the matrix is ever made, forward or backward."""
     from equireg.similarity import tiles
 
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for part in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(part, torch.Tensor):
-                    largest = max(largest, part.numel())
-            return result
-
     z1, z2 = views(1000, 4, torch.float32)
     weights = torch.rand(1000, 2, requires_grad=True)
-    with Watch():
+    with Watch() as watch:
         loss, slope = soft_info_nce(z1, z2, weights)
         (loss.sum() + slope.square().sum()).backward()
-    assert largest <= tiles.ROWS**2  # of 2,000²
+    assert watch.largest <= tiles.ROWS**2  # of 2,000²
 
 
 def test_compiles_whole():

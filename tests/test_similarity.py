@@ -20,6 +20,19 @@ def streaming(request, monkeypatch):
     monkeypatch.setattr(bounded, "_BOUND", -1.0 if request.param == "online" else 40.0)
 
 
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many numbers the largest tensor holds that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.largest = max(self.largest, part.numel())
+        return result
+
+
 def problem(rows=7, cols=9, width=5, relation="all", weights="none", ids=False, dtype=torch.float64, zeros=0.3):
     """Arguments of pair_lse, and the kept pairs and weights as plain tables."""
     x, y = torch.randn(rows, width, dtype=dtype), torch.randn(cols, width, dtype=dtype)
@@ -205,22 +218,11 @@ def test_streams_larger_than_stored(monkeypatch):
     """The largest buffer is a tile: no tensor of the size of the matrix is ever made."""
     monkeypatch.setattr(tiles, "ROWS", 32)
     monkeypatch.setattr(tiles, "COLS", 32)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for part in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(part, torch.Tensor):
-                    largest = max(largest, part.numel())
-            return result
-
     x = torch.randn(500, 8, requires_grad=True)
-    with Watch():
+    with Watch() as watch:
         lse, mean = pair_lse(x, x, 1.0, backend="chunked")
         (lse.sum() + mean.sum()).backward()
-    assert largest <= 500 * 8
+    assert watch.largest <= 500 * 8
 
 
 @pytest.mark.usefixtures("streaming")
