@@ -95,6 +95,17 @@ class Arguments:
         if not 0 <= value < math.inf:  # type: ignore[operator]
             self.refuse(name, "finite and at least 0", value)
 
+    def share(self, name: str, value: object) -> None:
+        """A number in 0 .. 1."""
+        self.number(name, value)
+        if not 0 <= value <= 1:  # type: ignore[operator]
+            self.refuse(name, "in 0 .. 1", value)
+
+    def dtype_of(self, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+        """``tensor`` of the dtype of the argument ``like_name``."""
+        if tensor.dtype != like.dtype:
+            self.refuse_type(name, f"of {like_name}'s dtype {like.dtype}", tensor.dtype)
+
     def number(self, name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.refuse_type(name, "a number", f"{type(value).__name__} {value!r}")

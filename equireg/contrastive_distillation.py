@@ -76,9 +76,7 @@ class ContrastiveDistillation(nn.Module):
         if num_negatives is not None:
             check.count("num_negatives", num_negatives)
         check.positive("temperature", temperature)
-        check.not_negative("momentum", momentum)
-        if momentum > 1:
-            check.refuse("momentum", "in 0 .. 1", momentum)
+        check.share("momentum", momentum)
         check.count("seed", seed, least=0)
         self.dims, self.num_samples = (student_dim, teacher_dim), num_samples
         self.num_negatives = num_negatives or min(16_384, num_samples - 1)

@@ -57,9 +57,7 @@ class DistillationLoss(nn.Module):
         check.not_negative("alpha", alpha)
         if beta is not None:
             check.not_negative("beta", beta)
-        check.not_negative("label_smoothing", label_smoothing)
-        if label_smoothing > 1:
-            check.refuse("label_smoothing", "in 0 .. 1", label_smoothing)
+        check.share("label_smoothing", label_smoothing)
         self.temperature, self.alpha, self.label_smoothing = temperature, alpha, label_smoothing
         self.beta = temperature**2 if beta is None else beta
 

@@ -116,8 +116,7 @@ def _without_own(x: Tensor) -> Tensor:
 def check_views(check: Arguments, z1: Tensor, z2: Tensor, temperature: float) -> None:
     check.features("z1", z1, "N d")
     check.features("z2", z2, "N d")
-    if z2.dtype != z1.dtype:
-        check.refuse_type("z2", f"of z1's dtype {z1.dtype}", z2.dtype)
+    check.dtype_of("z2", z2, "z1", z1)
     if check.sizes["N"] == 0 or check.sizes["d"] == 0:
         check.refuse("z1", "of at least one sample and one feature", list(z1.shape))
     check.positive("temperature", temperature)

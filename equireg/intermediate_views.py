@@ -177,10 +177,8 @@ class IntermediateViews:
             TypeError, ValueError: parameters that are not [B, P], a fraction that is not a number in 0 .. 1.
         """
         check = Arguments("IntermediateViews.at")
-        check.number("fraction", fraction)
+        check.share("fraction", fraction)
         check.option("only_reconstructed", only_reconstructed, (True, False))
-        if not 0 <= fraction <= 1:
-            check.refuse("fraction", "in 0 .. 1", fraction)
         check.sizes["P"] = len(self.parameter_names)
         check.features("parameters", parameters, "B P")
         names = self.parameter_names

@@ -142,8 +142,6 @@ def _checked_mix(check: Arguments, mix: tuple[Tensor, float | Tensor], x: Tensor
             low, high = (float(bound) for bound in share.detach().aminmax())
             check.refuse("mix's share", "in 0 .. 1", f"{low:g} .. {high:g}")
     else:
-        check.not_negative("mix's share", mix[1])
-        if mix[1] > 1:
-            check.refuse("mix's share", "in 0 .. 1", mix[1])
+        check.share("mix's share", mix[1])
         share = torch.full_like(x[:, 0], float(mix[1]))
     return partner, share

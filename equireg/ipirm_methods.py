@@ -43,8 +43,8 @@ class SimSiamIPIRMLoss(PartitionLoss):
     def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
         check = Arguments(self.function)
         for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
-            if check.features(name, part, "N d").dtype != p1.dtype:
-                check.refuse_type(name, f"of p1's dtype {p1.dtype}", part.dtype)
+            check.features(name, part, "N d")
+            check.dtype_of(name, part, "p1", p1)
         if p1.numel() == 0:
             check.refuse("p1", "of at least one sample and one feature", list(p1.shape))
         indices = self.check_indices(check, indices)
@@ -112,8 +112,8 @@ class MoCoIPIRMLoss(PartitionLoss):
         check = Arguments(self.function)
         check.sizes["d"] = self.queue.shape[1]
         check.features("query", query, "N d")
-        if check.features("key", key, "N d").dtype != query.dtype:
-            check.refuse_type("key", f"of query's dtype {query.dtype}", key.dtype)
+        check.features("key", key, "N d")
+        check.dtype_of("key", key, "query", query)
         if not 0 < len(query) <= len(self.queue):
             check.refuse("query", f"of 1 to queue_size = {len(self.queue)} samples", list(query.shape))
         indices = self.check_indices(check, indices)

@@ -167,7 +167,8 @@ class PartitionUpdater(nn.Module):
         )
         if indices is not None:
             rows = self._in_order(distributed.gather_rows(rows), distributed.gather_rows(indices))
-        x1, x2 = self._checked(*rows.chunk(2, 1))
+            self._check_features(*rows.chunk(2, 1))
+        x1, x2 = rows.chunk(2, 1)
         if self.max_passes == 0:
             return self.partitions[-1].clone()
         source = torch.Generator() if generator is None else generator
@@ -218,17 +219,16 @@ class PartitionUpdater(nn.Module):
             check.refuse_type("z1", "a tensor, or a loader together with encoder", type(z1).__name__)
         if z2 is None:
             check.refuse("z2", "given with z1", None)
-        self._checked(z1, z2)
+        self._check_features(z1, z2)
         return torch.cat([z1, z2], 1), None
 
-    def _checked(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    def _check_features(self, z1: Tensor, z2: Tensor) -> None:
         check = Arguments("PartitionUpdater.update")
         check_views(check, z1, z2, self.temperature)
         if len(z1) != self.num_samples:
             check.refuse("z1", f"of num_samples = {self.num_samples} rows", list(z1.shape))
         for name, z in (("z1", z1), ("z2", z2)):
             check.finite(name, z)
-        return z1, z2
 
     def _in_order(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Sample n in row n, as it came first."""

@@ -162,8 +162,7 @@ class SERLoss(nn.Module):
 def _check_pair(check: Arguments, z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:
     check.features("z", z, "B T D")
     check.features("z_prime", z_prime, "B T D")
-    if z_prime.dtype != z.dtype:
-        check.refuse_type("z_prime", f"of z's dtype {z.dtype}", z_prime.dtype)
+    check.dtype_of("z_prime", z_prime, "z", z)
     if check.sizes["T"] == 0 or check.sizes["D"] == 0:
         check.refuse("z", "of at least one token, at least one wide", list(z.shape))
     check.positive("temperature", temperature)

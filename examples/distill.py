@@ -15,7 +15,6 @@ Copy pretraining.py and ipirm_pretrain.py along with this file.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -29,14 +28,14 @@ from pretraining import (
     MEAN,
     STD,
     evenly,
+    normalized_transform,
     parse,
-    plain_transform,
     precision,
     pretrain,
+    save_atomically,
     seed_everything,
     test_folder,
     training_images,
-    write_atomically,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -126,6 +125,14 @@ def run(model: nn.Module, images: Tensor, stages: Iterable[int] = ()) -> tuple[T
     return model.get_classifier()(pooled).float(), pooled.float(), [part.float() for part in before.maps]
 
 
+def classifier(options: argparse.Namespace, weights: Path | None, *, strict: bool = True) -> nn.Module:
+    """The model with an output for each class, and what it has learned so far."""
+    model = timm.create_model(options.model, num_classes=len(ImageFolder(Path(options.data) / "train").classes))
+    if weights is not None:
+        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=strict)
+    return model.to(memory_format=torch.channels_last)
+
+
 class Student(nn.Module):
     """A classifier and the loss that it learns by; ``method`` is itself, as the shared training loop wants it."""
 
@@ -133,12 +140,8 @@ class Student(nn.Module):
 
     def __init__(self, options: argparse.Namespace, kind: str, encoder: Path | None, teacher: nn.Module | None):
         super().__init__()
-        classes = len(ImageFolder(Path(options.data) / "train").classes)
         self.options, self.kind, self.of_teacher = options, kind, [teacher]  # in a list: no part of this module
-        self.model = timm.create_model(options.model, num_classes=classes)
-        if encoder is not None:
-            self.model.load_state_dict(torch.load(encoder, map_location="cpu", weights_only=True), strict=False)
-        self.model.to(memory_format=torch.channels_last)
+        self.model = classifier(options, encoder, strict=False)  # an encoder has no classes yet
         self.classify = DistillationLoss(beta=0.0) if kind != "logits" else DistillationLoss()
         channels = [stage["num_chs"] for stage in self.model.feature_info][-4:]
         width = self.model.num_features
@@ -157,7 +160,7 @@ class Student(nn.Module):
         return self
 
     def _teachers_maps(self) -> Iterable[list[Tensor]]:
-        images = Transformed(training_images(self.options), as_the_model_sees(self.options))
+        images = Transformed(training_images(self.options), normalized_transform(self.options))
         for batch, _ in DataLoader(images, batch_size=256):
             with torch.no_grad():
                 yield run(self.of_teacher[0].cpu(), batch, self.stages)[2]
@@ -228,10 +231,6 @@ class Augmented:
         return images, torch.tensor([sample[2] for sample in samples]), torch.tensor([sample[3] for sample in samples])
 
 
-def as_the_model_sees(options: argparse.Namespace) -> v2.Compose:
-    return v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
-
-
 def validation_images(options: argparse.Namespace) -> Dataset:
     """The folder ``val`` beside ``test``, or as many training images that no model is trained on with their labels."""
     root = Path(options.data)
@@ -253,7 +252,7 @@ def predictions(
 ) -> tuple[Tensor, Tensor]:
     """Probabilities and labels; plain, or merged as ``tta`` says."""
     found, labels = [], []
-    loader = DataLoader(Transformed(images, as_the_model_sees(options)), batch_size=250, num_workers=options.workers)
+    loader = DataLoader(Transformed(images, normalized_transform(options)), batch_size=250, num_workers=options.workers)
     for batch, truth in tqdm(loader, desc="predictions", leave=False):
         batch = batch.to(device, memory_format=torch.channels_last)
         with precision(options, device):
@@ -275,17 +274,13 @@ def evaluate(objective: Student, device: torch.device, options: argparse.Namespa
         for how, tta in (("plain", {}), ("ten", {"crops": "ten", "merge": "gmean"})):
             saved[f"{name} {how}"], saved[name] = predictions(objective.model, images, options, device, **tta)
     for name, content in (("predictions.pt", saved), ("model.pt", objective.model.state_dict())):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_atomically(folder / name, buffer.getvalue())
+        save_atomically(folder / name, content)
     return {name: accuracy(saved[name], saved[name.split()[0]]) for name in saved if " " in name}
 
 
 def augmentations(options: argparse.Namespace, folder: Path, name: str, device: torch.device) -> dict[str, float]:
     """Accuracy of one model for every kind of test-time augmentation."""
-    model = timm.create_model(options.model, num_classes=len(ImageFolder(Path(options.data) / "train").classes))
-    model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
-    model.eval().to(device, memory_format=torch.channels_last)
+    model = classifier(options, folder / "model.pt").eval().to(device)
     test = evenly(ImageFolder(test_folder(options)), options.probe_images)
     rows = {f"{name}, one view": accuracy(*predictions(model, test, options, device))}
     for crops in ("flip", "five", "ten"):
@@ -387,10 +382,7 @@ def main() -> None:
     train(SCRATCH, "scratch", options.seed, None, None)
     train(TEACHER, "plain", options.seed, encoder, None)
     train(AGAIN, "plain", options.seed + 1, encoder, None)
-    teacher = timm.create_model(options.model, num_classes=len(ImageFolder(Path(options.data) / "train").classes))
-    state = torch.load(folders[TEACHER] / "model.pt", map_location="cpu", weights_only=True)
-    teacher.load_state_dict(state)
-    teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    teacher = classifier(options, folders[TEACHER] / "model.pt").eval().requires_grad_(False)
     for name, kind in STUDENTS.items():
         if options.method in (kind, "all"):
             train(name, kind, options.seed + 1, encoder, teacher)

@@ -39,10 +39,11 @@ from pretraining import (
     MEAN,
     STD,
     evenly,
+    normalized_transform,
     parse,
-    plain_transform,
     precision,
     pretrain,
+    save_atomically,
     seed_everything,
     start_processes,
     test_folder,
@@ -248,15 +249,15 @@ class Objective(nn.Module):
 
 def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     method = objective.method
-    torch.save(method.backbone.state_dict(), folder / "encoder.pt")  # plain timm keys
-    parts, transform = [], v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
+    save_atomically(folder / "encoder.pt", method.backbone.state_dict())  # plain timm keys
+    parts, transform = [], normalized_transform(options)
     for path in (Path(options.data) / "train", test_folder(options)):
         images = evenly(ImageFolder(path, transform), options.probe_images)
         loader = DataLoader(WithIndex(images), batch_size=256, num_workers=options.workers)
         with precision(options, device):
             features, labels, _ = extract_features(nn.Sequential(Channels(), method.backbone), loader)
         parts += [features.float(), labels]
-    torch.save(method.partitions.partitions[1:], folder / PARTITIONS)
+    save_atomically(folder / PARTITIONS, method.partitions.partitions[1:].clone())
     return {
         "k-NN": 100 * knn_accuracy(*parts),
         "linear": 100 * linear_probe(*parts),

@@ -159,7 +159,7 @@ def evenly(dataset: Any, count: int) -> Subset:
 
 
 def into_range(image: Tensor) -> Tensor:
-    """Bicubic resizing overshoots."""
+    """Bicubic resizing overshoots, and the jittered hue of a colour outside of 0 .. 1 can be NaN."""
     return image.clamp(0, 1)
 
 
@@ -167,6 +167,11 @@ def plain_transform(options: argparse.Namespace) -> v2.Compose:
     """An image as a tensor in 0 .. 1, of the size of the training."""
     resize = v2.Resize((options.image_size,) * 2, interpolation=3, antialias=True)
     return v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), into_range])
+
+
+def normalized_transform(options: argparse.Namespace) -> v2.Compose:
+    """The same, less the mean of ImageNet's pixels and over their deviation."""
+    return v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
 
 
 def test_folder(options: argparse.Namespace) -> Path:
@@ -283,9 +288,7 @@ class Run:
     def save(self, step: int, **states: Any) -> None:
         """A checkpoint after ``step`` steps; the one before stays until this one is on the disk."""
         if self.main:
-            buffer = io.BytesIO()
-            torch.save({"step": step, "options": self.options, **states}, buffer)
-            write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+            save_atomically(self.folder / CHECKPOINT, {"step": step, "options": self.options, **states})
 
     def _load(self, resume: bool) -> dict[str, Any] | None:
         path = self.folder / CHECKPOINT
@@ -298,6 +301,13 @@ class Run:
             was = ", ".join(f"{name} {old.get(name)!r} (now {self.options.get(name)!r})" for name in changed)
             raise SystemExit(f"--resume: {path} was trained with other options: {was}")
         return checkpoint
+
+
+def save_atomically(path: Path, content: Any) -> None:
+    """As ``torch.save``."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def write_atomically(path: Path, data: bytes) -> None:

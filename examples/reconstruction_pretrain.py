@@ -19,7 +19,6 @@ examples/reconstruction_pretrain.py ...``. The paper's setting: ``--recipe image
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from functools import partial
 from pathlib import Path
@@ -37,9 +36,9 @@ from pretraining import (
     plain_transform,
     precision,
     pretrain,
+    save_atomically,
     seed_everything,
     test_folder,
-    write_atomically,
 )
 from ssl_methods import METHODS
 from torch import Tensor, nn
@@ -234,7 +233,7 @@ def over_the_image(quarters: Tensor) -> Tensor:
 def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """R² of every parameter, accuracy of quarter turns and flips by layer, k-NN and linear accuracy, and pictures."""
     vit = objective.method.backbone.vit
-    torch.save(vit.state_dict(), folder / "encoder.pt")  # plain timm keys
+    save_atomically(folder / "encoder.pt", vit.state_dict())  # plain timm keys
     frozen = Frozen(vit, options)
     train, test = (
         evenly(ImageFolder(path, plain_transform(options)), options.probe_images)
@@ -282,9 +281,7 @@ def write_pictures(objective: Objective, images: Tensor, path: Path) -> None:
         tokens = [objective.method.tokens(objective.method.backbone, view)[1] for view in (images, second)]
         found = objective.head.reconstruct(*(objective.head.split(part)[1] for part in tokens))
     rows = {"first": images[None], "targets": targets, "found": found.float().clamp(0, 1), "second": second[None]}
-    buffer = io.BytesIO()
-    torch.save({name: row.cpu() for name, row in rows.items()}, buffer)
-    write_atomically(path, buffer.getvalue())
+    save_atomically(path, {name: row.cpu() for name, row in rows.items()})
 
 
 def report(results: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, float]]], out: Path, name: str) -> None:

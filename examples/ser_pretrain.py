@@ -26,14 +26,13 @@ from typing import Any
 import timm
 import torch
 from pretraining import (
-    MEAN,
-    STD,
     evenly,
     into_range,
+    normalized_transform,
     parse,
-    plain_transform,
     precision,
     pretrain,
+    save_atomically,
     seed_everything,
     test_folder,
 )
@@ -199,8 +198,8 @@ class LastFour(nn.Module):
 def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """k-NN and linear accuracy, and the equivariance of the layer where the class token enters and of the last."""
     vit, size = objective.method.backbone.vit, options.image_size
-    torch.save(vit.state_dict(), folder / "encoder.pt")  # plain timm keys; the late class token is a hook
-    plain = v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
+    save_atomically(folder / "encoder.pt", vit.state_dict())  # plain timm keys; the late class token is a hook
+    plain = normalized_transform(options)
     folders = {"train": Path(options.data) / "train", "test": test_folder(options)}
     parts = {name: ImageFolder(path, plain) for name, path in folders.items()}
     found = {}

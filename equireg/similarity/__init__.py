@@ -81,8 +81,7 @@ def pair_lse(
     check = Arguments("pair_lse")
     check.features("x", x, "M D")
     check.features("y", y, "N D")
-    if y.dtype != x.dtype:
-        check.refuse_type("y", f"of x's dtype {x.dtype}", y.dtype)
+    check.dtype_of("y", y, "x", x)
     if check.sizes["D"] == 0:
         check.refuse("x", "at least one wide", list(x.shape))
     if isinstance(scale, Tensor):

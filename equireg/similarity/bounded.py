@@ -41,12 +41,7 @@ def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     weight = _weight(tiles)
     total = tiles.x.new_zeros(len(weight), len(tiles.x))
     moment = torch.zeros_like(total)
-    for rows, cols, mirrored in _pairs(tiles):
-        logits = tiles.logits(rows, cols)
-        if logits is None:
-            continue
-        mass = logits.exp()
-        product = logits.mul_(mass)
+    for rows, cols, mirrored, mass, product in _masses(tiles):
         for sums, part in ((total, mass), (moment, product)):
             # The thin factor on the left, which is eight times as fast as on the right.
             sums[:, rows].addmm_(weight[:, cols], part.T)
@@ -66,12 +61,7 @@ def backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | No
     level, steep = (own + slope, weight), (slope, weight)
     if tiles.symmetric:
         level, steep = ((torch.cat(two), torch.cat(two[::-1])) for two in (level, steep))
-    for rows, cols, mirrored in _pairs(tiles):
-        logits = tiles.logits(rows, cols)
-        if logits is None:
-            continue
-        mass = logits.exp()
-        product = logits.mul_(mass)
+    for rows, cols, mirrored, mass, product in _masses(tiles):
         if by_weight.numel():
             for factor, part in ((own, mass), (slope, product)):
                 by_weight[:, cols].addmm_(factor[:, rows], part)
@@ -92,11 +82,16 @@ def _weight(tiles: Tiles) -> Tensor:
     return tiles.y.new_ones(1, len(tiles.y)) if tiles.col_weight is None else tiles.col_weight
 
 
-def _pairs(tiles: Tiles) -> Iterator[tuple[slice, slice, bool]]:
-    """The tiles, where y is x those on and above the diagonal, and whether one stands for its mirror image too."""
+def _masses(tiles: Tiles) -> Iterator[tuple[slice, slice, bool, Tensor, Tensor]]:
+    """Of each tile its place, e^l and e^l l; where y is x of those on and above the diagonal.
+
+    The third value says whether a tile stands for its mirror image too.
+    """
     for rows in tiles.row_blocks:
         for cols in tiles.col_blocks:
-            if not tiles.symmetric:
-                yield rows, cols, False
-            elif rows.start <= cols.start:
-                yield rows, cols, rows.start < cols.start
+            if tiles.symmetric and rows.start > cols.start:
+                continue
+            logits = tiles.logits(rows, cols)
+            if logits is not None:
+                mass = logits.exp()
+                yield rows, cols, tiles.symmetric and rows.start < cols.start, mass, logits.mul_(mass)
