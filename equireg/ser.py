@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from equireg import distributed
 from equireg._checks import Arguments
 from equireg.grid import GridTransform
-from equireg.similarity import normalized, pair_lse
+from equireg.similarity import contrast, mean_contrast, normalized, pair_lse
 
 
 def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0.3) -> Tensor:
@@ -53,7 +53,7 @@ def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0
     if len(z) < 2:
         check.refuse("z", "of at least 2 images: negatives come from other images", list(z.shape))
     z, z_prime = normalized(z), normalized(z_prime)
-    return _loss(z, z_prime, z, z_prime, 0, temperature)
+    return _loss(z, z_prime, None, 0, temperature)
 
 
 class SERLoss(nn.Module):
@@ -124,12 +124,12 @@ class SERLoss(nn.Module):
         """
         if not self.gather_distributed or distributed.world_size() == 1:
             pair = self._projected(tokens1, tokens2, g1, g2, 2)
-            return _loss(*pair, *pair, 0, self.temperature)
+            return _loss(*pair, None, 0, self.temperature)
         mine, everyone = distributed.gather(
             "SERLoss", "[views, B, T, D]", lambda: torch.stack(self._projected(tokens1, tokens2, g1, g2, 1))
         )
         keys = everyone.transpose(0, 1).flatten(1, 2)  # [views, processes · B, T, D]
-        return _loss(mine[0], mine[1], keys[0], keys[1], distributed.rank() * mine.shape[1], self.temperature)
+        return _loss(mine[0], mine[1], (keys[0], keys[1]), distributed.rank() * mine.shape[1], self.temperature)
 
     def _projected(
         self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform, least: int
@@ -169,23 +169,22 @@ def _check_pair(check: Arguments, z: Tensor, z_prime: Tensor, temperature: float
 
 
 def _loss(
-    z: Tensor, z_prime: Tensor, keys: Tensor, keys_prime: Tensor, first: int, temperature: float | Tensor
+    z: Tensor, z_prime: Tensor, everyone: tuple[Tensor, Tensor] | None, first: int, temperature: float | Tensor
 ) -> Tensor:
-    """Mean over the anchors ``z`` [B, T, D], images ``first ..`` of those that the keys [all, T, D] come from.
+    """Mean over the anchors ``z`` [B, T, D], images ``first ..`` of ``everyone``, the maps [all, T, D] of both views.
 
-    All of unit length.
+    None where they are the anchors and their positives themselves. All of unit length.
     """
     images, places = len(z), z.shape[1]
+    maps = (z, z_prime) if everyone is None else everyone
     anchor_image = torch.arange(first, first + images, device=z.device).repeat_interleave(places)
-    key_image = torch.arange(len(keys), device=z.device).repeat_interleave(places).repeat(2)
+    key_image = torch.arange(len(maps[0]), device=z.device).repeat_interleave(places)
+    x, positives, keys = z.flatten(0, 1), z_prime.flatten(0, 1), [part.flatten(0, 1) for part in maps]
+    if contrast.serves(len(x), 2 * len(keys[0]), x.device):
+        given = None if everyone is None else (keys[0], keys[1])
+        return mean_contrast(x, positives, given, temperature, anchor_image, key_image)
     negatives, _ = pair_lse(
-        z.flatten(0, 1),
-        torch.cat([keys, keys_prime]).flatten(0, 1),
-        1 / temperature,
-        relation="ne",
-        row_group=anchor_image,
-        col_group=key_image,
+        x, torch.cat(keys), 1 / temperature, relation="ne", row_group=anchor_image, col_group=key_image.repeat(2)
     )
-    positive = (z * z_prime).sum(-1).flatten() / temperature
-    # log(e^a + e^b) - a as softplus(b - a): the difference of two large numbers would lose a small loss.
+    positive = (x * positives).sum(1) / temperature
     return F.softplus(negatives[0] - positive, threshold=50).mean()

@@ -17,7 +17,7 @@ BACKENDS = ["dense", "chunked"]
 @pytest.fixture(params=["bounded", "online"])
 def streaming(request, monkeypatch):
     """Both ways of ``backend="chunked"``, which chooses by the size of the logits."""
-    monkeypatch.setattr(bounded, "_BOUND", -1.0 if request.param == "online" else 40.0)
+    monkeypatch.setattr(bounded, "BOUND", -1.0 if request.param == "online" else 40.0)
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -21,7 +21,7 @@ from equireg.similarity.tiles import Gradients, Tiles
 
 # e^15 is 3e6 and e^-15 3e-7; with these weights a hundred thousand of them are far from fp32's limits. A bound twice as
 # high would also lose digits: gradients are differences of sums that are as many times larger.
-_BOUND = 15.0
+BOUND = 15.0
 _WEIGHTS = (1e-20, 1e15)
 
 
@@ -30,7 +30,7 @@ def serves(tiles: Tiles) -> bool:
     if tiles.x.device.type != "cpu" or tiles.row_select is not None or not len(tiles.x) or not len(tiles.y):
         return False
     longest = [float(torch.linalg.vector_norm(part, dim=1).amax()) for part in (tiles.x, tiles.y)]
-    if not longest[0] * longest[1] <= _BOUND:  # as where one is NaN
+    if not longest[0] * longest[1] <= BOUND:  # as where one is NaN
         return False
     weight = tiles.col_weight
     return weight is None or bool(((weight == 0) | ((weight >= _WEIGHTS[0]) & (weight <= _WEIGHTS[1]))).all())
@@ -89,9 +89,8 @@ def _masses(tiles: Tiles) -> Iterator[tuple[slice, slice, bool, Tensor, Tensor]]
     """
     for rows in tiles.row_blocks:
         for cols in tiles.col_blocks:
-            if tiles.symmetric and rows.start > cols.start:
-                continue
-            logits = tiles.logits(rows, cols)
-            if logits is not None:
+            below = tiles.symmetric and rows.start > cols.start
+            if not below and not tiles.needless(rows, cols):
+                logits = tiles.logits(rows, cols)
                 mass = logits.exp()
                 yield rows, cols, tiles.symmetric and rows.start < cols.start, mass, logits.mul_(mass)

@@ -35,9 +35,9 @@ def forward(
         peak = torch.full_like(lse[:, rows], tiles.low)
         total, moment = torch.zeros_like(peak), torch.zeros_like(peak)
         for cols in tiles.col_blocks:
-            logits = tiles.logits(rows, cols)
-            if logits is None:
+            if tiles.needless(rows, cols):
                 continue
+            logits = tiles.logits(rows, cols)
             for e in range(environments):
                 weight = tiles.weight(e, rows, cols)
                 kept = logits if weight is None else logits.masked_fill(weight == 0, tiles.low)
@@ -104,9 +104,9 @@ def _backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | N
     by_row, by_col, by_weight = gradients
     for rows in tiles.row_blocks:
         for cols in tiles.col_blocks:
-            logits = tiles.logits(rows, cols)
-            if logits is None:
+            if tiles.needless(rows, cols):
                 continue
+            logits = tiles.logits(rows, cols)
             total = None
             for e in range(len(lse)):
                 q = logits - lse[e, rows, None]

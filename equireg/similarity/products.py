@@ -13,9 +13,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``, without a gradient.
 
-    On a CPU in fp32 by oneDNN, which runs at twice MKL's speed on AMD processors and at the same on Intel's.
+    On a CPU in fp32 by oneDNN, which runs at twice MKL's speed on AMD processors and at the same on Intel's; with
+    ``torch.set_float32_matmul_precision("medium")`` by PyTorch's own product, which knows who can do it in bf16.
     """
-    if a.device.type == "cpu" and a.dtype == torch.float32 and _HAS_ONEDNN and min(*a.shape, *b.shape) > 0:
+    ours = a.device.type == "cpu" and a.dtype == torch.float32 and torch.get_float32_matmul_precision() != "medium"
+    if ours and _HAS_ONEDNN and min(*a.shape, *b.shape) > 0:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return product
     return a @ b.T

@@ -10,9 +10,11 @@ from torch import Tensor
 from equireg.similarity.dense import Pairs, accumulation_dtype
 from equireg.similarity.products import times_transposed
 
-# An fp32 tile and the buffer beside it stay near a CPU's cache, and thinner tiles would starve the matrix product.
+# On a CPU an fp32 tile and the buffer beside it stay near the cache, and thinner tiles would starve the matrix product.
 # Both hold whole images of 49 or 196 tokens: where groups are images, fewer tiles then need a mask.
 ROWS, COLS = 392, 784
+# Elsewhere a tile must be worth the launch of a handful of kernels: 64 MB of fp32.
+DEVICE_ROWS, DEVICE_COLS = 2048, 8192
 
 
 class Gradients(NamedTuple):
@@ -26,7 +28,8 @@ class Gradients(NamedTuple):
 class Tiles:
     """Blocks of the matrix of logits ``scale · x yᵀ``, dropped pairs at a very low finite value.
 
-    Without ``y`` it is ``x``, and the pairs and the weights are the same by rows and by columns.
+    Without ``y`` it is ``x``, and the pairs and the weights are the same by rows and by columns. ``scaled`` is
+    ``scale · x`` where the caller has it already.
     """
 
     def __init__(
@@ -35,13 +38,14 @@ class Tiles:
         y: Tensor | None,
         scale: Tensor,
         pairs: Pairs,
-        col_weight: Tensor | None,
-        row_select: Tensor | None,
+        col_weight: Tensor | None = None,
+        row_select: Tensor | None = None,
+        scaled: Tensor | None = None,
     ):
         dtype = accumulation_dtype(x.dtype)
         self.symmetric = y is None
         y = x if y is None else y
-        self.x = x.to(dtype) * scale.to(dtype)  # scaled once, not in each tile
+        self.x = x.to(dtype) * scale.to(dtype) if scaled is None else scaled  # scaled once, not in each tile
         self.y = y.to(dtype)
         self.left = self.y if self.symmetric else self.x  # by which a column's gradient multiplies
         self.pairs = pairs
@@ -50,26 +54,30 @@ class Tiles:
         # Finite, so that its product with a zero mass is zero; a row whose peak stays below `empty` has no pair.
         self.low = torch.finfo(dtype).min / 2
         self.empty = self.low / 2
-        self.row_blocks = [slice(i, min(i + ROWS, len(x))) for i in range(0, len(x), ROWS)]
-        # Where tiles are mirrored, columns are blocked as rows are; the smaller blocks leave less on the diagonal.
-        width = ROWS if self.symmetric else COLS
-        self.col_blocks = [slice(i, min(i + width, len(y))) for i in range(0, len(y), width)]
         on_cpu = x.device.type == "cpu"  # elsewhere reading the ranges would wait for the device
+        height, width = (ROWS, COLS) if on_cpu else (DEVICE_ROWS, DEVICE_COLS)
+        if self.symmetric:  # tiles are mirrored, so both are blocked alike; small blocks leave less on the diagonal
+            width = height
+        self.row_blocks = [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
+        self.col_blocks = [slice(i, min(i + width, len(y))) for i in range(0, len(y), width)]
         self.group_ranges = _Ranges(pairs.row_group, pairs.col_group, self) if on_cpu else None
         self.id_ranges = _Ranges(pairs.row_id, pairs.col_id, self) if on_cpu else None
 
-    def logits(self, rows: slice, cols: slice) -> Tensor | None:
-        """The tile, or None where the relation keeps none of its pairs."""
-        groups_meet = self.group_ranges is None or self.group_ranges.overlap(rows, cols)
-        ids_meet = self.id_ranges is None or self.id_ranges.overlap(rows, cols)
-        if self.pairs.relation == "eq" and not groups_meet:
-            return None
+    def needless(self, rows: slice, cols: slice) -> bool:
+        """Whether the relation keeps none of the tile's pairs."""
+        return self.pairs.relation == "eq" and not self._groups_meet(rows, cols)
+
+    def logits(self, rows: slice, cols: slice) -> Tensor:
         logits = times_transposed(self.x[rows], self.y[cols])
-        if self.pairs.relation == "eq" or groups_meet or ids_meet:
+        ids_meet = self.id_ranges is None or self.id_ranges.overlap(rows, cols)
+        if self.pairs.relation == "eq" or self._groups_meet(rows, cols) or ids_meet:
             dropped = self.pairs.dropped(rows, cols)
             if dropped is not None:
                 logits.masked_fill_(dropped, self.low)
         return logits
+
+    def _groups_meet(self, rows: slice, cols: slice) -> bool:
+        return self.group_ranges is None or self.group_ranges.overlap(rows, cols)
 
     def weight(self, e: int, rows: slice, cols: slice) -> Tensor | None:
         """The weights of environment ``e``, [1, cols], or [rows, cols] where each row selects its own."""

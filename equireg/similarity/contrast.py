@@ -1,0 +1,215 @@
+"""Contrast of rows with their positives, as one number whose gradients are formed in the forward pass.
+
+    mean over i of  log(1 + sum_j k_ij e^{l_ij} / e^{s_i}),     s_i = scale <x_i, p_i>,     l_ij = scale <x_i, y_j>
+
+with all keys as the columns ``y``, and ``k`` keeping the pairs of different groups; all vectors are of unit length.
+Once a row's sum is known, so is what each of its pairs contributes to the gradient. So the tiles of a block of rows are
+kept until then, and the logits are not formed a second time: three products for each pair instead of four. Between
+``x`` and itself half of the tiles are enough, which are formed twice: two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equireg._checks import values_visible
+from equireg.similarity.bounded import BOUND
+from equireg.similarity.dense import Pairs
+from equireg.similarity.products import times_transposed
+from equireg.similarity.tiles import DEVICE_ROWS, ROWS, Tiles
+
+# Entries of the tiles that are kept of one block of rows: 64 MB of fp32 on a CPU.
+_KEPT, _DEVICE_KEPT = 2**24, 2**26
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def serves(rows: int, columns: int, device: torch.device) -> bool:
+    """Whether the tiles of a block of rows are few enough to be kept."""
+    on_cpu = device.type == "cpu"
+    return min(rows, ROWS if on_cpu else DEVICE_ROWS) * columns <= (_KEPT if on_cpu else _DEVICE_KEPT)
+
+
+def mean_contrast(
+    x: Tensor,
+    p: Tensor,
+    keys: tuple[Tensor, Tensor] | None,
+    temperature: float | Tensor,
+    row_group: Tensor,
+    key_group: Tensor,
+) -> Tensor:
+    """The loss, a 0-d tensor, of the rows ``x`` [M, D] with their positives ``p`` [M, D]; ``scale = 1 / temperature``.
+
+    ``keys``: two sets of keys [N, D] that share their groups ``key_group`` [N]; None for ``x`` and ``p`` themselves.
+    All in fp32 or fp64 and of unit length. Differentiable once, in all of them and in a temperature that is a tensor.
+    """
+    scale = 1 / temperature
+    if isinstance(scale, Tensor):
+        scale = scale.to(x.dtype)
+        bounded = values_visible(scale) and float(scale.detach()) <= BOUND
+    else:
+        bounded, scale = scale <= BOUND, torch.full((), scale, dtype=x.dtype, device=x.device)
+    first, second = keys if keys is not None else (None, None)
+    wanted = [
+        torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+        for parts in ((x, first, scale), (p, second))
+    ]
+    loss: Tensor = _contrast(x, p, first, second, scale, row_group, key_group, bounded, *wanted)[0]
+    return loss
+
+
+@torch.library.custom_op(
+    "equireg::mean_contrast",
+    mutates_args=(),
+    schema="(Tensor x, Tensor p, Tensor? keys, Tensor? keys_prime, Tensor scale, Tensor row_group, Tensor key_group, "
+    "bool bounded, bool needs_x, bool needs_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _contrast(
+    x: Tensor,
+    p: Tensor,
+    keys: Tensor | None,
+    keys_prime: Tensor | None,
+    scale: Tensor,
+    row_group: Tensor,
+    key_group: Tensor,
+    bounded: bool,
+    needs_x: bool,
+    needs_p: bool,
+) -> Result:
+    """The loss, and its gradients to x, p, keys, keys_prime and scale; empty those that are not there or not needed."""
+    grad_x, grad_p, grad_keys, grad_prime = (
+        torch.zeros_like(x[:0] if part is None or not needs else part)
+        for part, needs in ((x, needs_x), (p, needs_p), (keys, needs_x), (keys_prime, needs_p))
+    )
+    scaled, pairs = x * scale, Pairs("ne", row_group, key_group, None, None)
+    own = keys is None or keys_prime is None
+    columns = [(x, grad_x), (p, grad_p)] if own else [(keys, grad_keys), (keys_prime, grad_prime)]
+    mirror = own and bounded  # then the first set has a way of its own
+    # Autocast stays active inside an operator and would turn the products to half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        itself = Tiles(x, None, scale, pairs, scaled=scaled)
+        streams = [(Tiles(x, part, scale, pairs, scaled=scaled), grad) for part, grad in columns[mirror:]]
+        total, share, loss, grad_scale = x.new_zeros(len(x)), x.new_zeros(len(x)), x.new_zeros(()), x.new_zeros(())
+        if mirror:
+            _add_mirrored(itself, total)
+        for rows in itself.row_blocks:
+            tiles = [[stream.logits(rows, cols) for cols in stream.col_blocks] for stream, _ in streams]
+            peak = 0 if bounded else _subtract_peak(tiles, itself.empty)
+            for tile in chain(*tiles):
+                total[rows] += tile.exp_().sum(1)
+            gap = total[rows].log() + peak - (scaled[rows] * p[rows]).sum(1)
+            # log(e^a + e^b) - a as softplus(b - a): the difference of two large numbers would lose a small loss.
+            loss += F.softplus(gap, threshold=50).sum() / len(x)
+            if not needs_x and not needs_p:
+                continue
+            pull = gap.sigmoid() / len(x)  # towards the positive, and away from each negative by its share of it
+            share[rows] = (pull / total[rows]).masked_fill_(total[rows] == 0, 0)
+            left, by_row = (scaled[rows] * share[rows, None]).T.contiguous(), torch.zeros_like(x[rows])
+            for (stream, grad), masses in zip(streams, tiles):
+                for cols, mass in zip(stream.col_blocks, masses):
+                    if needs_x:
+                        by_row += times_transposed(mass, stream.y[cols].T)
+                    if grad.numel():
+                        grad[cols] += times_transposed(left, mass.T).T
+            if needs_x:
+                by_row.mul_(share[rows, None]).addcmul_(p[rows], pull[:, None], value=-1)
+                grad_scale += (by_row * x[rows]).sum()
+                grad_x[rows] += by_row.mul_(scale)
+            if needs_p:
+                grad_p[rows] -= scaled[rows] * pull[:, None]
+            del tiles, tile, masses, mass  # or they would live on beside those of the next rows
+        if mirror and needs_x:
+            grad_scale += _add_mirrored_gradient(itself, share, grad_x, scale)
+        return loss, grad_x, grad_p, grad_keys, grad_prime, grad_scale
+
+
+def _subtract_peak(tiles: list[list[Tensor]], empty: float) -> Tensor:
+    """Takes the largest logit of each row off it, and gives it; 0 for a row without pairs."""
+    peak = torch.stack([tile.amax(1) for tile in chain(*tiles)]).amax(0)
+    peak = peak.masked_fill(peak <= empty, 0)
+    for tile in chain(*tiles):
+        tile.sub_(peak[:, None])
+    return peak
+
+
+def _halves(itself: Tiles) -> Iterator[tuple[slice, slice, Tensor]]:
+    """``e^l`` of the tiles on and above the diagonal."""
+    for rows in itself.row_blocks:
+        for cols in itself.col_blocks:
+            if rows.start <= cols.start:
+                yield rows, cols, itself.logits(rows, cols).exp_()
+
+
+def _add_mirrored(itself: Tiles, total: Tensor) -> None:
+    for rows, cols, mass in _halves(itself):
+        total[rows] += mass.sum(1)
+        if rows != cols:
+            total[cols] += mass.sum(0)
+
+
+def _add_mirrored_gradient(itself: Tiles, share: Tensor, grad_x: Tensor, scale: Tensor) -> Tensor:
+    """Adds to the gradient of ``x``, and gives that of the scale."""
+    both = torch.zeros_like(itself.y)
+    for rows, cols, mass in _halves(itself):
+        mass *= share[rows, None] + share[None, cols]  # a pair pulls at both of its ends
+        both[rows] += times_transposed(mass, itself.y[cols].T)
+        if rows != cols:
+            both[cols] += times_transposed(itself.y[rows].T, mass.T).T
+    grad_x.addcmul_(both, scale)
+    return (both * itself.y).sum() / 2  # each pair is in it twice
+
+
+@_contrast.register_fake
+def _(
+    x: Tensor,
+    p: Tensor,
+    keys: Tensor | None,
+    keys_prime: Tensor | None,
+    scale: Tensor,
+    row_group: Tensor,
+    key_group: Tensor,
+    bounded: bool,
+    needs_x: bool,
+    needs_p: bool,
+) -> Result:
+    gradients = [
+        x.new_empty(part.shape if part is not None and needs else (0, x.shape[1]))
+        for part, needs in ((x, needs_x), (p, needs_p), (keys, needs_x), (keys_prime, needs_p))
+    ]
+    return x.new_empty(()), gradients[0], gradients[1], gradients[2], gradients[3], x.new_empty(())
+
+
+@torch.library.custom_op(
+    "equireg::mean_contrast_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor loss, Tensor[] gradients) -> Tensor[]",
+)
+def _scaled(upstream: Tensor, loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """Has no derivative, and takes the loss only to depend on it: differentiating twice raises, and does not give 0."""
+    return [gradient * upstream for gradient in gradients]
+
+
+@_scaled.register_fake
+def _(upstream: Tensor, loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output)
+
+
+def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    loss, *gradients = ctx.saved_tensors
+    scaled = iter(_scaled(upstream, loss, [g for g in gradients if g.numel()]))
+    gradients = [next(scaled) if g.numel() else None for g in gradients]
+    return (*(g if need else None for g, need in zip(gradients, ctx.needs_input_grad)), *[None] * 5)
+
+
+_contrast.register_autograd(_differentiate, setup_context=_save)
