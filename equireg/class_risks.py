@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg.distributed import Processes
 from equireg.similarity import gram, normalized, row_lse
 
 
@@ -55,8 +56,8 @@ def class_wise_risks(
         ValueError: shapes that do not fit, a temperature that is not above 0, an unknown denominator.
 
     K depends on the labels: under ``torch.compile(fullgraph=True)`` this needs
-    ``torch._dynamo.config.capture_dynamic_output_shape_ops``; :class:`ClassWiseIRM` does not. Of the samples of one
-    process only.
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops``; :class:`ClassWiseIRM` does not. The samples are those of
+    this process; :class:`ClassWiseIRM` can gather the others.
 
     Example:
         >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
@@ -70,7 +71,7 @@ def class_wise_risks(
     check.booleans("similar", similar, "B B")
     check.positive("temperature", temperature)
     check.option("denominator", denominator, ("own", "all"))
-    contrast = contrast_of(z, labels, similar, temperature)
+    contrast = contrast_of(z, labels, similar, temperature, Processes("class_wise_risks", False))
     # A class is represented by its first sample.
     first = ((contrast.size > 1) & ~contrast.same.tril(-1).any(1)).nonzero().squeeze(1)
     first = first[labels[first].argsort()]
@@ -78,52 +79,63 @@ def class_wise_risks(
 
 
 class Contrast(NamedTuple):
-    """Similarities of a batch, and for each anchor what its negatives sum to in the two environments.
+    """Similarities of A anchors to a batch, and for each what its negatives sum to in the two environments.
 
+    The anchors are the samples of this process; in the batch, that of all ``processes``, they begin at ``first``.
     Everything is by sample rather than by class, so that all shapes are fixed.
     """
 
-    s: Tensor  # [B, B], cosine over the temperature
-    same: Tensor  # bool [B, B]: of one class
-    size: Tensor  # [B]: size of the sample's class in the batch
-    lse: Tensor  # [2, B]: log-sum-exp over the negatives
-    mean: Callable[[], Tensor]  # [2, B]: their softmax mean, which only the slope needs
+    s: Tensor  # [A, B], cosine over the temperature
+    same: Tensor  # bool [A, B]: of one class
+    size: Tensor  # [A]: size of the sample's class in the batch
+    lse: Tensor  # [2, A]: log-sum-exp over the negatives
+    mean: Callable[[], Tensor]  # [2, A]: their softmax mean, which only the slope needs
+    first: int
+    processes: Processes
 
     def positive(self) -> Tensor:
-        """bool [B, B]: another sample of the same class."""
-        return self.same & ~torch.eye(len(self.s), dtype=torch.bool, device=self.s.device)
+        """bool [A, B]: another sample of the same class."""
+        places = torch.arange(self.s.shape[1], device=self.s.device)
+        return self.same & (places != places[self.first :][: len(self.s), None])
 
     def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
-        """The mean over the positives of each anchor, [..., B], 0 where there is none.
+        """The mean over the positives of each anchor, [..., A], 0 where there is none.
 
-        ``of_pair`` takes the similarity of pairs and, for each of ``of_anchor`` [..., B], the value of their anchors.
+        ``of_pair`` takes the similarity of pairs and, for each of ``of_anchor`` [..., A], the value of their anchors.
         """
         share = 1 / (self.size - 1).clamp(min=1).to(self.s.dtype)
         if self.s.device.type == "cpu" and not torch.compiler.is_compiling():
             # A few positives among many pairs: pick them out. A GPU would have to wait for their number.
             i, p = self.same.nonzero().unbind(1)
-            i, p = i[i != p], p[i != p]
+            others = i + self.first != p
+            i, p = i[others], p[others]
             of_pairs = of_pair(self.s[i, p], *(values[..., i] for values in of_anchor)) * share[i]
             return of_pairs.new_zeros(*of_pairs.shape[:-1], len(share)).index_add(-1, i, of_pairs)
         of_pairs = of_pair(self.s, *(values[..., None] for values in of_anchor))
         return (of_pairs * (self.positive() * share[:, None])).sum(-1)
 
     def over_class(self, values: Tensor) -> Tensor:
-        """The mean over the anchors of each sample's class, [2, B] to [B, 2]."""
+        """The mean over the anchors of each one's class, in all processes, [2, A] to [A, 2]."""
+        everyone = self.processes.gather(values.T).flatten(0, 1)  # [B, 2]
         # As a product: sums in a fixed order on every device.
         with torch.autocast(values.device.type, enabled=False):
-            return self.same.to(values.dtype) @ values.T / self.size[:, None]
+            return self.same.to(values.dtype) @ everyone / self.size[:, None]
 
 
-def contrast_of(z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor) -> Contrast:
+def contrast_of(
+    z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor, processes: Processes
+) -> Contrast:
+    """Of the embeddings [A, d] and labels [A] of this process and ``similar`` [A, B], which the processes agreed on."""
     z = normalized(z)
-    same = labels[:, None] == labels[None, :]
+    everyone = processes.gather(labels).flatten()
+    same = labels[:, None] == everyone[None, :]
     with torch.autocast(z.device.type, enabled=False):
-        s = gram(z) / temperature
+        cosine = gram(z) if processes.size == 1 else z @ processes.gather(z).flatten(0, 1).T
     # The negatives of both environments in one pass. The table of environments is as large as the matrix of
     # similarities, so nothing would be won by streaming.
+    s = cosine / temperature
     lse, mean = row_lse(s, torch.stack([similar, ~similar]) & ~same)
-    return Contrast(s, same, same.sum(1), lse, mean)
+    return Contrast(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
 
 
 def risk_of(contrast: Contrast, denominator: str) -> Tensor:

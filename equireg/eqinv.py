@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from equireg._checks import Arguments
 from equireg.class_risks import check_batch, contrast_of, risk_of, slope_of
 from equireg.class_similarity import Adjust
+from equireg.distributed import Group, Processes
 from equireg.environments import Environments, similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
@@ -87,6 +88,11 @@ class ClassWiseIRM(nn.Module):
         projection: g; by default Linear(D, 512, no bias), BatchNorm, ReLU, Linear(512, 128).
         detach: whether the backbone gets no gradient from this loss (the paper). It then trains the mask and g alone;
             with False it trains the backbone too.
+        gather_distributed: whether the batch is that of all processes, or of a process group, with its gradient: the
+            loss is then the same in all of them, and under DistributedDataParallel so are its gradients to one process
+            with the whole batch. (The penalty is the square of a mean, so the mean of each process's loss is another.)
+            Each must bring the same number of samples, or all raise the same ValueError. The default projection
+            normalises over the batch of its process, unless it is made a ``SyncBatchNorm``.
 
     Attributes:
         mask: the :class:`FeatureMask` that the classifier shares: ``head(irm.mask(features))``.
@@ -97,10 +103,10 @@ class ClassWiseIRM(nn.Module):
     better the more samples of each class a batch holds.
 
     Shapes and behaviour of the call ``irm(features [B, D], labels [B], indices [B] | None) -> loss``: a 0-d tensor in
-    float32 (float64 for float64 features). Where no class has two samples, the loss is a zero with zero gradients. Each
-    process of a distributed run takes the classes of its own batch. The environments are buffers, which
-    ``DistributedDataParallel`` sends to every process at each step unless told ``broadcast_buffers=False``: keep this
-    module outside of it, or tell it so, where the dataset is large.
+    float32 (float64 for float64 features). Where no class has two samples, the loss is a zero with zero gradients. By
+    default each process of a distributed run takes the classes of its own batch. The environments are buffers, which
+    ``DistributedDataParallel`` sends to every process at each step unless told ``broadcast_buffers=False``: tell it so
+    where the dataset is large.
 
     Raises:
         TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range;
@@ -129,6 +135,7 @@ class ClassWiseIRM(nn.Module):
         denominator: str = "own",
         projection: nn.Module | None = None,
         detach: bool = True,
+        gather_distributed: bool | Group = False,
     ):
         super().__init__()
         check = Arguments("ClassWiseIRM")
@@ -144,6 +151,7 @@ class ClassWiseIRM(nn.Module):
         self.num_features, self.num_classes = num_features, num_classes
         self.weight, self.penalty = weight, penalty
         self.temperature, self.denominator, self.detach = temperature, denominator, detach
+        self.processes = Processes("ClassWiseIRM", gather_distributed)
         self.mask = FeatureMask(num_features)
         self.projection = projection if projection is not None else _projection(num_features)
         self.register_module("environments", None)
@@ -199,25 +207,17 @@ class ClassWiseIRM(nn.Module):
         return self
 
     def forward(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
-        check = Arguments("ClassWiseIRM")
-        check.sizes["D"] = self.num_features
-        labels = check_batch(check, "features", features, labels)
-        check.below("labels", labels, self.num_classes, "num_classes")
-        if indices is not None:
-            indices = check.integers("indices", indices, "B")
-            if self.environments is None:
-                check.refuse("indices", "None before fit_environments", list(indices.shape))
-        if len(features) < 2:  # no pair; a BatchNorm in the projection would refuse the batch
+        processes = self.processes
+        z, labels, indices = processes.agree(
+            "[B, d]",
+            lambda: self._embedded(features, labels, indices),
+            gathered=lambda made: made[0],
+            tag=lambda: int(indices is not None),
+        )
+        if len(features) * processes.size < 2:
             return self._zero(features)
-
-        if self.detach:
-            features = features.detach()
-        if indices is not None and self.environments is not None:
-            similar = self.environments.similar(labels, indices)
-        else:
-            similar = similar_in_batch(features.detach(), labels)
-        z = self.projection(self.mask.select(features))
-        contrast = contrast_of(z, labels, similar, self.temperature)
+        similar = self._similar(features.detach(), labels, indices)
+        contrast = contrast_of(z, labels, similar, self.temperature, processes)
         risk = risk_of(contrast, self.denominator)
         of_class = risk.sum(1)
         if self.weight > 0 and self.penalty == "rex":
@@ -226,7 +226,36 @@ class ClassWiseIRM(nn.Module):
             of_class = of_class + self.weight * irmv1_penalty(slope_of(contrast, self.denominator))
         # Each class with two samples or more counts once: a sample of n weighs 1 / n.
         share = torch.where(contrast.size > 1, 1 / contrast.size.to(risk.dtype), 0)
-        return (of_class * share).sum() / share.sum().clamp(min=1)
+        loss, classes = processes.total(torch.stack([(of_class * share).sum(), share.sum()]))
+        per_class: Tensor = loss / classes.clamp(min=1)
+        return per_class
+
+    def _embedded(
+        self, features: Tensor, labels: Tensor, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is checked, the features as the embeddings z [B, d]."""
+        check = Arguments("ClassWiseIRM")
+        check.sizes["D"] = self.num_features
+        labels = check_batch(check, "features", features, labels)
+        check.below("labels", labels, self.num_classes, "num_classes")
+        if indices is not None:
+            indices = check.integers("indices", indices, "B")
+            if self.environments is None:
+                check.refuse("indices", "None before fit_environments", list(indices.shape))
+            check.below("indices", indices, self.environments.num_samples, "samples of the environments")
+        if len(features) * self.processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
+            return features, labels, indices
+        z: Tensor = self.projection(self.mask.select(features.detach() if self.detach else features))
+        return z, labels, indices
+
+    def _similar(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
+        """Which samples of all processes are in Env#1 of the class of each of ours, bool [B, all]."""
+        processes = self.processes
+        if indices is not None and self.environments is not None:
+            return self.environments.similar(labels, processes.gather(indices).flatten())
+        everyone = processes.gather(features).flatten(0, 1)
+        similar = similar_in_batch(everyone, processes.gather(labels).flatten())
+        return similar[processes.rank * len(labels) :][: len(labels)]
 
     def _zero(self, features: Tensor) -> Tensor:
         """Zero, with a zero gradient for all the loss can reach: distributed training waits for every parameter."""
@@ -238,7 +267,8 @@ class ClassWiseIRM(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, {self.num_classes}, weight={self.weight}, penalty={self.penalty!r}, "
-            f"temperature={self.temperature}, denominator={self.denominator!r}, detach={self.detach}"
+            f"temperature={self.temperature}, denominator={self.denominator!r}, detach={self.detach}, "
+            f"gather_distributed={self.processes}"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

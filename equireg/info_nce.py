@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments, values_visible
+from equireg.distributed import Group, Processes
 from equireg.similarity import normalized, pair_lse
 
 
@@ -38,7 +39,12 @@ def rows_of(lse: Tensor, mean: Tensor, positive: Tensor) -> Rows:
 
 
 def soft_info_nce(
-    z1: Tensor, z2: Tensor, weights: Tensor | None = None, *, temperature: float = 0.5
+    z1: Tensor,
+    z2: Tensor,
+    weights: Tensor | None = None,
+    *,
+    temperature: float = 0.5,
+    gather_distributed: bool | Group = False,
 ) -> tuple[Tensor, Tensor]:
     r"""InfoNCE of two views within soft groups of samples, and its slope in a dummy scale.
 
@@ -59,6 +65,10 @@ def soft_info_nce(
         z2: features of the second views, [N, d].
         weights: [N, K], at least 0; None for one group of all samples.
         temperature: above 0.
+        gather_distributed: whether the samples are those of all processes, or of a process group, each with its
+            gradient; they are those of this process otherwise. Both results are then the same in all of them, and under
+            DistributedDataParallel so are their gradients to one process with the whole batch. Each process must bring
+            the same number of samples and groups, or all raise the same ValueError.
 
     Returns:
         loss [K] and slope [K], in float32, or float64 for float64 features. A row without a negative of positive weight
@@ -66,8 +76,6 @@ def soft_info_nce(
 
     Raises:
         TypeError, ValueError: wrong types, shapes or temperatures; on CPU also weights that are negative or not finite.
-
-    In a distributed run the samples are those of this process.
 
     Example:
         >>> z1, z2 = torch.eye(4), torch.eye(4)
@@ -77,32 +85,44 @@ def soft_info_nce(
         >>> soft_info_nce(z1, z2, torch.eye(4)[:, :2] + 0.5)[0].shape
         torch.Size([2])
     """
-    check = Arguments("soft_info_nce")
-    check_views(check, z1, z2, temperature)
-    if weights is not None:
-        check.features("weights", weights, "N K")
-        if values_visible(weights):
-            wrong = ~((weights >= 0) & (weights < math.inf))
-            if wrong.any():
-                check.refuse("weights", "finite and at least 0", float(weights[wrong][0]))
+    processes = Processes("soft_info_nce", gather_distributed)
 
-    x1, x2 = normalized(z1), normalized(z2)
-    # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
-    x = torch.stack([x1, x2], 1).flatten(0, 1)
-    ids = torch.arange(len(z1), device=z1.device).repeat_interleave(2)
-    shares = x.new_ones(len(z1), 1) if weights is None else weights.to(x.dtype)
-    by_row = shares.T.repeat_interleave(2, 1)  # [K, 2 N]
-    lse, mean = pair_lse(x, x, 1 / temperature, row_id=ids, col_id=ids, col_weight=None if weights is None else by_row)
+    def checked() -> Tensor:
+        check = Arguments("soft_info_nce")
+        check_views(check, z1, z2, temperature)
+        if weights is not None:
+            check.features("weights", weights, "N K")
+            if values_visible(weights):
+                wrong = ~((weights >= 0) & (weights < math.inf))
+                if wrong.any():
+                    check.refuse("weights", "finite and at least 0", float(weights[wrong][0]))
+        # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
+        return torch.stack([normalized(z1), normalized(z2)], 1)
+
+    def kind_of_weights() -> int:
+        return 0 if weights is None else 2 * weights.shape[1] + int(weights.requires_grad)
+
+    views = processes.agree("[N, views, d]", checked, gathered=lambda views: views, tag=kind_of_weights)
+    shares = views.new_ones(len(z1), 1) if weights is None else weights.to(views.dtype)
+    first, x = processes.rank * len(z1), views.flatten(0, 1)
+    ids = torch.arange(first, first + len(z1), device=z1.device).repeat_interleave(2)
+    y, all_ids, all_shares = x, ids, shares
+    if processes.size > 1:
+        y, all_shares = processes.gather(views).flatten(0, 2), processes.gather(shares).flatten(0, 1)
+        all_ids = torch.arange(len(all_shares), device=z1.device).repeat_interleave(2)
+    col_weight = None if weights is None else all_shares.T.repeat_interleave(2, 1)  # [K, 2 N]
+    lse, mean = pair_lse(x, y, 1 / temperature, row_id=ids, col_id=all_ids, col_weight=col_weight)
     if weights is not None:
-        others = 2 * _without_own(shares.double()).T.repeat_interleave(2, 1)
-        scale = (2 * len(z1) - 2) / torch.where(others > 0, others, 1)
+        others = 2 * _without_own(all_shares.double())[first : first + len(z1)].T.repeat_interleave(2, 1)
+        scale = (2 * len(all_shares) - 2) / torch.where(others > 0, others, 1)
         lse = lse + scale.log().to(lse.dtype)
-    positive = ((x1 * x2).sum(1) / temperature).repeat_interleave(2)
+    positive = ((views[:, 0] * views[:, 1]).sum(1) / temperature).repeat_interleave(2)
     rows = rows_of(lse, mean, positive)
-    counted = by_row * rows.counted
-    total = counted.sum(1)
-    total = torch.where(total > 0, total, 1)
-    return (counted * rows.loss).sum(1) / total, (counted * rows.slope).sum(1) / total
+    counted = shares.T.repeat_interleave(2, 1) * rows.counted
+    sums = torch.stack([(counted * rows.loss).sum(1), (counted * rows.slope).sum(1), counted.sum(1)])
+    loss, slope, size = processes.total(sums)
+    size = torch.where(size > 0, size, 1)
+    return loss / size, slope / size
 
 
 def _without_own(x: Tensor) -> Tensor:

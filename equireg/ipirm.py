@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from equireg._checks import Arguments, values_visible
+from equireg.distributed import Group
 from equireg.info_nce import check_views, rows_of
 from equireg.partition_loss import PartitionLoss
 from equireg.partitions import PartitionUpdater
@@ -28,14 +29,16 @@ class IPIRMLoss(PartitionLoss):
             of one group, as the first of the updater's is, is the global term, which is there in any case.
         temperature: τ of the cosine similarities, above 0.
         weight: λ₁ of the squared slopes, at least 0.
+        gather_distributed: whether the batch is that of all processes, or of a process group, each with its gradient:
+            the loss is then the same in all of them, and under DistributedDataParallel so are its gradients to one
+            process with the whole batch. Each must bring the same number of samples, or all raise the same ValueError.
+            By default each process takes its own batch.
 
     The call ``loss(z1 [B, d], z2 [B, d], indices [B], mix=None)`` takes features of two views, normalised here, and the
     index of each sample in the dataset; it returns a 0-d tensor in float32 (float64 for float64). A group with fewer
     than two samples in the batch has no negatives and is left out, as is a row without negatives. With ``mix =
     (partner, share)`` the first views are mixed images, ``share * x[i] + (1 - share) * x[partner[i]]``
     (``mix_images``): each is an anchor for both its samples, by their shares, against the second views alone.
-
-    In a distributed run each process takes its own batch.
 
     Raises:
         TypeError, ValueError: wrong types, shapes or ranges; a group without a sample; on CPU also indices out of
@@ -51,41 +54,63 @@ class IPIRMLoss(PartitionLoss):
         torch.Size([])
     """
 
-    def __init__(self, partitions: PartitionUpdater | Tensor, *, temperature: float = 0.5, weight: float = 0.2):
-        super().__init__("IPIRMLoss", partitions, weight)
+    def __init__(
+        self,
+        partitions: PartitionUpdater | Tensor,
+        *,
+        temperature: float = 0.5,
+        weight: float = 0.2,
+        gather_distributed: bool | Group = False,
+    ):
+        super().__init__("IPIRMLoss", partitions, weight, gather_distributed)
         Arguments("IPIRMLoss").positive("temperature", temperature)
         self.temperature = temperature
 
     def forward(
         self, z1: Tensor, z2: Tensor, indices: Tensor, mix: tuple[Tensor, float | Tensor] | None = None
     ) -> Tensor:
-        check = Arguments(self.function)
-        check_views(check, z1, z2, self.temperature)
-        indices = self.check_indices(check, indices)
-        groups, count = self.groups_of(indices)
-        x1, x2, samples = normalized(z1), normalized(z2), torch.arange(len(z1), device=z1.device)
-        if mix is None:
-            x, own = torch.cat([x1, x2]), torch.cat([samples, samples])
-            y, label, weights = x, own, torch.ones_like(x[:, 0])
+        processes = self.processes
+
+        def checked() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+            check = Arguments(self.function)
+            check_views(check, z1, z2, self.temperature)
+            own = self.check_indices(check, indices)
+            views = torch.stack([normalized(z1), normalized(z2)])
+            return views, own, None if mix is None else _checked_mix(check, mix, views[0])
+
+        def kind() -> int:
+            return 2 * self.num_partitions() + (mix is not None)
+
+        views, indices, parts_of = processes.agree("[views, N, d]", checked, lambda made: made[0], kind)
+        everyone, all_indices = processes.gather(views), processes.gather(indices).flatten()
+        all_views = everyone.transpose(0, 1).flatten(1, 2)  # [views, processes · N, d]
+        x1, x2 = views
+        samples = torch.arange(len(all_indices), device=z1.device)
+        mine = samples[processes.rank * len(x1) :][: len(x1)]
+        if parts_of is None:
+            x, label, weights = views.flatten(0, 1), mine.repeat(2), torch.ones_like(views[..., 0]).flatten()
+            # One tensor for both where they are the same: then each similarity is formed once.
+            y, own = (x, label) if processes.size == 1 else (all_views.flatten(0, 1), samples.repeat(2))
             positive = ((x1 * x2).sum(1) / self.temperature).repeat(2)
         else:
-            partner, share = _checked_mix(check, mix, x1)
+            partner, share = parts_of
             # Each anchor twice, as either of the samples that it is mixed from.
-            x, y, own, label = x1.repeat(2, 1), x2, samples, torch.cat([samples, partner])
+            x, y, own = x1.repeat(2, 1), all_views[1], samples
+            label = torch.cat([mine, mine[partner]])
             weights = torch.cat([share, 1 - share])
-            positive = (x * x2[label]).sum(1) / self.temperature
+            positive = (x * y[label]).sum(1) / self.temperature
 
         scale = 1 / self.temperature
-        everyone = rows_of(*pair_lse(x, y, scale, row_id=label, col_id=own), positive)
-        parts = []
+        whole = rows_of(*pair_lse(x, y, scale, row_id=label, col_id=own), positive)
+        parts, (groups, count) = [], self.groups_of(all_indices)
         for group in groups:
             by_row = group[label]
-            by_col = by_row if label is own else group[own]  # one tensor for both: each similarity is formed once
+            by_col = by_row if label is own else group[own]
             negatives = pair_lse(
                 x, y, scale, relation="eq", row_group=by_row, col_group=by_col, row_id=label, col_id=own
             )
             parts.append((rows_of(*negatives, positive), by_row, count))
-        return self.combined(everyone, weights, parts)
+        return self.combined(whole, weights, parts)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, {super().extra_repr()}"

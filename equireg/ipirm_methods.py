@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg.distributed import Group
 from equireg.info_nce import Rows, rows_of
 from equireg.partition_loss import PartitionLoss
 from equireg.partitions import PartitionUpdater
@@ -24,6 +25,7 @@ class SimSiamIPIRMLoss(PartitionLoss):
     Args:
         partitions: as of :class:`IPIRMLoss`.
         weight: λ₁ of the squared slopes, at least 0.
+        gather_distributed: as of :class:`IPIRMLoss`; only the sums of each group are exchanged.
 
     The call is ``loss(p1, p2, z1, z2, indices)``: predictions and projections of both views, [B, d].
 
@@ -37,20 +39,25 @@ class SimSiamIPIRMLoss(PartitionLoss):
         tensor(-1.6000)
     """
 
-    def __init__(self, partitions: PartitionUpdater | Tensor, *, weight: float = 0.2):
-        super().__init__("SimSiamIPIRMLoss", partitions, weight)
+    def __init__(
+        self, partitions: PartitionUpdater | Tensor, *, weight: float = 0.2, gather_distributed: bool | Group = False
+    ):
+        super().__init__("SimSiamIPIRMLoss", partitions, weight, gather_distributed)
 
     def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
-        check = Arguments(self.function)
-        for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
-            check.features(name, part, "N d")
-            check.dtype_of(name, part, "p1", p1)
-        if p1.numel() == 0:
-            check.refuse("p1", "of at least one sample and one feature", list(p1.shape))
-        indices = self.check_indices(check, indices)
+        def checked() -> tuple[Tensor, Tensor]:
+            check = Arguments(self.function)
+            for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
+                check.features(name, part, "N d")
+                check.dtype_of(name, part, "p1", p1)
+            if p1.numel() == 0:
+                check.refuse("p1", "of at least one sample and one feature", list(p1.shape))
+            own = self.check_indices(check, indices)
+            q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
+            return -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2, own
+
+        loss, indices = self.processes.agree("[N]", checked, lambda made: made[0], self.num_partitions)
         groups, count = self.groups_of(indices)
-        q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
-        loss = -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2
         rows = Rows(loss, loss, torch.ones_like(loss, dtype=torch.bool))
         return self.combined(rows, torch.ones_like(loss), [(rows, group, count) for group in groups])
 
@@ -68,9 +75,11 @@ class MoCoIPIRMLoss(PartitionLoss):
             which belong to no group.
         temperature: τ, above 0.
         weight: λ₁ of the squared slopes, at least 0.
+        gather_distributed: as of :class:`IPIRMLoss`; the keys of all processes enter the queue, which is the same in
+            all of them. By default each has a queue of its own.
 
     The call ``loss(query [B, d], key [B, d], indices [B])`` puts the keys into the queue afterwards, in training mode.
-    A sample is no negative of itself, however old its key. In a distributed run each process has a queue of its own.
+    A sample is no negative of itself, however old its key.
 
     Raises:
         TypeError, ValueError: as :class:`IPIRMLoss`; a batch larger than the queue.
@@ -96,8 +105,9 @@ class MoCoIPIRMLoss(PartitionLoss):
         queue_size: int = 4096,
         temperature: float = 0.2,
         weight: float = 0.2,
+        gather_distributed: bool | Group = False,
     ):
-        super().__init__("MoCoIPIRMLoss", partitions, weight)
+        super().__init__("MoCoIPIRMLoss", partitions, weight, gather_distributed)
         check = Arguments(self.function)
         check.count("num_features", num_features)
         check.count("queue_size", queue_size)
@@ -109,16 +119,21 @@ class MoCoIPIRMLoss(PartitionLoss):
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
 
     def forward(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
-        check = Arguments(self.function)
-        check.sizes["d"] = self.queue.shape[1]
-        check.features("query", query, "N d")
-        check.features("key", key, "N d")
-        check.dtype_of("key", key, "query", query)
-        if not 0 < len(query) <= len(self.queue):
-            check.refuse("query", f"of 1 to queue_size = {len(self.queue)} samples", list(query.shape))
-        indices = self.check_indices(check, indices)
+        processes = self.processes
+
+        def checked() -> tuple[Tensor, Tensor, Tensor]:
+            check = Arguments(self.function)
+            check.sizes["d"] = self.queue.shape[1]
+            check.features("query", query, "N d")
+            check.features("key", key, "N d")
+            check.dtype_of("key", key, "query", query)
+            most = len(self.queue) // processes.size
+            if not 0 < len(query) <= most:
+                check.refuse("query", f"of 1 to queue_size / processes = {most} samples", list(query.shape))
+            return normalized(query), normalized(key.detach()), self.check_indices(check, indices)
+
+        x, own_key, indices = processes.agree("[N, d]", checked, lambda made: made[0], self.num_partitions)
         groups, count = self.groups_of(indices)
-        x, own_key = normalized(query), normalized(key.detach())
         bank, owners = self.queue.to(x.dtype), self.queue_indices
         known = owners >= 0
         in_queue = torch.where(known, self.groups_of(owners.clamp(min=0))[0], -1)  # [P, queue_size]
@@ -134,7 +149,7 @@ class MoCoIPIRMLoss(PartitionLoss):
             parts.append((rows_of(*negatives, positive), group, count))
         loss = self.combined(everyone, torch.ones_like(positive), parts)
         if self.training:
-            self._enqueue(own_key, indices)
+            self._enqueue(processes.gather(own_key).flatten(0, 1), processes.gather(indices).flatten())
         return loss
 
     @torch.no_grad()

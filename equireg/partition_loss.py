@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
+from equireg.distributed import Group, Processes
 from equireg.info_nce import Rows
 from equireg.partitions import PartitionUpdater
 
@@ -15,11 +16,14 @@ class PartitionLoss(nn.Module):
 
     partitions: PartitionUpdater | Tensor
 
-    def __init__(self, function: str, partitions: PartitionUpdater | Tensor, weight: float):
+    def __init__(
+        self, function: str, partitions: PartitionUpdater | Tensor, weight: float, gather_distributed: bool | Group
+    ):
         super().__init__()
         check = Arguments(function)
         check.not_negative("weight", weight)
         self.weight, self.function = weight, function
+        self.processes = Processes(function, gather_distributed)
         if isinstance(partitions, PartitionUpdater):
             self.partitions = partitions
             return
@@ -50,25 +54,32 @@ class PartitionLoss(nn.Module):
         check.below("indices", indices, table.shape[1], "samples of the partitions")
         return indices
 
+    def num_partitions(self) -> int:
+        """What processes have to agree on, beside their batches."""
+        table = self.partitions
+        return len(table.partitions) if isinstance(table, PartitionUpdater) else len(table)
+
     def combined(self, everyone: Rows, weights: Tensor, parts: list[tuple[Rows, Tensor, int]]) -> Tensor:
         """The global term, and the mean over partitions and the groups of each that the batch has."""
         whole = torch.zeros_like(weights, dtype=torch.int64)
-        total = self._of_groups(everyone, weights, whole, 1)[0]
-        if not parts:
-            return total
-        sums, counts = zip(*(self._of_groups(rows, weights, group, count) for rows, group, count in parts))
-        count = torch.stack(counts).sum()
-        return total + torch.stack(sums).sum() / torch.where(count > 0, count, 1)
-
-    def _of_groups(self, rows: Rows, weights: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Sum over groups of the loss and its penalty, and how many groups have a row that counts."""
-        member = group == torch.arange(num_groups, device=group.device)[:, None]  # [K, rows]
-        member = torch.where(member & rows.counted, weights, 0)
-        size = member.sum(1)
+        sums = [
+            _sums(everyone, weights, whole, 1),
+            *(_sums(rows, weights, group, count) for rows, group, count in parts),
+        ]
+        # A penalty is the square of a mean: of all processes, not the mean of theirs.
+        loss, slope, size = self.processes.total(torch.cat(sums, 1))
         there = size > 0
         size = torch.where(there, size, 1)
-        loss, slope = (member * rows.loss).sum(1) / size, (member * rows.slope).sum(1) / size
-        return (loss + self.weight * slope.square()).sum(), there.sum()
+        of_group = loss / size + self.weight * (slope / size).square()
+        combined: Tensor = of_group[0] + of_group[1:].sum() / there[1:].sum().clamp(min=1)
+        return combined
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight}"
+        return f"weight={self.weight}, gather_distributed={self.processes}"
+
+
+def _sums(rows: Rows, weights: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Sums over the rows of each group of the loss, the slope and the weight, [3, K]."""
+    member = group == torch.arange(num_groups, device=group.device)[:, None]  # [K, rows]
+    member = torch.where(member & rows.counted, weights, 0)
+    return torch.stack([(member * rows.loss).sum(1), (member * rows.slope).sum(1), member.sum(1)])

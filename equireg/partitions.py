@@ -318,7 +318,7 @@ class PartitionUpdater(nn.Module):
 
 
 def _described(header: list[int]) -> str:
-    count, samples, groups, partitions, generator, width, size, encoded, _ = header
+    count, samples, groups, partitions, generator, width, size, encoded, *_ = header
     return (
         f"{count} partitions of {samples} samples in {groups} groups (sum {partitions}), generator at {generator}, "
         f"features of width {width} and {size} bytes from {'an encoder' if encoded else 'tensors'}"

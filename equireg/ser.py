@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg import distributed
 from equireg._checks import Arguments
+from equireg.distributed import Group, Processes
 from equireg.grid import GridTransform
 from equireg.similarity import contrast, mean_contrast, normalized, pair_lse
 
@@ -69,10 +69,11 @@ class SERLoss(nn.Module):
         temperature: τ, above 0; the paper takes 0.3 with MoCo-v3 and Barlow Twins, 0.5 with DINO.
         token_norm: put a LayerNorm of its own on the tokens before they are moved, as the released code does. Worth it
             for the residual stream of a pre-norm ViT, whose tokens have very different lengths.
-        gather_distributed: take negatives from all processes, with their gradient. Under DistributedDataParallel the
-            loss and its gradients are then those of one process with the whole batch. Every process must bring the same
-            number of images and places: draw the sizes of the views from generators of one seed. Where they do not
-            fit, all processes raise the same ValueError. Without a process group it changes nothing.
+        gather_distributed: take negatives from all processes, or from those of a process group, with their gradient.
+            Under DistributedDataParallel the loss and its gradients are then those of one process with the whole batch.
+            Every process must bring the same number of images and places: draw the sizes of the views from generators
+            of one seed. Where they do not fit, all processes raise the same ValueError. In a single process it changes
+            nothing.
 
     Raises:
         TypeError, ValueError: a width that is no whole number above 0, a temperature that is not above 0.
@@ -93,7 +94,7 @@ class SERLoss(nn.Module):
         projection_dim: int = 512,
         temperature: float = 0.3,
         token_norm: bool = False,
-        gather_distributed: bool = False,
+        gather_distributed: bool | Group = False,
     ):
         super().__init__()
         check = Arguments("SERLoss")
@@ -101,8 +102,8 @@ class SERLoss(nn.Module):
         check.count("projection_dim", projection_dim)
         check.positive("temperature", temperature)
         check.option("token_norm", token_norm, (True, False))
-        check.option("gather_distributed", gather_distributed, (True, False))
-        self.dim, self.temperature, self.gather_distributed = dim, temperature, gather_distributed
+        self.dim, self.temperature = dim, temperature
+        self.processes = Processes("SERLoss", gather_distributed)
         self.token_norm = nn.LayerNorm(dim) if token_norm else nn.Identity()
         self.projection = nn.Sequential(
             nn.Linear(dim, projection_dim), nn.GELU(), nn.Linear(projection_dim, projection_dim)
@@ -122,14 +123,15 @@ class SERLoss(nn.Module):
             TypeError, ValueError: tokens that do not fit the elements or each other, elements of different source
                 grids, a batch of one image without others to gather.
         """
-        if not self.gather_distributed or distributed.world_size() == 1:
-            pair = self._projected(tokens1, tokens2, g1, g2, 2)
-            return _loss(*pair, None, 0, self.temperature)
-        mine, everyone = distributed.gather(
-            "SERLoss", "[views, B, T, D]", lambda: torch.stack(self._projected(tokens1, tokens2, g1, g2, 1))
+        processes = self.processes
+        if processes.size == 1:
+            return _loss(*self._projected(tokens1, tokens2, g1, g2, 2), None, 0, self.temperature)
+        mine = processes.agree(
+            "[B, T, D]", lambda: self._projected(tokens1, tokens2, g1, g2, 1), gathered=lambda maps: maps[0]
         )
-        keys = everyone.transpose(0, 1).flatten(1, 2)  # [views, processes · B, T, D]
-        return _loss(mine[0], mine[1], (keys[0], keys[1]), distributed.rank() * mine.shape[1], self.temperature)
+        keys = processes.gather(mine[0]).flatten(0, 1), processes.gather(mine[1]).flatten(0, 1)
+        loss = _loss(*mine, keys, processes.rank * len(mine[0]), self.temperature)
+        return processes.total(loss) / processes.size
 
     def _projected(
         self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform, least: int
@@ -156,7 +158,7 @@ class SERLoss(nn.Module):
         return normalized(self.projection(moved)), normalized(self.projection(self.token_norm(tokens2)))
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+        return f"dim={self.dim}, temperature={self.temperature}, gather_distributed={self.processes}"
 
 
 def _check_pair(check: Arguments, z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from equireg import GridTransform, LateClassToken, SERLoss, TokenTap
-from equireg.distributed import gather
+from equireg.distributed import Processes
 
 IMAGES = 2  # in each process
 
@@ -138,11 +138,15 @@ def misfits(rank):
 
 
 def gathered_dtypes(rank):
+    processes = Processes("f", True)
+
+    def agree(**options):
+        return processes.agree("x", lambda: torch.ones(2, **options), gathered=lambda x: x)
+
     with pytest.raises(ValueError, match="f: x must be on cpu for the backend gloo, got meta"):  # D11
-        gather("f", "x", lambda: torch.ones(2, device="meta"))
+        agree(device="meta")
     try:
-        dtype = torch.float64 if rank else torch.float32
-        gather("f", "x", lambda: torch.ones(2, dtype=dtype, requires_grad=not rank))
+        agree(dtype=torch.float64 if rank else torch.float32, requires_grad=not rank)
     except ValueError as error:
         return str(error)
     return "fine"
@@ -183,9 +187,9 @@ def test_two_processes(tmp_path):
         assert first == second
         assert first > 0
     for messages in misfit:
-        assert "SERLoss: [views, B, T, D] must be alike in every process" in messages[0]
-        assert "rank 0: [2, 2, 4, 512] float32, rank 1: [2, 3, 4, 512] float32" in messages[0]
-        assert "rank 0: [2, 2, 4, 512] float32, rank 1: [2, 2, 9, 512] float32" in messages[1]
+        assert "SERLoss: [B, T, D] must be alike in every process" in messages[0]
+        assert "rank 0: [2, 4, 512] float32, rank 1: [3, 4, 512] float32" in messages[0]
+        assert "rank 0: [2, 4, 512] float32, rank 1: [2, 9, 512] float32" in messages[1]
         assert messages[3] == "fine: True"
     assert "rank 1: refused, see the error there" in misfit[0][2]
     assert "tokens1 must be of 2 x 2 tokens, without class or register tokens" in misfit[1][2]

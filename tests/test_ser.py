@@ -365,7 +365,7 @@ def test_wrong_calls(case):
         ({"projection_dim": -1}, ValueError, "projection_dim must be at least 1"),
         ({"temperature": 0.0}, ValueError, "temperature must be .* above 0"),
         ({"token_norm": "layer"}, ValueError, "token_norm must be one of True, False"),
-        ({"gather_distributed": 1}, ValueError, "gather_distributed must be one of True, False"),
+        ({"gather_distributed": 1}, ValueError, "gather_distributed must be True, False or an .* group .*, got 1"),
     ],
 )
 def test_wrong_options(options, kind, message):
