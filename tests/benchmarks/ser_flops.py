@@ -5,6 +5,7 @@ Counted by PyTorch on the meta device: no number is computed, every product is c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -12,8 +13,10 @@ import torch
 from lightly.models.modules.heads import BYOLPredictionHead, MoCoProjectionHead
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from equireg import GridTransform, LateClassToken, SERLoss, split_batch
+from tests.benchmarks.measure import Row, Settings
 
 BATCH, RATIO, DRAWS = 2048, 0.01, 16
 
@@ -57,18 +60,17 @@ def step_flops(layer: int, sizes: list[tuple[int, tuple[int, int], tuple[int, in
     return counter.get_total_flops()
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
-    base = step_flops(0, [(BATCH, (14, 14), (14, 14))])
+def benchmark(settings: Settings) -> Iterator[Row]:
+    draws = 1 if settings.quick else DRAWS
+    work = f"FLOPs of a step, ViT-S/16 at 224, batch {BATCH:,}, forward + backward, mean of {draws} draws of sizes"
+    yield {"work": work, "version": "MoCo-v3", "flops": step_flops(0, [(BATCH, (14, 14), (14, 14))])}
     b1, b2 = (len(part) for part in split_batch(torch.zeros(BATCH), RATIO))
     draw, counts, without = torch.Generator().manual_seed(0), [], []
-    for _ in range(DRAWS):
+    for _ in tqdm(range(draws), unit="draw", leave=False, disable=None):
         grids = [GridTransform.random(1, (14, 14), generator=draw).target for _ in range(2)]
         sizes = [(b1, (14, 14), (14, 14)), (b2, *grids)]
         counts.append(step_flops(3, sizes))
         without.append(step_flops(3, sizes, with_loss=False))
-    work = f"FLOPs of a step, ViT-S/16 at 224, batch {BATCH}, forward + backward, mean of {DRAWS} draws of sizes"
-    return [
-        {"work": work, "version": "MoCo-v3", "flops": base},
-        {"work": work, "version": "the class token late, views of the group, no loss", "flops": sum(without) / DRAWS},
-        {"work": work, "version": f"+ SER, r = {RATIO}", "flops": sum(counts) / DRAWS},
-    ]
+    late = "the class token late, views of the group, no loss"
+    yield {"work": work, "version": late, "flops": sum(without) / draws}
+    yield {"work": work, "version": f"+ SER, r = {RATIO}", "flops": sum(counts) / draws}
