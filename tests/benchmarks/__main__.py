@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9, help="runs of each version, of which the median is taken")
     parser.add_argument("--device", choices=list(record.DEVICES), help="a GPU where there is one")
     parser.add_argument("--note", help="what else went on on the machine, to stand beside the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all run; kept in runs/, not docs/")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that all run; kept in runs/, not docs/"
+    )
     parser.add_argument("--no-run", action="store_true", help="tables and pictures anew from what was measured before")
     options = parser.parse_args()
     unknown = set(options.only) - set(record.TITLES)

@@ -18,7 +18,7 @@ from torch import Tensor
 from equireg import pair_lse
 from tests.benchmarks import flex
 from tests.benchmarks.floor import bare_products
-from tests.benchmarks.measure import Row, Settings, compare, compiled, peak, reason, synchronize
+from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak, reason, synchronize
 from tests.benchmarks.ser import precision
 
 SER_SCALE, PARTITION_SCALE, GROUPS = 1 / 0.3, 1 / 0.5, 2
@@ -107,11 +107,11 @@ def able(found: dict[str, Version], small: tuple, tolerance: float) -> tuple[dic
             yield version(*small)
         yield from step(version, small)
 
-    expected, running, failed = [part.float() for part in values(found["dense eager"])], {}, {}
+    expected, running, failed = [part.detach().clone() for part in values(found["dense eager"])], {}, {}
     for name, version in found.items():
         try:
             for got, exact in zip(values(version), expected):
-                if (got - exact).norm() > tolerance * exact.norm():
+                if not difference([got], [exact]) <= tolerance:  # NaN neither
                     failed[name] = "its values are not those of the dense form"
         except RuntimeError as error:
             failed.setdefault(name, reason(error))
@@ -161,7 +161,10 @@ def timed(work: str, found: dict[str, Version], failed: dict[str, str], argument
 
     runs = {**runs, "the bare products": products}
     for row in compare(work, runs, settings, memory=memory, may_fail=(RuntimeError,), **labels):
-        yield {**row, "of_ceiling": flops / row["seconds"] / top} if "seconds" in row else row
+        if "seconds" in row:
+            rate = flops / row["seconds"]
+            row |= {"rate": rate, "of_ceiling": rate / top}
+        yield row
 
 
 def benchmark(settings: Settings) -> Iterator[Row]:

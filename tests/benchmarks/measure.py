@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,12 @@ def compare(
         row["seconds"] = seconds[name]
         megabytes = None if memory is None else memory(name)
         yield row if megabytes is None else {**row, "megabytes": megabytes}
+
+
+def difference(got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    """The largest distance of values and gradients to the expected ones, over the length of those."""
+    pairs = [(value.double(), exact.double()) for value, exact in zip(got, expected, strict=True)]
+    return float(torch.stack([(value - exact).norm() / exact.norm() for value, exact in pairs]).max())
 
 
 def reason(error: Exception) -> str:

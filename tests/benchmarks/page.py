@@ -45,13 +45,22 @@ def _section(group: Group, folder: Path) -> str:
         rows = [row for row in group["rows"] if row["work"] == work]
         tables = _by_size(rows) if any("size" in row for row in rows) else [_by_quantity(rows)]
         parts += [f"**{_below(TITLES[group['benchmark']], work)}**\n", *tables]
-        reasons: dict[str, list[str]] = {}
-        for row in rows:
-            if "not_measured" in row:
-                size = f" with {row['size']:,} {row['unit']}" if "size" in row else ""
-                reasons.setdefault(row["not_measured"], []).append(row["version"] + size)
-        parts += [_wrapped(f"Not measured: {', '.join(rows)} ({reason}).") for reason, rows in reasons.items()]
+        parts += _left_out(rows)
     return "\n".join(parts)
+
+
+def _left_out(rows: list[dict[str, Any]]) -> list[str]:
+    """What was not measured and why, a line for each version and reason."""
+    sizes: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "not_measured" in row:
+            size = [f"{row['size']:,}"] if "size" in row else []
+            sizes.setdefault((row["version"], row["not_measured"]), []).extend(size)
+    lines = []
+    for (version, reason), found in sizes.items():
+        at = f" with {', '.join(found)} {rows[0]['unit']}" if found else ""
+        lines.append(_wrapped(f"Not measured: {version}{at} ({reason.rstrip('.')})."))
+    return lines
 
 
 def _below(title: str, work: str) -> str:
@@ -60,8 +69,8 @@ def _below(title: str, work: str) -> str:
     return rest[0].upper() + rest[1:]
 
 
-QUANTITIES = {"seconds": "time", "megabytes": "peak extra memory", "flops": "FLOPs", "of_ceiling": "of the ceiling"}
-BETTER = {"seconds": "faster", "megabytes": "less", "flops": "as many"}
+QUANTITIES = {"seconds": "time", "megabytes": "peak extra memory", "flops": "FLOPs", "rate": "rate"}
+BETTER = {"seconds": "faster", "megabytes": "less", "flops": "as many", "rate": "of the ceiling"}
 
 
 def _by_quantity(rows: list[dict[str, Any]]) -> str:
@@ -73,6 +82,8 @@ def _by_quantity(rows: list[dict[str, Any]]) -> str:
         header += [QUANTITIES[key], BETTER[key]] if compared else [QUANTITIES[key]]
     lines = []
     for row in rows:
+        if "not_measured" in row:
+            continue
         cells = [row["version"]]
         for key, first in shown.items():
             cells.append(_quantity(key, row[key]) if key in row else "")
@@ -103,7 +114,9 @@ def _by_size(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratio(key: str, row: dict[str, Any], first: dict[str, Any] | None) -> str:
-    """How many times less than the first version; of FLOPs, how many times as many."""
+    """How many times less than the first version; of FLOPs, how many times as many; of a rate, its share."""
+    if key == "rate" and key in row:
+        return f"{row['of_ceiling']:.0%}"
     if key not in BETTER or key not in row or row is first or first is None or row[key] <= 0:
         return ""
     if key == "flops":
@@ -117,8 +130,8 @@ def _quantity(key: str, value: float) -> str:
         return f"{value:,.0f} MB"
     if key == "flops":
         return f"{value / 1e12:,.2f} TFLOP"
-    if key == "of_ceiling":
-        return f"{value:.0%}"
+    if key == "rate":
+        return f"{_digits(value / 1e12)} TFLOP/s"
     return f"{_digits(1e3 * value)} ms" if value < 1 else f"{_digits(value)} s"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def _figure(work: str, rows: list[dict[str, Any]], path: Path) -> Path:
     for axes, (key, label) in zip(all_axes[0], panels.items()):
         for number, version in enumerate(versions):
             points = sorted((_x(row), row[key]) for row in rows if row["version"] == version and key in row)
-            points = [point for point in points if point[1] > 0]
+            points = [point for point in points if key == "seconds" or point[1] >= 1]  # less than 1 MB is noise
             if points:
                 (lines[version],) = axes.loglog(
                     *zip(*points),
@@ -62,7 +63,7 @@ def _figure(work: str, rows: list[dict[str, Any]], path: Path) -> Path:
         axes.minorticks_off()
         axes.set(xlabel="rows" if "rows" in rows[0] else rows[0]["unit"], ylabel=label)
         axes.grid(alpha=0.3)
-    figure.suptitle(work, fontsize=11)
+    figure.suptitle(textwrap.fill(work, 60 * len(panels)), fontsize=11)
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -42,10 +42,10 @@ def by_image(images, parameters, kind):
     return torch.stack(made)
 
 
-def flops(heads):
+def flops(heads, depth):
     """Counted by PyTorch on the meta device: no number is computed, every product is counted."""
     with torch.device("meta"):
-        vit = timm.create_model("vit_small_patch16_224", num_classes=0)
+        vit = timm.create_model("vit_small_patch16_224", num_classes=0, depth=depth)
         parts = [IntermediateReconstructionHead(384, image_size=224, patch_size=16) for _ in range(heads)]
         images, targets = torch.zeros(BATCH, 3, 224, 224), torch.zeros(2, BATCH, 3, 224, 224)
     with FlopCounterMode(display=False) as counter:
@@ -55,11 +55,11 @@ def flops(heads):
 
 def benchmark(settings: Settings) -> Iterator[Row]:
     torch.manual_seed(0)
+    batch, depth = (1, 2) if settings.quick else (BATCH, 12)
     counted = f"FLOPs of a step of ViT-S/16 at 224, two views of {BATCH} images, forward + backward"
     for version, heads in (("encoder", 0), ("+ IntermediateReconstructionHead", 1)):
-        yield {"work": counted, "version": version, "flops": flops(heads)}
-    batch = 1 if settings.quick else BATCH
-    vit = timm.create_model("vit_small_patch16_224", num_classes=0).to(settings.device)
+        yield {"work": counted, "version": version, "flops": flops(heads, depth)}
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, depth=depth).to(settings.device)
     head = IntermediateReconstructionHead(384, image_size=224, patch_size=16).to(settings.device)
     images, views = torch.rand(batch, 3, 224, 224, device=settings.device), IntermediateViews("se2")
     made = views(images)[:2]
