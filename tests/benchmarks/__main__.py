@@ -46,6 +46,9 @@ def main() -> int:
         group |= {"note": options.note} if options.note else {}
         try:
             group["machine"], group["rows"] = in_a_process(name, settings)
+        except ImportError as missing:
+            print(f"\n{record.TITLES[name]}: not measured, {missing}", flush=True)
+            continue
         except Exception:  # the others are worth measuring nevertheless
             traceback.print_exc()
             failed.append(name)

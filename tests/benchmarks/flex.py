@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from tests.benchmarks.measure import allow_sizes
+
 try:  # the older way of asking, return_lse=True, is to go
     from torch.nn.attention.flex_attention import AuxRequest
 except ImportError:  # PyTorch before 2.9
@@ -23,7 +25,7 @@ NARROW = 16
 
 @cache
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    torch._dynamo.config.recompile_limit = 256  # past the limit, 8 unless told, a size would run uncompiled
+    allow_sizes()
     return torch.compile(function, dynamic=False)
 
 

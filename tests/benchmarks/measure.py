@@ -24,6 +24,8 @@ from tqdm import tqdm
 Row = dict[str, Any]
 Runs = dict[str, Callable[[], object]]
 
+# The older name up to PyTorch 2.6.
+SIZES_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -42,8 +44,13 @@ QUICK = Settings(repeats=1, quick=True)
 
 def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """``torch.compile`` of a baseline, each size for itself; a quick run traces and generates no code."""
-    torch._dynamo.config.recompile_limit = 256  # past the limit, 8 unless told, a size would run uncompiled
+    allow_sizes()
     return torch.compile(function, fullgraph=True, dynamic=False, backend="eager" if settings.quick else "inductor")
+
+
+def allow_sizes(count: int = 256) -> None:
+    """Past so many sizes (8 unless told) torch.compile runs what it was given uncompiled."""
+    setattr(torch._dynamo.config, SIZES_LIMIT, count)
 
 
 def synchronize() -> None:

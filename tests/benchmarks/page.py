@@ -69,7 +69,7 @@ def _below(title: str, work: str) -> str:
     return rest[0].upper() + rest[1:]
 
 
-QUANTITIES = {"seconds": "time", "megabytes": "peak extra memory", "flops": "FLOPs", "rate": "rate"}
+QUANTITIES = {"seconds": "time", "megabytes": "peak extra memory", "flops": "FLOPs", "rate": "rate (of the ceiling)"}
 BETTER = {"seconds": "faster", "megabytes": "less", "flops": "as many", "rate": "of the ceiling"}
 
 

@@ -57,6 +57,7 @@ def _figure(work: str, rows: list[dict[str, Any]], path: Path) -> Path:
                     linestyle="--" if "product" in version else "-",  # a floor, not a version
                     label=version,
                 )
+        axes.set(xscale="log", yscale="log")  # where nothing was drawn too
         ticks = sorted({_x(row) for row in rows})
         ticks = ticks[:: -(-len(ticks) // 6)]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
