@@ -1,66 +1,76 @@
-"""``python -m tests.benchmarks``: every benchmark, against its baseline, on this machine; a table and a JSON file.
+"""``python -m tests.benchmarks``: every benchmark, against its baselines, on this machine.
 
-A ratio is over the first version of the same work. Run from the root of the repository.
+What it finds goes to docs/benchmarks.json, and from there to the tables of docs/benchmarks.md and the pictures beside.
+With names only those run, and the others keep what was measured before. Run from the root of the repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
+import traceback
 from pathlib import Path
 
-from tests.benchmarks.measure import in_a_process, machine
+import torch
 
-BENCHMARKS = [
-    "class_wise_irm",
-    "environments",
-    "pair_lse",
-    "training_step",
-    "grid",
-    "ser",
-    "ser_flops",
-    "reconstruction",
-    "partition",
-]
+from tests.benchmarks import page, pictures, record
+from tests.benchmarks.measure import Settings
+from tests.benchmarks.run import in_a_process
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Time equireg against the loops and matrices it replaces.")
-    parser.add_argument("only", nargs="*", metavar="NAME", help=f"which benchmarks, of {', '.join(BENCHMARKS)}")
+    parser.add_argument("only", nargs="*", metavar="NAME", help=f"which benchmarks, of {', '.join(record.TITLES)}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9, help="runs of each version, of which the median is taken")
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks.json"))
+    parser.add_argument("--device", choices=list(record.DEVICES), help="a GPU where there is one")
+    parser.add_argument("--note", help="what else went on on the machine, to stand beside the results")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that all run; kept in runs/, not docs/"
+    )
+    parser.add_argument("--no-run", action="store_true", help="tables and pictures anew from what was measured before")
     options = parser.parse_args()
-    unknown = set(options.only) - set(BENCHMARKS)
+    unknown = set(options.only) - set(record.TITLES)
     if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(record.TITLES)}")
 
-    rows: list[dict[str, object]] = []
-    print(f"{machine(options.threads)}, {datetime.date.today()}\n")
-    print("| work | version | median | faster | peak extra memory | less |\n|---|---|---|---|---|---|")
-    for name in options.only or BENCHMARKS:
-        found = in_a_process(name, options.repeats, options.threads)
-        for row in found:
-            first = next(other for other in found if other["work"] == row["work"])
-            cells = [row["work"], row["version"]]
-            if "flops" in row:  # counted, not timed; how many times the first
-                cells += [f"{row['flops'] / 1e12:,.2f} TFLOP", f"{row['flops'] / first['flops']:.4f}x as many"]
-            else:
-                cells.append(f"{1e3 * row['seconds']:,.1f} ms")
-                cells.append("" if row is first else f"{first['seconds'] / row['seconds']:.2f}x")
-            cells.append(f"{row['megabytes']:,.0f} MB" if "megabytes" in row else "")
-            cells.append(
-                "" if row is first or "megabytes" not in row else f"{first['megabytes'] / row['megabytes']:.1f}x"
-            )
-            print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
-        rows += found
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(options.repeats, options.threads, device, options.quick)
+    folder, failed = Path("runs/benchmarks" if options.quick else "docs"), []
+    groups = record.load(folder / "benchmarks.json")
+    for name in [] if options.no_run else options.only or list(record.TITLES):
+        if name == "gpu" and device == "cpu" and not options.quick:
+            print(f"\n{record.TITLES[name]}: not measured, there is no GPU", flush=True)
+            continue
+        group = {"benchmark": name, "device": device, "machine": "", "date": str(datetime.date.today())}
+        group |= {"note": options.note} if options.note else {}
+        try:
+            group["machine"], group["rows"] = in_a_process(name, settings)
+        except ImportError as missing:
+            print(f"\n{record.TITLES[name]}: not measured, {missing}", flush=True)
+            continue
+        except Exception:  # the others are worth measuring nevertheless
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        groups = record.updated(groups, group)
+        publish(groups, folder)  # after each, so that a run that is stopped keeps what it has
+    publish(groups, folder)
+    print(f"\n{folder / 'benchmarks.json'}, {folder / 'benchmarks.md'}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return len(failed)
 
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(options.threads), "date": str(datetime.date.today()), "results": rows}
-    options.json.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\n{options.json}")
+
+def publish(groups: list[record.Group], folder: Path) -> None:
+    """The record, the pictures and the page."""
+    record.save(groups, folder / "benchmarks.json")
+    for group in groups:
+        pictures.draw(group, folder)
+    path = folder / "benchmarks.md"
+    empty = f"# Benchmarks\n\n{page.BEGIN}\n{page.END}\n"
+    path.write_text(page.written(path.read_text() if path.exists() else empty, groups, folder))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from equireg import ClassWiseIRM
-from tests.benchmarks.measure import medians
+from tests.benchmarks.measure import Row, Settings, compare
 
 PER_CLASS, WIDTH, TEMPERATURE, WEIGHT = 50, 128, 0.1, 10.0
 
 
 def environment_table(members, num_samples):
     """Who is in which environment of one class, [N, 2]; samples of the class itself are in both."""
-    table = torch.ones(num_samples, 2)
+    table = torch.ones(num_samples, 2, device=members[0].device)
     table[members[0], 1] = 0
     table[members[1], 0] = 0
     return table
@@ -24,7 +26,7 @@ def supervised_contrast(z, own, w):
     """A supervised contrastive loss as it is commonly released: all similarities, two masks, one log of a sum."""
     logits = w * (z @ z.T) / TEMPERATURE
     logits = logits - logits.max(1, keepdim=True).values.detach()
-    positive = own[:, None] & own[None, :] & ~torch.eye(len(z), dtype=torch.bool)
+    positive = own[:, None] & own[None, :] & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     negative = own[:, None] & ~own[None, :]
     log_prob = logits - (logits.exp() + (logits.exp() * negative).sum(1, keepdim=True)).log()
     return -((log_prob * positive).sum(1)[own] / positive.sum(1)[own]).mean()
@@ -46,7 +48,7 @@ def released_loop(z, labels, indices, members, num_samples, penalty):
         table = environment_table(members[k], num_samples)
         if (labels == k).sum() < 2:
             continue
-        risks, scales = [], [torch.ones((), requires_grad=True) for _ in range(2)]
+        risks, scales = [], [torch.ones((), device=z.device, requires_grad=True) for _ in range(2)]
         for e in (0, 1):
             inside = table[indices, e].bool().nonzero().squeeze(1)
             risks.append(supervised_contrast(z[inside], labels[inside] == k, scales[e]))
@@ -63,8 +65,8 @@ def lean_loop(z, labels, indices, members, num_samples, penalty):
         anchors = (labels == k).nonzero().squeeze(1)
         if len(anchors) < 2:
             continue
-        others = ~torch.eye(len(anchors), dtype=torch.bool)
-        risks, scales = [], [torch.ones((), requires_grad=True) for _ in range(2)]
+        others = ~torch.eye(len(anchors), dtype=torch.bool, device=z.device)
+        risks, scales = [], [torch.ones((), device=z.device, requires_grad=True) for _ in range(2)]
         for w, inside in zip(scales, table[indices].bool().unbind(1)):
             negatives = (inside & (labels != k)).nonzero().squeeze(1)
             positive = w * (z[anchors] @ z[anchors].T) / TEMPERATURE
@@ -75,21 +77,24 @@ def lean_loop(z, labels, indices, members, num_samples, penalty):
     return torch.stack(losses).mean()
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for classes, penalty in ((50, "rex"), (100, "rex"), (200, "rex"), (200, "irmv1")):
+def benchmark(settings: Settings) -> Iterator[Row]:
+    sizes = (3, 4, 5, 5) if settings.quick else (50, 100, 200, 200)
+    for classes, penalty in zip(sizes, ("rex", "rex", "rex", "irmv1")):
         torch.manual_seed(0)
         num_samples = classes * PER_CLASS
         features, labels = torch.randn(num_samples, WIDTH), torch.arange(num_samples) % classes
-        irm = ClassWiseIRM(
-            WIDTH, classes, weight=WEIGHT, penalty=penalty, projection=nn.Identity(), detach=False
-        ).fit_environments(features, labels)
+        features, labels = features.to(settings.device), labels.to(settings.device)
+        irm = ClassWiseIRM(WIDTH, classes, weight=WEIGHT, penalty=penalty, projection=nn.Identity(), detach=False).to(
+            settings.device
+        )
+        irm.fit_environments(features, labels)
         nn.init.zeros_(irm.mask.weight)  # the same factor everywhere, which the normalisation takes out
         members = [irm.environments.members(k) for k in range(classes)]
 
         # Two views of one image of each class.
-        indices = torch.randperm(PER_CLASS)[0] * classes + torch.arange(classes).repeat(2)
-        z = (features[indices] + torch.randn(2 * classes, WIDTH)).requires_grad_()
+        indices = (torch.randperm(PER_CLASS)[0] * classes + torch.arange(classes).repeat(2)).to(settings.device)
+        noise = torch.randn(2 * classes, WIDTH).to(settings.device)
+        z = (features[indices] + noise).requires_grad_()
         arguments = (z, labels[indices], indices, members, num_samples, penalty)
         versions = {
             "loop over classes, as released": lambda a=arguments: released_loop(*a),
@@ -107,7 +112,6 @@ def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
         for version in versions.values():
             for got, value in zip(step(version), expected):
                 torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-5)
-        seconds = medians({name: lambda v=version: step(v) for name, version in versions.items()}, repeats)
-        work = f"class-wise IRM step ({penalty}), {classes} classes, batch {2 * classes}, dataset {num_samples:,}"
-        rows += [{"work": work, "version": name, "seconds": value} for name, value in seconds.items()]
-    return rows
+        runs = {name: lambda v=version, step=step: step(v) for name, version in versions.items()}
+        work = f"Class-wise IRM step ({penalty}), a batch of 2 and a dataset of {PER_CLASS} samples a class"
+        yield from compare(work, runs, settings, size=classes, unit="classes")

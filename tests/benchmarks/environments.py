@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from equireg import Environments
-from tests.benchmarks.measure import medians, peak_megabytes
+from tests.benchmarks.measure import Row, Settings, compare, peak_megabytes
 
-LARGE = (50_000, 1_000, 2_048)
+LARGE = (50_000, 1_000, 2_048)  # samples, classes, width
 
 
 def loop_over_classes(features, labels, num_classes):
@@ -29,21 +31,25 @@ def loop_over_classes(features, labels, num_classes):
     return split
 
 
-def memory_runs():
+def large(settings: Settings) -> tuple[int, int, int]:
+    return (60, 6, 16) if settings.quick else LARGE
+
+
+def memory_runs(settings: Settings):
     def build(samples, classes, width):
-        features, labels = torch.ones(samples, width), torch.arange(samples) % classes
+        features = torch.ones(samples, width, device=settings.device)
         features[:, 0] = torch.arange(samples) % 17  # not all equal, and touched before the measurement
+        labels = torch.arange(samples, device=settings.device) % classes
         return lambda: Environments.split(features, labels, classes)
 
-    large = build(*LARGE)
-    return {"Environments.split": (build(500, 10, 64), large)}
+    return {"Environments.split": (build(500, 10, 64), build(*large(settings)))}
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for samples, classes, width in ((1_000, 50, 512), (4_000, 200, 512)):
+def benchmark(settings: Settings) -> Iterator[Row]:
+    for samples, classes, width in ((40, 4, 16),) if settings.quick else ((1_000, 50, 512), (4_000, 200, 512)):
         torch.manual_seed(0)
-        features, labels = torch.randn(samples, width), torch.arange(samples) % classes
+        features = torch.randn(samples, width).to(settings.device)
+        labels = torch.arange(samples, device=settings.device) % classes
         environments = Environments.split(features, labels, classes)
         expected = loop_over_classes(features, labels, classes)
         same = sum(len(set(environments.members(k)[0].tolist()) & set(expected[k][0].tolist())) for k in range(classes))
@@ -52,17 +58,15 @@ def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
             "loop over classes": lambda f=features, y=labels, c=classes: loop_over_classes(f, y, c),
             "Environments.split": lambda f=features, y=labels, c=classes: Environments.split(f, y, c),
         }
-        work = f"environments, {samples:,} samples, {classes} classes, D = {width}"
-        rows += [{"work": work, "version": name, "seconds": s} for name, s in medians(runs, min(repeats, 3)).items()]
-    samples, classes, width = LARGE
-    features, labels = torch.randn(samples, width), torch.arange(samples) % classes
-    seconds = medians({"Environments.split": lambda: Environments.split(features, labels, classes)}, 1)
-    rows.append(
-        {
-            "work": f"environments, {samples:,} samples, {classes:,} classes, D = {width:,}",
-            "version": "Environments.split",
-            "seconds": seconds["Environments.split"],
-            "megabytes": peak_megabytes(__name__, "Environments.split", threads),
-        }
+        work = f"Environments, {samples:,} samples, {classes} classes, D = {width}"
+        yield from compare(work, runs, settings, repeats=min(settings.repeats, 3))
+    samples, classes, width = large(settings)
+    features = torch.randn(samples, width).to(settings.device)
+    labels = torch.arange(samples, device=settings.device) % classes
+    yield from compare(
+        f"Environments, {samples:,} samples, {classes:,} classes, D = {width:,}",
+        {"Environments.split": lambda: Environments.split(features, labels, classes)},
+        settings,
+        repeats=1,
+        memory=lambda name: peak_megabytes(__name__, name, settings),
     )
-    return rows

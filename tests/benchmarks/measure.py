@@ -1,66 +1,159 @@
-"""How the benchmarks measure: interleaved runs on pinned threads, and peak memory in processes of their own."""
+"""How the benchmarks measure: interleaved runs on pinned threads, and peak memory in processes of their own.
+
+A row is a dict: its ``work`` and ``version``, where the work comes in sizes its ``size`` and their ``unit``, and what
+was measured (``seconds``, ``megabytes``, ``flops``, ...), or ``not_measured`` with the reason.
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
+import gc
 import importlib
 import json
-import multiprocessing
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
+
+Row = dict[str, Any]
+Runs = dict[str, Callable[[], object]]
+
+# The older name up to PyTorch 2.6.
+SIZES_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def machine(threads: int) -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next(
-            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
-        )
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, {versions}"
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is to run; ``quick`` takes tiny sizes, to see that it runs at all."""
+
+    repeats: int = 9
+    threads: int = 1
+    device: str = "cpu"
+    quick: bool = False
 
 
-def in_a_process(name: str, repeats: int, threads: int) -> list[dict[str, object]]:
-    """The rows of one benchmark, from a process of its own: what ran before leaves its mark on the allocator."""
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_rows_of, name, repeats, threads).result()
+QUICK = Settings(repeats=1, quick=True)
 
 
-def _rows_of(name: str, repeats: int, threads: int) -> list[dict[str, object]]:
-    torch.set_num_threads(threads)
-    return importlib.import_module(f"tests.benchmarks.{name}").benchmark(repeats, threads)
+def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """``torch.compile`` of a baseline, each size for itself; a quick run traces and generates no code."""
+    allow_sizes()
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="eager" if settings.quick else "inductor")
 
 
-def medians(runs: dict[str, Callable[[], object]], repeats: int, turn_seconds: float = 0.1) -> dict[str, float]:
-    """Median seconds of each, run in turns, so that what slows the machine slows them all; one round to warm up.
+def allow_sizes(count: int = 256) -> None:
+    """Past so many sizes (8 unless told) torch.compile runs what it was given uncompiled."""
+    setattr(torch._dynamo.config, SIZES_LIMIT, count)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def medians(runs: Runs, repeats: int, turn_seconds: float = 0.1) -> dict[str, float]:
+    """Median seconds of each, run in turns, so that what slows the machine slows them all.
 
     A turn lasts at least ``turn_seconds``: of something fast it holds several runs, and counts their average.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for _ in tqdm(range(repeats), unit="turn", leave=False, disable=None):
         for name, run in runs.items():
+            synchronize()
             start, count = time.perf_counter(), 0
             while count == 0 or time.perf_counter() - start < turn_seconds:
                 run()
+                synchronize()
                 count += 1
-            if turn:
-                seconds[name].append((time.perf_counter() - start) / count)
+            seconds[name].append((time.perf_counter() - start) / count)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_megabytes(module: str, name: str, threads: int) -> float:
-    """How far a fresh process's memory grows at its peak while ``module.memory_runs()[name]`` runs, in MB (Linux)."""
-    command = [sys.executable, "-m", "tests.benchmarks.measure", module, name, str(threads)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+def compare(
+    work: str,
+    runs: Runs,
+    settings: Settings,
+    *,
+    repeats: int | None = None,
+    memory: Callable[[str], float | None] | None = None,
+    may_fail: tuple[type[Exception], ...] = (torch.cuda.OutOfMemoryError,),
+    **labels: Any,
+) -> Iterator[Row]:
+    """A row for each version: the median of interleaved runs and, of what ``memory`` knows, the peak memory.
+
+    A version that raises one of ``may_fail`` has a row that says so.
+    """
+    failed: dict[str, str] = {}
+    for name, run in runs.items():  # once to warm up
+        try:
+            run()
+        except may_fail as error:
+            failed[name] = reason(error)
+        if name in failed and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    running = {name: run for name, run in runs.items() if name not in failed}
+    turn_seconds = 0.0 if settings.quick else 0.1
+    seconds = medians(running, 1 if settings.quick else repeats or settings.repeats, turn_seconds)
+    for name in runs:
+        row = {"work": work, "version": name, **labels}
+        if name in failed:
+            yield {**row, "not_measured": failed[name]}
+            continue
+        row["seconds"] = seconds[name]
+        megabytes = None if memory is None else memory(name)
+        yield row if megabytes is None else {**row, "megabytes": megabytes}
+
+
+def difference(got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    """The largest distance of values and gradients to the expected ones, over the length of those."""
+    pairs = [(value.double(), exact.double()) for value, exact in zip(got, expected, strict=True)]
+    return float(torch.stack([(value - exact).norm() / exact.norm() for value, exact in pairs]).max())
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def peak_megabytes(module: str, name: str, settings: Settings) -> float | None:
+    """How far memory grows at its peak while ``module.memory_runs(settings)[name]`` runs, in MB.
+
+    On the CPU that of a fresh process (Linux; None elsewhere), on a GPU what its allocator hands out.
+    """
+    if settings.device != "cpu" or settings.quick:
+        return peak(*importlib.import_module(module).memory_runs(settings)[name], settings.device)
+    if not _CLEAR_REFS.exists():
+        return None
+    command = [sys.executable, "-m", "tests.benchmarks.measure", module, name, json.dumps(asdict(settings))]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
     return float(json.loads(result.stdout.splitlines()[-1]))
+
+
+def peak(small: Callable[[], object], full: Callable[[], object], device: str) -> float | None:
+    """The growth at the peak of ``full``; ``small`` first loads the libraries that it needs."""
+    small()
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        full()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not _CLEAR_REFS.exists():
+        return None
+    before = _status("VmRSS")
+    _CLEAR_REFS.write_text("5")  # the peak starts again from here; imports had theirs
+    full()
+    return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:
@@ -69,14 +162,10 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _child(module: str, name: str, threads: str) -> None:
-    torch.set_num_threads(int(threads))
-    small, full = importlib.import_module(module).memory_runs()[name]
-    small()  # loads the libraries that the run needs
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here; imports had theirs
-    full()
-    print(json.dumps((_status("VmHWM") - before) / 1024))
+def _child(module: str, name: str, settings: str) -> None:
+    chosen = Settings(**json.loads(settings))
+    torch.set_num_threads(chosen.threads)
+    print(json.dumps(peak(*importlib.import_module(module).memory_runs(chosen)[name], chosen.device)))
 
 
 if __name__ == "__main__":

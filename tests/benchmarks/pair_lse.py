@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from equireg import pair_lse
-from tests.benchmarks.measure import medians, peak_megabytes
+from tests.benchmarks.measure import Row, Settings, compare, peak_megabytes
 
-IMAGES, TOKENS, WIDTH = 16, 196, 256
+SHAPE, SMALL = (16, 196, 256), (2, 49, 32)  # images, tokens, width
 TEMPERATURE = 0.3
 
 
-def inputs(images=IMAGES, tokens=TOKENS, width=WIDTH):
+def inputs(shape, settings: Settings):
     torch.manual_seed(0)
-    x, y = (F.normalize(torch.randn(images * tokens, width), dim=1).requires_grad_() for _ in range(2))
-    return x, y, torch.arange(images).repeat_interleave(tokens)
+    images, tokens, width = shape
+    x, y = (torch.randn(images * tokens, width, device=settings.device) for _ in range(2))
+    image = torch.arange(images, device=settings.device).repeat_interleave(tokens)
+    return F.normalize(x, dim=1).requires_grad_(), F.normalize(y, dim=1).requires_grad_(), image
 
 
 def dense_eager(x, y, image):
@@ -47,18 +51,20 @@ def step(version, arguments):
     lse.mean().backward()
 
 
-def memory_runs():
+def memory_runs(settings: Settings):
+    shape = SMALL if settings.quick else SHAPE
     return {
-        name: (lambda v=version: step(v, inputs(2, 49, 32)), lambda v=version: step(v, inputs()))
-        for name, version in VERSIONS.items()
+        name: (lambda v=v: step(v, inputs(SMALL, settings)), lambda v=v: step(v, inputs(shape, settings)))
+        for name, v in VERSIONS.items()
     }
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
-    arguments = inputs()
+def benchmark(settings: Settings) -> Iterator[Row]:
+    shape = SMALL if settings.quick else SHAPE
+    arguments = inputs(shape, settings)
     for expected, got in zip(dense_eager(*arguments), chunked(*arguments)):
         torch.testing.assert_close(got, expected)
-    seconds = medians({name: lambda v=v: step(v, arguments) for name, v in VERSIONS.items()}, repeats)
-    memory = {name: peak_megabytes(__name__, name, threads) for name in VERSIONS}
-    work = f"pair_lse, {IMAGES} images x {TOKENS} tokens, D = {WIDTH}, forward + backward"
-    return [{"work": work, "version": name, "seconds": seconds[name], "megabytes": memory[name]} for name in VERSIONS]
+    runs = {name: lambda v=v: step(v, arguments) for name, v in VERSIONS.items()}
+    images, tokens, width = shape
+    work = f"pair_lse, {images} images x {tokens} tokens, D = {width}, forward + backward"
+    yield from compare(work, runs, settings, memory=lambda name: peak_megabytes(__name__, name, settings))

@@ -1,27 +1,28 @@
 """One step of the search for a partition (Step 2 of IP-IRM), against masked copies of the matrix differentiated twice.
 
-``python -m tests.benchmarks.partition`` draws the cost against the number of samples to docs/partition-cost.png; with
-``planted`` it searches all of 50,000 samples, and 2,048 of them, for a factor that was hidden in their features.
+``python -m tests.benchmarks.partition`` searches all of 50,000 samples, and 2,048 of them, for a factor that was hidden
+in their features.
 """
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from equireg import PartitionUpdater, soft_info_nce
-from tests.benchmarks.measure import medians, peak_megabytes
+from tests.benchmarks.measure import Row, Settings, compare, peak_megabytes
 
 WIDTH, GROUPS, TEMPERATURE, WEIGHT = 128, 2, 0.5, 0.5
 
 
-def inputs(samples):
+def inputs(samples, settings: Settings):
     generator = torch.Generator().manual_seed(0)
     z1, z2 = (F.normalize(torch.randn(samples, WIDTH, generator=generator), dim=1) for _ in range(2))
-    return z1, z2, torch.randn(samples, GROUPS, generator=generator).requires_grad_()
+    logits = torch.randn(samples, GROUPS, generator=generator)
+    return z1.to(settings.device), z2.to(settings.device), logits.to(settings.device).requires_grad_()
 
 
 def masked_copies(z1, z2, shares):
@@ -31,10 +32,10 @@ def masked_copies(z1, z2, shares):
     z, objective = torch.cat([z1, z2]), 0.0
     for k in range(shares.shape[1]):
         weight = shares[:, k].repeat(2)
-        sample = torch.arange(n).repeat(2)
+        sample = torch.arange(n, device=z.device).repeat(2)
         same = sample[None, :] == sample[:, None]
         similarity = z @ z.T
-        off_diagonal = ~torch.eye(2 * n, dtype=torch.bool)
+        off_diagonal = ~torch.eye(2 * n, dtype=torch.bool, device=z.device)
         same = same[off_diagonal].view(2 * n, -1)
         similarity = similarity[off_diagonal].view(2 * n, -1)
         by_column = weight.expand(2 * n, 2 * n)[off_diagonal].view(2 * n, -1)
@@ -42,9 +43,9 @@ def masked_copies(z1, z2, shares):
         of_negatives = by_column[~same].view(2 * n, -1)
         of_negatives = of_negatives / of_negatives.sum(1, keepdim=True) * (2 * n - 2)
         logits = torch.cat([positives, negatives], 1) / TEMPERATURE
-        theta = torch.ones((), requires_grad=True)
+        theta = torch.ones((), device=z.device, requires_grad=True)
         scaled = logits * theta
-        total = (scaled.exp() * torch.cat([torch.ones(2 * n, 1), of_negatives], 1)).sum(1)
+        total = (scaled.exp() * torch.cat([torch.ones_like(positives), of_negatives], 1)).sum(1)
         loss = ((total.log() - scaled[:, 0]) * weight).sum() / weight.sum()
         (slope,) = torch.autograd.grad(loss, theta, create_graph=True)
         objective = objective + loss + WEIGHT * slope**2
@@ -54,7 +55,7 @@ def masked_copies(z1, z2, shares):
 def one_matrix(z1, z2, shares):
     """As a careful person would write it: one matrix, masked once, and the slope in closed form."""
     n = len(z1)
-    z, sample = torch.cat([z1, z2]), torch.arange(n).repeat(2)
+    z, sample = torch.cat([z1, z2]), torch.arange(n, device=z1.device).repeat(2)
     s = z @ z.T / TEMPERATURE
     mass = s.exp().masked_fill(sample[:, None] == sample, 0)
     weight = shares.T.repeat(1, 2)
@@ -89,77 +90,53 @@ def one_pass(arguments):
     PartitionUpdater(len(z1), max_passes=1, starts=1).update(z1, z2, progress=False)
 
 
-def memory_runs():
-    small = inputs(64)
-    runs = {
-        f"{name} {samples}": (lambda v=version: step(v, small), lambda v=version, n=samples: step(v, inputs(n)))
-        for name, version in VERSIONS.items()
-        for samples in (2048, 50_000)
-    }
-    return {**runs, "one pass": (lambda: one_pass(small), lambda: one_pass(inputs(50_000)))}
+PASS = f"PartitionUpdater, a pass in blocks of {3096:,}"
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
-    arguments = inputs(2048)
-    expected = step(
-        masked_copies, tuple(part.double().detach().requires_grad_(i == 2) for i, part in enumerate(arguments))
-    )
-    for version in VERSIONS.values():
-        for value, exact in zip(step(version, arguments), expected):
-            torch.testing.assert_close(value.double(), exact, rtol=1e-3, atol=1e-8)
-    work = f"step of a partition, 2,048 samples x {WIDTH}, K = {GROUPS}"
-    seconds = medians({name: lambda v=v: step(v, arguments) for name, v in VERSIONS.items()}, min(repeats, 3))
-    rows: list[dict[str, object]] = [
-        {
-            "work": work,
-            "version": name,
-            "seconds": seconds[name],
-            "megabytes": peak_megabytes(__name__, f"{name} 2048", threads),
-        }
-        for name in VERSIONS
-    ]
-    large = inputs(50_000)
-    for name, version, run in (
-        ("all at once", "soft_info_nce 50000", lambda: step(streamed, large)),
-        ("one pass in blocks of 3,096", "one pass", lambda: one_pass(large)),
-    ):
-        start = time.perf_counter()
-        run()
-        rows.append(
-            {
-                "work": f"step of a partition, 50,000 samples x {WIDTH}, K = {GROUPS}, {name}",
-                "version": "soft_info_nce" if "once" in name else "PartitionUpdater",
-                "seconds": time.perf_counter() - start,
-                "megabytes": peak_megabytes(__name__, version, threads),
-            }
+def sizes(settings: Settings) -> dict[str, list[int]]:
+    """Samples by version, up to what takes seconds."""
+    if settings.quick:
+        return {name: [16, 32, 64] for name in (*VERSIONS, PASS)}
+    most = {"masked copies, differentiated twice": 2048, "one matrix": 8192}
+    found = {name: [2**k for k in range(7, 15) if 2**k <= most.get(name, 16_384)] for name in VERSIONS}
+    found["soft_info_nce"].append(50_000)
+    return {**found, PASS: [2**k for k in range(10, 15)] + [50_000]}
+
+
+def steps():
+    runs = {name: lambda arguments, v=v: step(v, arguments) for name, v in VERSIONS.items()}
+    return {**runs, PASS: one_pass}
+
+
+def memory_runs(settings: Settings):
+    return {
+        f"{name} {samples}": (
+            lambda run=run: run(inputs(64, settings)),
+            lambda run=run, n=samples: run(inputs(n, settings)),
         )
-    return rows
+        for name, run in steps().items()
+        for samples in sizes(settings)[name]
+    }
 
 
-def draw(path: str = "docs/partition-cost.png") -> None:
-    """Seconds of a step against the number of samples, on one thread."""
-    import matplotlib
+def benchmark(settings: Settings) -> Iterator[Row]:
+    wanted = sizes(settings)
+    for samples in sorted(set().union(*wanted.values())):
+        arguments = inputs(samples, settings)
+        if samples in wanted["masked copies, differentiated twice"]:
+            doubled = [part.double().detach().requires_grad_(i == 2) for i, part in enumerate(arguments)]
+            expected = step(masked_copies, doubled)
+            for version in VERSIONS.values():
+                for value, exact in zip(step(version, arguments), expected):
+                    torch.testing.assert_close(value.double(), exact, rtol=1e-3, atol=1e-8)
+        runs = {name: lambda r=r, a=arguments: r(a) for name, r in steps().items() if samples in wanted[name]}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        def memory(name, samples=samples):
+            return peak_megabytes(__name__, f"{name} {samples}", settings)
 
-    torch.set_num_threads(1)
-    figure, axes = plt.subplots(figsize=(6, 4.2))
-    sizes = {"masked copies, differentiated twice": 2048, "one matrix": 8192, "soft_info_nce": 16_384}
-    for name, most in sizes.items():
-        samples = [2**power for power in range(7, 15) if 2**power <= most]
-        costs = [medians({name: lambda n=n, v=VERSIONS[name]: step(v, inputs(n))}, 3)[name] for n in samples]
-        print(name, dict(zip(samples, costs)))
-        axes.loglog(samples, costs, "o-", label=name)
-    samples = [2**power for power in range(10, 15)]
-    costs = [medians({"": lambda n=n: one_pass(inputs(n))}, 3)[""] for n in samples]
-    print("one pass", dict(zip(samples, costs)))
-    axes.loglog(samples, costs, "s--", label="PartitionUpdater, a pass in blocks of 3,096")
-    axes.set(xlabel="samples", ylabel="seconds", title="a step of the search for a partition, one thread")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+        work = f"Step of the search for a partition, D = {WIDTH}, K = {GROUPS}"
+        repeats = 1 if samples > 16_384 else min(settings.repeats, 3)
+        yield from compare(work, runs, settings, repeats=repeats, memory=memory, size=samples, unit="samples")
 
 
 def planted(samples: int = 50_000, few: int = 2048) -> None:
@@ -182,4 +159,4 @@ def planted(samples: int = 50_000, few: int = 2048) -> None:
 
 
 if __name__ == "__main__":
-    planted() if "planted" in sys.argv else draw()
+    planted()

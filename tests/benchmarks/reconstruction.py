@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import timm
 import torch
 from torch import nn
@@ -10,9 +12,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from equireg import IntermediateReconstructionHead, IntermediateViews
-from tests.benchmarks.measure import medians
+from tests.benchmarks.measure import Row, Settings, compare
 
-BATCH, MANY = 16, 64
+BATCH, MANY = 16, 192
 
 
 def step(vit, heads, images, view, targets):
@@ -40,10 +42,10 @@ def by_image(images, parameters, kind):
     return torch.stack(made)
 
 
-def flops(device, heads):
+def flops(heads, depth):
     """Counted by PyTorch on the meta device: no number is computed, every product is counted."""
-    with torch.device(device):
-        vit = timm.create_model("vit_small_patch16_224", num_classes=0)
+    with torch.device("meta"):
+        vit = timm.create_model("vit_small_patch16_224", num_classes=0, depth=depth)
         parts = [IntermediateReconstructionHead(384, image_size=224, patch_size=16) for _ in range(heads)]
         images, targets = torch.zeros(BATCH, 3, 224, 224), torch.zeros(2, BATCH, 3, 224, 224)
     with FlopCounterMode(display=False) as counter:
@@ -51,16 +53,15 @@ def flops(device, heads):
     return counter.get_total_flops()
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
+def benchmark(settings: Settings) -> Iterator[Row]:
     torch.manual_seed(0)
-    work = f"step of ViT-S/16 at 224, two views of {BATCH} images, forward + backward"
-    rows: list[dict[str, object]] = [
-        {"work": f"FLOPs of a {work}", "version": version, "flops": flops("meta", heads)}
-        for version, heads in (("encoder", 0), ("+ IntermediateReconstructionHead", 1))
-    ]
-    vit = timm.create_model("vit_small_patch16_224", num_classes=0)
-    head = IntermediateReconstructionHead(384, image_size=224, patch_size=16)
-    images, views = torch.rand(BATCH, 3, 224, 224), IntermediateViews("se2")
+    batch, depth = (1, 2) if settings.quick else (BATCH, 12)
+    counted = f"FLOPs of a step of ViT-S/16 at 224, two views of {BATCH} images, forward + backward"
+    for version, heads in (("encoder", 0), ("+ IntermediateReconstructionHead", 1)):
+        yield {"work": counted, "version": version, "flops": flops(heads, depth)}
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0, depth=depth).to(settings.device)
+    head = IntermediateReconstructionHead(384, image_size=224, patch_size=16).to(settings.device)
+    images, views = torch.rand(batch, 3, 224, 224, device=settings.device), IntermediateViews("se2")
     made = views(images)[:2]
 
     def whole(with_views):
@@ -76,21 +77,19 @@ def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
         "+ IntermediateReconstructionHead": lambda: whole(False),
         "+ IntermediateViews": lambda: whole(True),
     }
-    found = medians(versions, repeats)
-    rows += [{"work": work, "version": version, "seconds": seconds} for version, seconds in found.items()]
+    work = f"Step of ViT-S/16 at 224, two views of {batch} images, forward + backward"
+    yield from compare(work, versions, settings)
 
-    for side in (32, 224):
-        images = torch.rand(3 * MANY, 3, side, side)
+    for side in (32,) if settings.quick else (32, 224):
+        images = torch.rand(2 if settings.quick else MANY, 3, side, side, device=settings.device)
         for kind in ("se2", "color", "blur"):
             views = IntermediateViews(kind)
-            parameters = views.draw(len(images), (side, side), torch.Generator().manual_seed(0))
+            parameters = views.draw(len(images), (side, side), torch.Generator().manual_seed(0)).to(settings.device)
             versions = {
                 "torchvision, image by image": lambda kind=kind, x=images, t=parameters: by_image(x, t.tolist(), kind),
                 "IntermediateViews": lambda views=views, x=images, t=parameters: views.transform(x, t),
             }
             expected, own = (version() for version in versions.values())
             torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
-            work = f"{kind}, {len(images)} images of {side} x {side}"
-            found = medians(versions, repeats)
-            rows += [{"work": work, "version": version, "seconds": seconds} for version, seconds in found.items()]
-    return rows
+            work = f"Views ({kind}), {len(images)} images of {side} x {side}"
+            yield from compare(work, versions, settings)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from equireg import patch_nt_xent
-from equireg.similarity import times_transposed
-from tests.benchmarks.measure import medians, peak_megabytes
+from tests.benchmarks.floor import bare_products
+from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes
 
-TOKENS, WIDTH, TEMPERATURE = 196, 256, 0.3
+TEMPERATURE = 0.3
+TURNS = {16: 9, 32: 5, 64: 3}  # at the most: the dense form takes 20 s at 64 images
 
 
-def inputs(images, tokens=TOKENS, width=WIDTH):
+def shape(settings: Settings) -> tuple[tuple[int, ...], int, int]:
+    """Numbers of images, tokens of each, their width."""
+    return ((2, 3, 4), 9, 16) if settings.quick else ((16, 32, 64), 196, 256)
+
+
+def inputs(images: int, settings: Settings) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(images, tokens, width, requires_grad=True) for _ in range(2)]
+    _, tokens, width = shape(settings)
+    return [torch.randn(images, tokens, width, device=settings.device, requires_grad=True) for _ in range(2)]
 
 
 def dense_eager(z, z_prime):
     """What one writes first: both matrices, a mask, logsumexp."""
     images, places = z.shape[:2]
     z, z_prime = (F.normalize(part, dim=-1).flatten(0, 1) for part in (z, z_prime))
-    image = torch.arange(images).repeat_interleave(places)
+    image = torch.arange(images, device=z.device).repeat_interleave(places)
     same = (image[:, None] == image[None, :]).repeat(1, 2)
     logits = z @ torch.cat([z, z_prime]).T / TEMPERATURE
     positive = (z * z_prime).sum(1) / TEMPERATURE
@@ -31,66 +40,82 @@ def dense_eager(z, z_prime):
     return (candidates.logsumexp(1) - positive).mean()
 
 
-_compiled = torch.compile(dense_eager)
-
-
 def ours(z, z_prime):
     return patch_nt_xent(z, z_prime, temperature=TEMPERATURE)
 
 
-def products(z, z_prime):
-    """The floor: the four products [M, 2M] of forward and backward pass, and nothing else, in the same tiles."""
-    z, z_prime = (part.detach().flatten(0, 1) for part in (z, z_prime))
-    keys, rows, cols = torch.cat([z, z_prime]), 392, 784
-    for i in range(0, len(z), rows):
-        for j in range(0, len(keys), cols):
-            x, y = z[i : i + rows], keys[j : j + cols]
-            tile = times_transposed(x, y)
-            times_transposed(x, y)
-            times_transposed(tile, y.T)
-            times_transposed(x.T, tile.T)
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Products in bfloat16 (``"medium"``) or TensorFloat-32 (``"high"``), where the device has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def in_medium(version):
+    def with_backward(arguments):
+        with precision("medium"):
+            return step(version, arguments)
+
+    return with_backward
 
 
 def step(version, arguments):
     for part in arguments:
         part.grad = None
     loss = version(*arguments)
-    if loss is not None:
-        loss.backward()
-    return loss
+    loss.backward()
+    return loss.detach(), *(part.grad for part in arguments)
 
 
-VERSIONS = {"dense eager": dense_eager, "dense, torch.compile": _compiled, "patch_nt_xent": ours}
-SIZES = {16: 1, 64: 3}  # images, and by how much fewer turns
-
-
-def memory_runs():
-    """A compiled version first runs at full size, so that compiling it is not counted."""
+def versions(settings: Settings):
     return {
-        f"{name} {images}": (
-            lambda v=version, n=images: step(v, inputs(n)) if v is _compiled else step(v, inputs(2, 49, 32)),
-            lambda v=version, n=images: step(v, inputs(n)),
-        )
-        for name, version in VERSIONS.items()
-        for images in SIZES
+        "dense eager": dense_eager,
+        "dense, torch.compile": compiled(dense_eager, settings),
+        "patch_nt_xent": ours,
     }
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for images, fewer in SIZES.items():
-        arguments = inputs(images)
-        expected = dense_eager(*arguments)
-        for version in (ours, _compiled):
-            torch.testing.assert_close(version(*arguments), expected)
+def memory_runs(settings: Settings):
+    """A compiled version first runs at full size, so that compiling it is not counted."""
+    return {
+        f"{name} {images}": (
+            lambda v=v, n=images if "compile" in name else 2: step(v, inputs(n, settings)),
+            lambda v=v, n=images: step(v, inputs(n, settings)),
+        )
+        for name, v in versions(settings).items()
+        for images in shape(settings)[0]
+    }
+
+
+def benchmark(settings: Settings) -> Iterator[Row]:
+    found = versions(settings)
+    sizes, tokens, width = shape(settings)
+    for images in sizes:
+        arguments = inputs(images, settings)
+        expected = step(dense_eager, arguments)
+        for name, version in found.items():
+            if version is not dense_eager:
+                assert difference(step(version, arguments), expected) < 1e-4, name
+        runs = {name: lambda v=v, a=arguments: step(v, a) for name, v in found.items()}
+        if images == sizes[-1]:
+            for name in ("dense eager", "patch_nt_xent"):
+                run = in_medium(found[name])
+                assert difference(run(arguments), expected) < 2e-2, name
+                runs[f"{name}, precision medium"] = lambda run=run, a=arguments: run(a)
+        z, z_prime = (part.detach().flatten(0, 1) for part in arguments)
+        keys = torch.cat([z, z_prime])
+        runs["four bare products"] = lambda z=z, keys=keys: bare_products(z, keys)
+        runs["three bare products"] = lambda z=z, keys=keys: bare_products(z, keys, recomputed=False)
         del expected
-        runs = {**VERSIONS, "the bare products": products}
-        steps = {name: lambda v=v, a=arguments: step(v, a) for name, v in runs.items()}
-        seconds = medians(steps, max(3, repeats // fewer))
-        work = f"SER loss, {images} images x {TOKENS} tokens, D = {WIDTH}, forward + backward"
-        for name in runs:
-            row: dict[str, object] = {"work": work, "version": name, "seconds": seconds[name]}
-            if name in VERSIONS:
-                row["megabytes"] = peak_megabytes(__name__, f"{name} {images}", threads)
-            rows.append(row)
-    return rows
+
+        def memory(name, images=images):
+            return peak_megabytes(__name__, f"{name} {images}", settings) if name in found else None
+
+        labels = {"size": images, "unit": "images", "rows": images * tokens}
+        work = f"SER loss, {tokens} tokens an image, D = {width}, forward + backward"
+        repeats = min(settings.repeats, TURNS.get(images, settings.repeats))
+        yield from compare(work, runs, settings, repeats=repeats, memory=memory, **labels)

@@ -5,6 +5,7 @@ Counted by PyTorch on the meta device: no number is computed, every product is c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -12,8 +13,10 @@ import torch
 from lightly.models.modules.heads import BYOLPredictionHead, MoCoProjectionHead
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from equireg import GridTransform, LateClassToken, SERLoss, split_batch
+from tests.benchmarks.measure import Row, Settings
 
 BATCH, RATIO, DRAWS = 2048, 0.01, 16
 
@@ -26,13 +29,16 @@ def pair_lse_backward_flops(x: Any, y: Any, *_: Any, out_val: Any = None, **__: 
     return 6 * x[0] * x[1] * y[0]  # the logits once more, and both gradients
 
 
-def step_flops(layer: int, sizes: list[tuple[int, tuple[int, int], tuple[int, int]]], with_loss: bool = True) -> int:
+def step_flops(
+    layer: int, sizes: list[tuple[int, tuple[int, int], tuple[int, int]]], with_loss: bool = True, depth: int = 12
+) -> int:
     """Student forward and backward, momentum encoder forward; with a layer, SER's loss on the last of the sub-batches.
 
     ``sizes``: images and the grids of their two views, for each sub-batch.
     """
     with torch.device("meta"):
-        vit = LateClassToken(timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True), layer)
+        vit = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True, depth=depth)
+        vit = LateClassToken(vit, layer)
         projector = MoCoProjectionHead(384, 4096, 256, num_layers=3, batch_norm=True)
         predictor, ser = BYOLPredictionHead(256, 4096, 256), SERLoss(384)
     formulas = {
@@ -57,18 +63,17 @@ def step_flops(layer: int, sizes: list[tuple[int, tuple[int, int], tuple[int, in
     return counter.get_total_flops()
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
-    base = step_flops(0, [(BATCH, (14, 14), (14, 14))])
+def benchmark(settings: Settings) -> Iterator[Row]:
+    draws, depth = (1, 4) if settings.quick else (DRAWS, 12)
+    work = f"FLOPs of a step, ViT-S/16 at 224, batch {BATCH:,}, forward + backward, mean of {draws} draws of sizes"
+    yield {"work": work, "version": "MoCo-v3", "flops": step_flops(0, [(BATCH, (14, 14), (14, 14))], depth=depth)}
     b1, b2 = (len(part) for part in split_batch(torch.zeros(BATCH), RATIO))
     draw, counts, without = torch.Generator().manual_seed(0), [], []
-    for _ in range(DRAWS):
+    for _ in tqdm(range(draws), unit="draw", leave=False, disable=None):
         grids = [GridTransform.random(1, (14, 14), generator=draw).target for _ in range(2)]
         sizes = [(b1, (14, 14), (14, 14)), (b2, *grids)]
-        counts.append(step_flops(3, sizes))
-        without.append(step_flops(3, sizes, with_loss=False))
-    work = f"FLOPs of a step, ViT-S/16 at 224, batch {BATCH}, forward + backward, mean of {DRAWS} draws of sizes"
-    return [
-        {"work": work, "version": "MoCo-v3", "flops": base},
-        {"work": work, "version": "the class token late, views of the group, no loss", "flops": sum(without) / DRAWS},
-        {"work": work, "version": f"+ SER, r = {RATIO}", "flops": sum(counts) / DRAWS},
-    ]
+        counts.append(step_flops(3, sizes, depth=depth))
+        without.append(step_flops(3, sizes, with_loss=False, depth=depth))
+    late = "the class token late, views of the group, no loss"
+    yield {"work": work, "version": late, "flops": sum(without) / draws}
+    yield {"work": work, "version": f"+ SER, r = {RATIO}", "flops": sum(counts) / draws}

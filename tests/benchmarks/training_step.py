@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
 from equireg import ClassWiseIRM
-from tests.benchmarks.measure import medians
+from tests.benchmarks.measure import Row, Settings, compare
 
-CLASSES, BATCH, SIZE = 50, 128, 64
+CLASSES = 50
 
 
-def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
+def benchmark(settings: Settings) -> Iterator[Row]:
     torch.manual_seed(0)
+    batch, side = (8, 32) if settings.quick else (128, 64)
     backbone, head = resnet18(), nn.Linear(512, CLASSES)
     backbone.fc = nn.Identity()
     irm = ClassWiseIRM(512, CLASSES).fit_environments(torch.randn(2500, 512), torch.arange(2500) % CLASSES)
-    images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (BATCH,))
-    indices = torch.randint(2500 // CLASSES, (BATCH,)) * CLASSES + labels
+    nn.ModuleList([backbone, head, irm]).to(settings.device)
+    images, labels = torch.randn(batch, 3, side, side), torch.randint(CLASSES, (batch,))
+    labels[1] = labels[0]  # a class has a risk from two samples on
+    indices = torch.randint(2500 // CLASSES, (batch,)) * CLASSES + labels
+    images, labels, indices = (part.to(settings.device) for part in (images, labels, indices))
     plain = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=1e-3, momentum=0.9)
     added = torch.optim.SGD([*backbone.parameters(), *head.parameters(), *irm.parameters()], lr=1e-3, momentum=0.9)
 
@@ -35,6 +41,5 @@ def benchmark(repeats: int, threads: int) -> list[dict[str, object]]:
         loss.backward()
         added.step()
 
-    work = f"training step, ResNet-18, batch {BATCH}, {SIZE} x {SIZE}, {CLASSES} classes"
-    seconds = medians({"cross entropy": cross_entropy, "+ ClassWiseIRM": with_irm}, repeats)
-    return [{"work": work, "version": name, "seconds": value} for name, value in seconds.items()]
+    work = f"Training step, ResNet-18, batch {batch}, {side} x {side}, {CLASSES} classes"
+    yield from compare(work, {"cross entropy": cross_entropy, "+ ClassWiseIRM": with_irm}, settings)

@@ -1,0 +1,143 @@
+"""``pair_lse`` where it is to be fast: its kernels on a GPU against dense forms, FlexAttention and the bare products.
+
+How much of the GPU a version uses is counted against the fastest product of two 8,192 × 8,192 matrices of the same
+dtype. Last the memory in the shape of the SER loss, up to where the dense form fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.gpu_shapes import Shape, Version, partition, ser
+from tests.benchmarks.measure import Row, Settings, compare, difference, peak, reason, synchronize
+from tests.benchmarks.ser import precision
+
+# The dtype of the features, how products of fp32 are formed, and how far from the dense form a version may be.
+PRECISIONS = {
+    "bf16": (torch.bfloat16, "highest", 5e-2),
+    "tf32": (torch.float32, "high", 5e-3),
+    "fp32": (torch.float32, "highest", 1e-4),
+}
+FAILURES = (RuntimeError, NotImplementedError)  # out of memory, no kernel, a kernel that does not compile
+
+
+def step(version: Version, arguments: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Forward and backward; the gradients."""
+    learning = [part for part in arguments if part.requires_grad]
+    for part in learning:
+        part.grad = None
+    version(*arguments).mean().backward()
+    return [part.grad for part in learning if part.grad is not None]
+
+
+def able(shape: Shape, dtype: torch.dtype, tolerance: float) -> tuple[dict[str, Version], dict[str, str]]:
+    """The versions that give what the dense form gives, with gradients, and of the others why they are left out."""
+    small = shape.inputs(64 if shape.unit == "rows" else 2, dtype)
+
+    def values(version: Version) -> Iterator[Tensor]:
+        with torch.no_grad():  # first, so that what cannot be differentiated here is compared nevertheless
+            yield version(*small)
+        yield from step(version, small)
+
+    expected = [part.clone() for part in values(shape.versions["dense eager"])]
+    running, failed = {}, {}
+    for name, version in shape.versions.items():
+        try:
+            for got, exact in zip(values(version), expected):
+                if not difference([got], [exact]) <= tolerance:  # NaN neither
+                    failed[name] = "its values are not those of the dense form"
+        except FAILURES as error:
+            failed.setdefault(name, reason(error))
+        if name not in failed:
+            running[name] = version
+    return running, failed
+
+
+def ceiling(dtype: torch.dtype, settings: Settings) -> float:
+    """FLOP/s of the fastest of several products of two large square matrices."""
+    side, turns = (64, 3) if settings.quick else (8192, 30)
+    a, b = (torch.randn(side, side, device=settings.device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(turns):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def peak_of(version: Version, shape: Shape, size: int, dtype: torch.dtype, settings: Settings) -> float | str | None:
+    """MB of a step with inputs and gradients of its own, or why there is none."""
+
+    def run() -> None:
+        step(version, shape.inputs(size, dtype))
+
+    try:
+        return peak(run, run, settings.device)  # what the first run compiles is not counted
+    except FAILURES as error:
+        why = reason(error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return why
+
+
+def benchmark(settings: Settings) -> Iterator[Row]:
+    for kind, (dtype, products, tolerance) in PRECISIONS.items():
+        with precision(products):
+            top = ceiling(dtype, settings)
+            for shape in (ser(settings), partition(settings)):
+                running, failed = able(shape, dtype, tolerance)
+                work = f"{shape.title}, {kind}, ceiling {top / 1e12:,.0f} TFLOP/s"
+                for size in shape.sizes:
+                    labels = {"size": size, "unit": shape.unit}
+                    for name, why in failed.items():
+                        yield {"work": work, "version": name, **labels, "not_measured": why}
+                    yield from timed(work, shape, running, size, dtype, top, settings, labels)
+    yield from memory_curve(ser(settings), settings)
+
+
+def timed(
+    work: str,
+    shape: Shape,
+    running: dict[str, Version],
+    size: int,
+    dtype: torch.dtype,
+    top: float,
+    settings: Settings,
+    labels: dict[str, Any],
+) -> Iterator[Row]:
+    """Time, memory and the share of the ceiling of each version."""
+    arguments = shape.inputs(size, dtype)
+
+    def memory(name: str) -> float | None:
+        found = peak_of(running[name], shape, size, dtype, settings) if name in running else None
+        return None if isinstance(found, str) else found
+
+    runs: dict[str, Any] = {name: lambda v=version: step(v, arguments) for name, version in running.items()}
+    runs["the bare products"] = lambda: shape.floor(*(part.detach() for part in arguments))
+    for row in compare(work, runs, settings, memory=memory, may_fail=FAILURES, **labels):
+        if "seconds" in row:
+            rate = shape.flops(size) / row["seconds"]
+            row |= {"rate": rate, "of_ceiling": rate / top}
+        yield row
+
+
+def memory_curve(shape: Shape, settings: Settings) -> Iterator[Row]:
+    """Peak memory with growing numbers of images; a version that has failed is not asked for more."""
+    dtype, _, tolerance = PRECISIONS["bf16"]
+    running, _ = able(shape, dtype, tolerance)
+    for images in (2, 4, 6, 8, 16) if settings.quick else (8, 16, 32, 64, 128, 256, 512, 1024):
+        for name in list(running):
+            row = {"work": f"Memory, {shape.title}, bf16", "version": name, "size": images, "unit": shape.unit}
+            found = peak_of(running[name], shape, images, dtype, settings)
+            if isinstance(found, str):
+                del running[name]
+                yield {**row, "not_measured": found}
+            elif found is not None:
+                yield {**row, "megabytes": found}

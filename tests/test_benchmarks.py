@@ -1,0 +1,99 @@
+"""The benchmarks run, and their page says what their record says."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import page, pictures, record
+from tests.benchmarks.measure import QUICK, SIZES_LIMIT, compare, medians
+
+DOCS = Path(__file__).parent.parent / "docs"
+MEASURED = {"seconds", "megabytes", "flops", "not_measured"}
+# On a CPU FlexAttention has no gradient, and the triton backend no kernel.
+MAY_BE_LEFT_OUT = {"FlexAttention", "pair_lse, triton"}
+
+NEEDED = {"ser_flops": ("timm", "lightly"), "reconstruction": ("timm",)}
+
+
+@pytest.fixture(autouse=True)
+def _compile_limit():
+    """The benchmarks raise the number of sizes that torch.compile takes; the other tests keep theirs."""
+    with torch._dynamo.config.patch(**{SIZES_LIMIT: getattr(torch._dynamo.config, SIZES_LIMIT)}):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that are compared
+@pytest.mark.parametrize("name", record.TITLES)
+def test_benchmark_runs(name):
+    """At tiny sizes; what it compares it first checks to compute the same."""
+    for package in NEEDED.get(name, ()):
+        pytest.importorskip(package)
+    rows = list(importlib.import_module(f"tests.benchmarks.{name}").benchmark(QUICK))
+    assert rows
+    for row in rows:
+        assert MEASURED & set(row), row
+        left_out = row.get("not_measured")
+        assert left_out in (None, "not installed") or row["version"] in MAY_BE_LEFT_OUT, row
+        assert page.line(row)
+
+
+def test_page_says_what_the_record_says():
+    """Neither is edited by hand: ``python -m tests.benchmarks --no-run`` writes the tables from the record."""
+    text = (DOCS / "benchmarks.md").read_text()
+    assert page.written(text, record.load(DOCS / "benchmarks.json"), DOCS) == text
+
+
+def group(version="ours", seconds=0.5, **others):
+    rows = [
+        {
+            "work": "SER loss, small",
+            "version": "dense",
+            "size": size,
+            "unit": "images",
+            "seconds": size,
+            "megabytes": 9.0,
+        }
+        for size in (1, 2, 4)
+    ]
+    rows.append({"work": "SER loss, small", "version": version, "size": 2, "unit": "images", "seconds": seconds})
+    rows.append({"work": "SER loss, small", "version": "none", "size": 4, "unit": "images", "not_measured": "no room"})
+    return {"benchmark": "ser", "device": "cpu", "machine": "a machine", "date": "a day", "rows": rows, **others}
+
+
+def test_new_measurement_replaces_its_own_alone(tmp_path):
+    first = [group(), group(benchmark="grid"), group(device="cuda")]
+    path = tmp_path / "benchmarks.json"
+    record.save(record.updated(first, group(seconds=0.25, date="later")), path)
+    found = {(part["benchmark"], part["device"]): part for part in record.load(path)}
+    assert found["grid", "cpu"] == first[1]
+    assert found["ser", "cuda"] == first[2]
+    assert found["ser", "cpu"] == group(seconds=0.25, date="later")
+    assert [part["benchmark"] for part in record.load(path)] == ["ser", "ser", "grid"]
+
+
+def test_tables_and_picture(tmp_path):
+    assert pictures.draw(group(), tmp_path) == tmp_path / "ser-cost.png"
+    text = page.results([group(note="beside another program")], tmp_path)
+    assert "![SER loss: cost against size, both axes logarithmic](ser-cost.png)" in text
+    assert "a machine; a day; beside another program." in text
+    assert "| time | 1 images | 2 images | 4 images |" in text
+    assert "| ours | – | 500 ms (4.00×) | – |" in text
+    assert "Not measured: none with 4 images (no room)." in text
+    assert "Not measured on a GPU yet." in text
+
+
+def test_versions_run_in_turns_and_one_that_fails_is_named():
+    calls = []
+
+    def fail():
+        raise RuntimeError("no kernel\nhere")
+
+    medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, turn_seconds=0)
+    assert calls == ["a", "b", "a", "b"]
+    rows = list(compare("work", {"a": lambda: None, "b": fail}, QUICK, may_fail=(RuntimeError,), size=3))
+    assert rows[1] == {"work": "work", "version": "b", "size": 3, "not_measured": "no kernel"}
+    assert rows[0]["seconds"] < 1
+    with pytest.raises(RuntimeError, match="no kernel"):
+        list(compare("work", {"b": fail}, QUICK))
