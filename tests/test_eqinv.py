@@ -37,6 +37,8 @@ def plain(**options):
 
 
 class Given(nn.Module):
+    num_samples = 1000
+
     """Environments that answer a fixed table."""
 
     def __init__(self, table):
