@@ -49,7 +49,8 @@ def normalized(x: Tensor) -> Tensor:
     # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
     # of up to 1e6, and fp16 ends at 65,504.
     eps = 1e-3 if x.dtype == torch.float16 else 1e-6
-    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1, eps=eps)
+    # Contiguous, so that products of what comes out give the same bits whatever the strides.
+    return F.normalize(x.to(accumulation_dtype(x.dtype)).contiguous(), dim=-1, eps=eps)
 
 
 def exponent_limit(dtype: torch.dtype) -> float:
