@@ -247,18 +247,19 @@ def test_degenerate_batches(record, case, dtype):  # F6, F8, F9, F10
 @every_record
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(record, dynamic):
+    """With gradients; and, of dynamic shapes, once for all sizes of the batch."""
     torch._dynamo.reset()
-    loss = record.build(torch.float32)
+    loss, args = record.build(torch.float32), record.sample(torch.float32)
     compiled = torch.compile(copy.deepcopy(loss), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with torch._dynamo.config.patch(**record.compile_options):
         if not record.compiles:
             with pytest.raises(torch._dynamo.exc.Unsupported):
-                compiled(*record.sample(torch.float32))
+                compiled(*args)
             return
-        for world in (1, 2) if dynamic else (1,):
-            args = split(record.sample(torch.float32), 0, world)
-            found, gradients = step(compiled, args)
-            expected, expected_gradients = step(loss, args)
+        for world in (1, 2, 3) if dynamic else (1,):
+            with torch._dynamo.config.patch(error_on_recompile=world > 1):
+                found, gradients = step(compiled, split(args, 0, world))
+            expected, expected_gradients = step(loss, split(args, 0, world))
             torch.testing.assert_close(found, expected)
             torch.testing.assert_close(gradients, expected_gradients)
 

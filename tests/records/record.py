@@ -137,7 +137,7 @@ def take(args: Arguments, rows: slice) -> Arguments:
 
     def taken(value):
         if isinstance(value, GridTransform):
-            return GridTransform(value.quarter_turns[rows], value.flip[rows], value.source, value.target)
+            return GridTransform(value.quarter_turns[rows], value.flip[rows].clone(), value.source, value.target)
         if not isinstance(value, torch.Tensor):
             return value
         places = tuple(rows if size == BATCH else slice(None) for size in value.shape)
