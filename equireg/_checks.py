@@ -86,7 +86,7 @@ class Arguments:
                 return
             value = float(value.detach())
         self.number(name, value)
-        if not value > 0 or math.isinf(value):  # type: ignore[operator, arg-type]
+        if not 0 < value < math.inf:  # type: ignore[operator]  # torch.compile cannot trace math.isinf of a symbol
             self.refuse(name, "finite and above 0", value)
 
     def not_negative(self, name: str, value: object) -> None:

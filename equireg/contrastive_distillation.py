@@ -99,8 +99,8 @@ class ContrastiveDistillation(nn.Module):
         check.below("indices", indices, self.num_samples, "num_samples")
 
         others = self._draw(indices)
-        v_student = normalized(self.embed_student(student))
-        v_teacher = normalized(self.embed_teacher(teacher.detach()))
+        v_student = normalized(self.embed_student(student.contiguous()))
+        v_teacher = normalized(self.embed_teacher(teacher.detach().contiguous()))
         # As they are now: the banks move in place, and the backward pass needs what the loss saw.
         banks = self.bank_teacher.to(v_student.dtype, copy=True), self.bank_student.to(v_student.dtype, copy=True)
         loss = v_student.new_zeros(())

@@ -5,6 +5,7 @@ Both take what is already in closed form, a risk and its slope per environment, 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from equireg._checks import Arguments
@@ -21,7 +22,7 @@ def rex_penalty(risk: Tensor) -> Tensor:
         risk: [K, E] or [E]; one row for each class, one column for each environment.
 
     Returns:
-        [K] or 0-d: the unbiased variance, 0 where there is one environment only.
+        [K] or 0-d: the unbiased variance, 0 where there is one environment only. Float32 (float64 for float64).
 
     Raises:
         ValueError: ``risk`` has no environment.
@@ -31,7 +32,8 @@ def rex_penalty(risk: Tensor) -> Tensor:
         >>> rex_penalty(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
         tensor([2., 0.])
     """
-    environments = _environments("rex_penalty", "risk", risk)
+    risk = _environments("rex_penalty", "risk", risk)
+    environments = risk.shape[-1]
     deviation = risk - risk.mean(-1, keepdim=True)
     return deviation.square().sum(-1) / max(environments - 1, 1)
 
@@ -48,7 +50,7 @@ def irmv1_penalty(slope: Tensor) -> Tensor:
         slope: [K, E] or [E]; the derivatives at w = 1.
 
     Returns:
-        [K] or 0-d.
+        [K] or 0-d, in float32 (float64 for float64).
 
     Raises:
         ValueError: ``slope`` has no environment.
@@ -58,13 +60,14 @@ def irmv1_penalty(slope: Tensor) -> Tensor:
         >>> irmv1_penalty(torch.tensor([[1.0, -2.0], [0.0, 0.5]]))
         tensor([5.0000, 0.2500])
     """
-    _environments("irmv1_penalty", "slope", slope)
+    slope = _environments("irmv1_penalty", "slope", slope)
     return slope.square().sum(-1)
 
 
-def _environments(function: str, name: str, value: Tensor) -> int:
+def _environments(function: str, name: str, value: Tensor) -> Tensor:
+    """Values over environments, in float32 or float64."""
     check = Arguments(function)
     check.features(name, value, "E" if isinstance(value, Tensor) and value.dim() == 1 else "K E")
     if check.sizes["E"] == 0:
         check.refuse(name, "over at least one environment", list(value.shape))
-    return check.sizes["E"]
+    return value.to(torch.promote_types(value.dtype, torch.float32))

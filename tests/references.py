@@ -6,26 +6,35 @@ import torch
 
 
 def pair_lse(x, y, scale, keep, weight):
-    """lse and mean [E, M] by plain sums; ``keep`` [M][N], ``weight`` [E][M][N]."""
+    """lse and mean [E, M] by plain sums, differentiable; ``keep`` [M][N], ``weight`` [E][M][N]."""
     x, y = x.double(), y.double()
-    environments, rows = len(weight), len(x)
-    lse = torch.full((environments, rows), -math.inf, dtype=torch.float64)
-    mean = torch.zeros(environments, rows, dtype=torch.float64)
-    for e in range(environments):
-        for i in range(rows):
-            logits = [float(scale) * float(x[i] @ y[j]) for j in range(len(y))]
-            kept = [j for j in range(len(y)) if keep[i][j] and float(weight[e][i][j]) > 0]
+    lse, mean = [], []
+    for table in weight:
+        for i in range(len(x)):
+            logits = [scale * (x[i] @ y[j]) for j in range(len(y))]
+            kept = [j for j in range(len(y)) if keep[i][j] and float(table[i][j].detach()) > 0]
             if not kept:
+                lse.append(torch.tensor(-math.inf, dtype=torch.float64))
+                mean.append(torch.zeros((), dtype=torch.float64))
                 continue
-            top = max(logits[j] for j in kept)
-            masses = [float(weight[e][i][j]) * math.exp(logits[j] - top) for j in kept]
-            lse[e, i] = top + math.log(sum(masses))
-            mean[e, i] = sum(m * logits[j] for m, j in zip(masses, kept)) / sum(masses)
-    return lse, mean
+            top = max(float(logits[j].detach()) for j in kept)
+            masses = [table[i][j] * torch.exp(logits[j] - top) for j in kept]
+            lse.append(top + torch.log(sum(masses)))
+            mean.append(sum(m * logits[j] for m, j in zip(masses, kept)) / sum(masses))
+    return torch.stack(lse).view(-1, len(x)), torch.stack(mean).view(-1, len(x))
+
+
+def units(x):
+    """Rows of unit length in float64; a zero row stays zero, and has cosine 0 with all."""
+    x = x.double()
+    length = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1)
 
 
 def _cosine(a, b):
-    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+    """0 where one of them is zero."""
+    lengths = float(a @ a) * float(b @ b)
+    return float(a @ b) / math.sqrt(lengths) if lengths else 0.0
 
 
 def adjusted_similarity(features, labels, num_classes, adjust=True):
@@ -63,7 +72,7 @@ def environments(scores, labels):
 
 def class_risk(z, labels, similar, k, e, temperature, denominator="own", w=1.0):
     """Eq. 5 of EqInv for class k in environment e (0 or 1), differentiable in z and w; None without a pair."""
-    z = z / z.norm(dim=1, keepdim=True)
+    z = units(z)
     members = [i for i, label in enumerate(labels.tolist()) if label == k]
     if len(members) < 2:
         return None
@@ -109,22 +118,28 @@ def class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator
 
 
 def patch_nt_xent(z, z_prime, temperature):
-    """SER's loss, anchor by anchor and negative by negative; z, z_prime [B, T, D]."""
-    z, z_prime = z.double(), z_prime.double()
+    """SER's loss, anchor by anchor and negative by negative, differentiable; z, z_prime [B, T, D]."""
+    z, z_prime = units(z), units(z_prime)
     images, places = z.shape[:2]
-    total = 0.0
+    losses = []
     for i in range(images):
         for j in range(places):
-            positive = _cosine(z[i, j], z_prime[i, j]) / temperature
+            positive = z[i, j] @ z_prime[i, j] / temperature
             logits = [positive]
             for m in range(images):
                 for n in range(places):
                     if m != i:
-                        logits.append(_cosine(z[i, j], z[m, n]) / temperature)
-                        logits.append(_cosine(z[i, j], z_prime[m, n]) / temperature)
-            top = max(logits)
-            total += top + math.log(sum(math.exp(logit - top) for logit in logits)) - positive
-    return total / (images * places)
+                        logits.append(z[i, j] @ z[m, n] / temperature)
+                        logits.append(z[i, j] @ z_prime[m, n] / temperature)
+            losses.append(minus_log_share(logits))
+    return sum(losses) / len(losses)
+
+
+def minus_log_share(logits):
+    """-log of the first one's share of the sum of exponentials, whose digits survive where it is nearly 1."""
+    top = max(float(logit.detach()) for logit in logits[1:])
+    above = top + torch.log(sum(torch.exp(logit - top) for logit in logits[1:])) - logits[0]
+    return torch.log1p(torch.exp(above)) if float(above.detach()) < 0 else above + torch.log1p(torch.exp(-above))
 
 
 def knn_accuracy(train_features, train_labels, features, labels, k, temperature):
@@ -141,12 +156,13 @@ def knn_accuracy(train_features, train_labels, features, labels, k, temperature)
 
 
 def equimod(predicted, target, temperature):
-    """The contrast of predicted embeddings [B, d] with those of all views."""
-    total = 0.0
+    """The contrast of predicted embeddings [B, d] with those of all views, differentiable."""
+    predicted, target = units(predicted), units(target)
+    losses = []
     for i in range(len(predicted)):
-        logits = [_cosine(predicted[i].double(), target[m].double()) / temperature for m in range(len(target))]
-        total += math.log(sum(math.exp(logit) for logit in logits)) - logits[i]
-    return total / len(predicted)
+        logits = [predicted[i] @ target[m] / temperature for m in range(len(target))]
+        losses.append(minus_log_share([logits[i], *logits[:i], *logits[i + 1 :]]))
+    return sum(losses) / len(losses)
 
 
 # ------------------------------------------------------------------------------- transformations of an image, by pixels
@@ -231,30 +247,29 @@ def jitter_colors(image, brightness, contrast, saturation, hue):
 
 
 def soft_info_nce(z1, z2, weights, temperature, theta=1.0):
-    """Loss of each group, in float64, row by row: the relaxed loss of IP-IRM's Step 2; None where no row counts."""
-    z = torch.cat([z1, z2]).double()
-    z = z / z.norm(dim=1, keepdim=True)
+    """Loss of each group, row by row: the relaxed loss of IP-IRM's Step 2; None where no row counts."""
+    z = units(torch.cat([z1, z2]))
     n = len(z1)
     losses = []
     for w in weights.double().T:
         numerator = denominator = 0.0
         for i in range(2 * n):
             p = (i + n) % (2 * n)
-            s = [theta * float(z[i] @ z[a]) / temperature for a in range(2 * n)]
+            s = [theta * (z[i] @ z[a]) / temperature for a in range(2 * n)]
             others = [a for a in range(2 * n) if a not in (i, p)]
-            total = sum(float(w[a % n]) for a in others)
+            total = sum(w[a % n] for a in others)
             if total == 0:
                 continue
-            negatives = sum(float(w[a % n]) * math.exp(s[a]) for a in others) * (2 * n - 2) / total
-            numerator += float(w[i % n]) * (math.log(math.exp(s[p]) + negatives) - s[p])
-            denominator += float(w[i % n])
+            negatives = sum(w[a % n] * torch.exp(s[a]) for a in others) * (2 * n - 2) / total
+            numerator = numerator + w[i % n] * (torch.log(torch.exp(s[p]) + negatives) - s[p])
+            denominator = denominator + w[i % n]
         losses.append(numerator / denominator if denominator else None)
     return losses
 
 
-def group_info_nce(z1, z2, group, temperature, theta=1.0, keys=None):
-    """SimCLR's loss within each group, {group: loss}, and without ``group`` that of all samples; float64 loops."""
-    z1, z2 = ((z / z.norm(dim=1, keepdim=True)).double() for z in (z1, z2))
+def group_info_nce(z1, z2, group, temperature, theta=1.0):
+    """SimCLR's loss within each group that has two samples, {group: loss}."""
+    z1, z2 = units(z1), units(z2)
     losses = {}
     for k in sorted(set(group.tolist())):
         members = [i for i in range(len(group)) if group[i] == k]
@@ -263,16 +278,19 @@ def group_info_nce(z1, z2, group, temperature, theta=1.0, keys=None):
         rows = []
         for mine, other in ((z1, z2), (z2, z1)):
             for i in members:
-                positive = theta * float(mine[i] @ other[i]) / temperature
-                logits = [theta * float(mine[i] @ z[j]) / temperature for j in members if j != i for z in (z1, z2)]
-                rows.append(math.log(math.exp(positive) + sum(map(math.exp, logits))) - positive)
+                positive = theta * (mine[i] @ other[i]) / temperature
+                logits = [theta * (mine[i] @ z[j]) / temperature for j in members if j != i for z in (z1, z2)]
+                rows.append(minus_log_share([positive, *logits]))
         losses[k] = sum(rows) / len(rows)
     return losses
 
 
-def slope(loss, *arguments, step=1e-5, **options):
-    """Central difference of ``loss(..., theta)`` at 1."""
-    up, down = (loss(*arguments, theta=1 + d, **options) for d in (step, -step))
-    if isinstance(up, dict):
-        return {k: (up[k] - down[k]) / (2 * step) for k in up}
-    return [None if a is None else (a - b) / (2 * step) for a, b in zip(up, down)]
+def slope(loss, *arguments, **options):
+    """The derivative of ``loss(..., theta)`` at 1 by autograd, of each group; itself differentiable."""
+    theta = torch.ones((), dtype=torch.float64, requires_grad=True)
+    losses = loss(*arguments, theta=theta, **options)
+
+    def at_one(value):
+        return None if value is None else torch.autograd.grad(value, theta, create_graph=True)[0]
+
+    return {k: at_one(v) for k, v in losses.items()} if isinstance(losses, dict) else [at_one(v) for v in losses]

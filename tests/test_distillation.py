@@ -52,14 +52,6 @@ def test_default_beta_is_hintons():
     torch.testing.assert_close(grads[1], expected.detach(), rtol=0.02, atol=1e-4)
 
 
-def test_gradients_reach_the_student_alone():
-    student, teacher = logits().requires_grad_(), logits().requires_grad_()
-    DistillationLoss()(student, teacher, torch.zeros(6).long()).backward()
-    assert student.grad.abs().sum() > 0
-    assert teacher.grad is None
-    assert torch.autograd.gradcheck(lambda z: DistillationLoss()(z, teacher, torch.zeros(6).long()), [student])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_fp32(dtype):
     student, teacher = 30 * logits(dtype=dtype), 30 * logits(dtype=dtype)

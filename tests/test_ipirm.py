@@ -2,14 +2,13 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from equireg import IPIRMLoss, MoCoIPIRMLoss, PartitionUpdater, SimSiamIPIRMLoss, mix_images, soft_info_nce
-from tests import references
+from tests import loss_references, references
 from tests.test_similarity import Watch
 
 
@@ -30,9 +29,9 @@ def test_equals_the_loop(groups, temperature, hard):
         weights = F.one_hot(torch.arange(9) % groups, groups).double()
     loss, slope = soft_info_nce(z1, z2, weights, temperature=temperature)
     expected = references.soft_info_nce(z1, z2, weights, temperature)
-    torch.testing.assert_close(loss.tolist(), expected, rtol=1e-10, atol=1e-10)
-    difference = references.slope(references.soft_info_nce, z1, z2, weights, temperature)
-    torch.testing.assert_close(slope.tolist(), difference, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-10, atol=1e-10)
+    derivative = references.slope(references.soft_info_nce, z1, z2, weights, temperature)
+    torch.testing.assert_close(slope, torch.stack(derivative).detach(), rtol=1e-10, atol=1e-10)
 
 
 def test_without_weights_it_is_simclr():
@@ -66,14 +65,6 @@ def test_slope_is_autograds():
         torch.testing.assert_close(slope[k], torch.autograd.grad(loss[k], theta, retain_graph=True)[0])
 
 
-@pytest.mark.parametrize("backend_size", [2, 9])
-def test_gradcheck(backend_size):
-    z1, z2 = views(backend_size, 3)
-    weights = 0.1 + torch.rand(backend_size, 3, dtype=torch.float64)
-    inputs = [tensor.requires_grad_() for tensor in (z1, z2, weights)]
-    assert torch.autograd.gradcheck(lambda *x: soft_info_nce(*x), inputs)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 10.0])
 def test_precision(dtype, temperature):
@@ -93,9 +84,7 @@ def test_groups_without_negatives_are_left_out():  # E1, E3
     inputs = [tensor.requires_grad_() for tensor in (z1, z2, weights)]
     loss, slope = soft_info_nce(z1, z2, weights)
     assert loss[1:].tolist() == slope[1:].tolist() == [0, 0]
-    torch.testing.assert_close(
-        loss[0].item(), references.soft_info_nce(z1.detach(), z2.detach(), weights.detach(), 0.5)[0]
-    )
+    torch.testing.assert_close(loss[0], references.soft_info_nce(z1, z2, weights, 0.5)[0])
     for gradient in torch.autograd.grad((loss + slope).sum(), inputs):
         assert gradient.isfinite().all()
     one = soft_info_nce(z1[:1], z2[:1])
@@ -137,13 +126,6 @@ def test_streams():
     assert watch.largest <= tiles.ROWS**2  # of 2,000²
 
 
-def test_compiles_whole():
-    compiled = torch.compile(soft_info_nce, fullgraph=True, backend="aot_eager")
-    z1, z2 = views(40)
-    weights = torch.rand(40, 2, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(compiled(z1, z2, weights), soft_info_nce(z1, z2, weights))
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -172,24 +154,14 @@ def test_wrong_arguments(changes, error, message):  # E2, E4
 PARTITIONS = torch.stack([torch.zeros(30).long(), torch.arange(30) % 2, torch.arange(30) // 12])
 
 
-def expected_loss(z1, z2, indices, temperature, weight, partitions=PARTITIONS):
-    def risk(group):
-        loss = references.group_info_nce(z1, z2, group, temperature)
-        slope = references.slope(references.group_info_nce, z1, z2, group, temperature)
-        return [loss[k] + weight * slope[k] ** 2 for k in loss]
-
-    whole = risk(torch.zeros(len(z1)).long())
-    parts = [value for partition in partitions[1:] for value in risk(partition[indices])]
-    return whole[0] + (sum(parts) / len(parts) if parts else 0)
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.2])
 @pytest.mark.parametrize("temperature", [0.2, 0.5])
 def test_simclr_equals_the_loop(temperature, weight):
     z1, z2 = views(10)
     indices = torch.tensor([0, 5, 29, 4, 8, 13, 21, 2, 3, 7])
-    loss = IPIRMLoss(PARTITIONS, temperature=temperature, weight=weight)(z1, z2, indices)
-    torch.testing.assert_close(loss.item(), expected_loss(z1, z2, indices, temperature, weight), rtol=1e-6, atol=1e-6)
+    loss = IPIRMLoss(PARTITIONS, temperature=temperature, weight=weight)(z1, z2, indices.to(torch.int32))
+    expected = loss_references.ip_irm(z1, z2, PARTITIONS[1:, indices], temperature, weight)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
 
 
 def test_groups_that_the_batch_lacks_are_left_out():
@@ -197,7 +169,8 @@ def test_groups_that_the_batch_lacks_are_left_out():
     z1, z2 = views(4)
     indices = torch.tensor([1, 3, 5, 29])
     loss = IPIRMLoss(PARTITIONS)(z1.requires_grad_(), z2, indices)
-    torch.testing.assert_close(loss.item(), expected_loss(z1.detach(), z2, indices, 0.5, 0.2), rtol=1e-6, atol=1e-6)
+    expected = loss_references.ip_irm(z1, z2, PARTITIONS[1:, indices], 0.5, 0.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     alone = IPIRMLoss(PARTITIONS)(z1[:1], z2[:1], indices[:1])  # one sample has no negative
     assert alone.item() == 0
     assert torch.autograd.grad(alone, z1)[0].abs().sum() == 0
@@ -216,73 +189,6 @@ def test_follows_the_updater():
     )
     assert not torch.equal(criterion(z1, z2, indices), before)
     assert set(criterion.state_dict()) == {f"partitions.{name}" for name in updater.state_dict()}
-
-
-def test_simclr_gradcheck_and_dtypes():
-    z1, z2 = views(8)
-    indices = torch.arange(8)
-    criterion = IPIRMLoss(PARTITIONS)
-    assert torch.autograd.gradcheck(lambda a, b: criterion(a, b, indices), [z1.requires_grad_(), z2.requires_grad_()])
-    exact = criterion(z1, z2, indices).item()
-    for dtype in (torch.float32, torch.bfloat16):
-        assert abs(criterion(z1.to(dtype), z2.to(dtype), indices.to(torch.int32)).item() - exact) < 0.1
-    assert criterion(z1.float(), z2.float(), indices).dtype == torch.float32
-
-
-def test_simsiam_equals_its_formula():
-    p1, p2, z1, z2 = (torch.randn(10, 4, dtype=torch.float64, requires_grad=True) for _ in range(4))
-    indices = torch.tensor([0, 5, 29, 4, 8, 13, 21, 2, 3, 7])
-    cosine = -(F.cosine_similarity(p1, z2.detach()) + F.cosine_similarity(p2, z1.detach())) / 2
-
-    def risk(rows):
-        return cosine[rows].mean() + 0.2 * cosine[rows].mean() ** 2
-
-    parts = [risk(part[indices] == k) for part in PARTITIONS[1:] for k in part[indices].unique()]
-    loss = SimSiamIPIRMLoss(PARTITIONS)(p1, p2, z1, z2, indices)
-    torch.testing.assert_close(loss, risk(torch.arange(10)) + torch.stack(parts).mean())
-    assert torch.autograd.grad(loss, [z1, z2], allow_unused=True) == (None, None)
-
-
-def test_moco_equals_the_loop():
-    """Three batches through a queue of two; negatives are the queue's keys of the group, never of the same sample."""
-    torch.manual_seed(3)
-    criterion = MoCoIPIRMLoss(PARTITIONS, num_features=4, queue_size=12).double()
-    keys, owners = [], []
-    for step in range(4):
-        indices = torch.randperm(30)[:6]
-        query, key = views(6, 4)
-        q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
-        found = criterion(query, key, indices)
-        if step >= 2:
-            bank, of = torch.cat(keys[-2:]), torch.cat(owners[-2:])
-
-            def risk(rows, allowed, bank=bank, of=of, q=q, k=k, indices=indices):
-                def at(theta):
-                    total = []
-                    for i in rows:
-                        positive = theta * float(q[i] @ k[i]) / 0.2
-                        negatives = [
-                            math.exp(theta * float(q[i] @ bank[j]) / 0.2)
-                            for j in range(12)
-                            if allowed(j) and of[j] != indices[i]
-                        ]
-                        total.append(math.log(math.exp(positive) + sum(negatives)) - positive)
-                    return sum(total) / len(total)
-
-                return at(1) + 0.2 * ((at(1 + 1e-5) - at(1 - 1e-5)) / 2e-5) ** 2
-
-            parts = [
-                risk(
-                    [i for i in range(6) if partition[indices[i]] == group],
-                    lambda j, partition=partition, group=group, of=of: partition[of[j]] == group,
-                )
-                for partition in PARTITIONS[1:]
-                for group in partition[indices].unique()
-            ]
-            expected = risk(range(6), lambda j: True) + sum(parts) / len(parts)
-            torch.testing.assert_close(found.item(), expected, rtol=1e-6, atol=1e-6)
-        keys.append(k)
-        owners.append(indices)
 
 
 def test_moco_queue():
@@ -363,39 +269,8 @@ def test_sum_of_the_others_does_not_cancel(epsilon):
     z1, z2 = views(6)
     weights = torch.full((6, 1), epsilon, dtype=torch.float64)
     weights[0] = 1
-    expected = references.soft_info_nce(z1, z2, weights, 0.5)
-    assert soft_info_nce(z1, z2, weights)[0].tolist() == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("kind", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])  # noqa: S301
-def test_copies(kind):
-    criterion = kind(IPIRMLoss(PARTITIONS, weight=0.3))
-    z1, z2 = views(8)
-    torch.testing.assert_close(
-        criterion(z1, z2, torch.arange(8)), IPIRMLoss(PARTITIONS, weight=0.3)(z1, z2, torch.arange(8))
-    )
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("loss", ["simclr", "simsiam", "moco"])
-def test_losses_compile_whole(loss, seed):
-    """Values and gradients, also of the loss that changes its own queue."""
-    torch.manual_seed(seed)
-    z1, z2 = views(8, 4)
-    make = {
-        "simclr": lambda: IPIRMLoss(PARTITIONS),
-        "simsiam": lambda: SimSiamIPIRMLoss(PARTITIONS),
-        "moco": lambda: MoCoIPIRMLoss(PARTITIONS, num_features=4, queue_size=16).double(),
-    }[loss]
-    results = []
-    for criterion in (make(), torch.compile(make(), fullgraph=True, backend="aot_eager")):
-        leaf = z1.clone().requires_grad_()
-        arguments = (leaf, z2, z2, z1) if loss == "simsiam" else (leaf, z2)
-        for _ in range(3):
-            value = criterion(*arguments, torch.arange(8))
-        value.backward()
-        results.append((value.detach(), leaf.grad))
-    torch.testing.assert_close(results[0], results[1])
+    expected = torch.stack(references.soft_info_nce(z1, z2, weights, 0.5))
+    torch.testing.assert_close(soft_info_nce(z1, z2, weights)[0], expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(

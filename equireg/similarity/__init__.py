@@ -89,7 +89,7 @@ def pair_lse(
         check.features("scale", scale, "")
     else:
         check.number("scale", scale)
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite of a symbol
             check.refuse("scale", "finite", scale)
         scale = torch.full((), scale, dtype=accumulation_dtype(x.dtype), device=x.device)
 
@@ -108,13 +108,17 @@ def pair_lse(
         if values_visible(col_weight):
             wrong = ~((col_weight >= 0) & (col_weight < math.inf))
             if wrong.any():
-                check.refuse("col_weight", "finite and at least 0", float(col_weight[wrong][0]))
+                check.refuse("col_weight", "finite and at least 0", float(col_weight.detach()[wrong][0]))
         if row_select is not None:
             row_select = check.integers("row_select", row_select, "M")
             check.below("row_select", row_select, check.sizes["S"], "rows of col_weight")
 
     if backend == "triton":
         raise RuntimeError("pair_lse: backend 'triton' has no kernel in this version; 'chunked' runs on every device")
+    # The same bits whatever the strides: of a transposed matrix BLAS sums in another order.
+    same = y is x
+    x = x.contiguous()
+    y = x if same else y.contiguous()
     if backend is None:
         backend = "dense" if len(x) * len(y) <= _DENSE_ENTRIES else "chunked"
     if backend == "chunked":

@@ -49,7 +49,8 @@ def normalized(x: Tensor) -> Tensor:
     # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
     # of up to 1e6, and fp16 ends at 65,504.
     eps = 1e-3 if x.dtype == torch.float16 else 1e-6
-    x = x.to(accumulation_dtype(x.dtype))
+    # Contiguous, so that products of what comes out give the same bits whatever the strides.
+    x = x.to(accumulation_dtype(x.dtype)).contiguous()
     # The backward pass of F.normalize, a quotient, holds twice as many copies of x.
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * length.clamp_min(eps).reciprocal()

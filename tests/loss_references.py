@@ -1,0 +1,239 @@
+"""The losses that have layers, and those of IP-IRM's Step 1, as float64 loops; nothing here comes from the package.
+
+``p`` holds a module's parameters and buffers by name, in float64.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tests import references
+from tests.references import group_info_nce, minus_log_share, slope, units
+
+
+def linear(p, name, x):
+    bias = p.get(f"{name}.bias", 0.0)
+    return torch.stack([(p[f"{name}.weight"] * row).sum(1) + bias for row in x.flatten(0, -2)]).unflatten(
+        0, x.shape[:-1]
+    )
+
+
+def batch_norm(p, name, x):
+    """Of rows [B, D], by the statistics of the batch."""
+    deviation = x - x.sum(0) / len(x)
+    variance = deviation.square().sum(0) / len(x)
+    return deviation / (variance + 1e-5).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+# ------------------------------------------------------------------------------------------------- EqInv and SER
+
+
+def environment_table(features, labels, batch_labels, batch_indices):
+    """similar[i][a]: is sample a of the batch in Env#1 of the class of sample i."""
+    scores = references.adjusted_similarity(features, labels, int(labels.max()) + 1)
+    split = references.environments(scores, labels)
+    rows = [[int(a) in split[int(k)][0] for a in batch_indices] for k in batch_labels]
+    return torch.tensor(rows)
+
+
+def class_wise_irm(p, features, labels, similar, *, temperature, weight, penalty, denominator):
+    """With the default projection, or one linear layer."""
+    z = features * torch.sigmoid(p["mask.weight"])
+    if "projection.weight" in p:
+        z = linear(p, "projection", z)
+    else:
+        z = batch_norm(p, "projection.1", linear(p, "projection.0", z)).clamp(min=0)
+        z = linear(p, "projection.3", z)
+    return references.class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator)
+
+
+def ser(p, tokens1, tokens2, g1, g2, temperature):
+    """Maps taken back through g1 and on through g2 image by image; square grids, so resizing may come last."""
+    moved = []
+    for i, tokens in enumerate(tokens1):
+        grid = tokens.unflatten(0, g1.target).permute(2, 0, 1)
+        grid = grid.rot90(-int(g1.quarter_turns[i]), (1, 2))
+        grid = grid.flip(2) if g1.flip[i] else grid
+        grid = grid.flip(2) if g2.flip[i] else grid
+        grid = grid.rot90(int(g2.quarter_turns[i]), (1, 2))
+        grid = F.interpolate(grid[None], g2.target, mode="bicubic", align_corners=False)[0]
+        moved.append(grid.permute(1, 2, 0).flatten(0, 1))
+
+    def projected(tokens):
+        hidden = linear(p, "projection.0", tokens)
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        return linear(p, "projection.2", hidden)
+
+    return references.patch_nt_xent(projected(torch.stack(moved)), projected(tokens2), temperature)
+
+
+def equimod(p, features, transformed, parameters, temperature):
+    def projected(x):
+        x = x.sum(1) / x.shape[1] if x.dim() == 3 else x
+        return linear(p, "projection.2", linear(p, "projection.0", x).clamp(min=0))
+
+    given = torch.cat([projected(features), linear(p, "parameters_projection", parameters)], 1)
+    return references.equimod(linear(p, "predictor", given), projected(transformed), temperature)
+
+
+def augself(p, features1, features2, there, back, kinds):
+    """Sum over augmentations of the mean over samples and both orders of the views."""
+    a, b = (x.sum(1) / x.shape[1] if x.dim() == 3 else x for x in (features1, features2))
+    total = 0.0
+    for name, kind in kinds.items():
+        errors = []
+        for first, second, wanted in ((a, b, there[name]), (b, a, back[name])):
+            for i in range(len(a)):
+                x = torch.cat([first[i], second[i]])[None]
+                for layer in (0, 2):
+                    x = linear(p, f"predictors.{name}.{layer}", x).clamp(min=0)
+                x = linear(p, f"predictors.{name}.4", x)[0]
+                if kind == "regression":
+                    errors.append((x.tanh() - wanted[i].double()).square().sum() / len(x))
+                elif kind == "binary":
+                    errors.append(torch.log1p(torch.exp(-x[0] if wanted[i] else x[0])))
+                else:
+                    errors.append(torch.exp(x).sum().log() - x[wanted[i]])
+        total = total + sum(errors) / len(errors)
+    return total
+
+
+def reconstruction(p, e1, e2, targets, patch_size):
+    """Decoders [linear, (GELU, convolution, rearranged channels) x 4] on the views' tokens side by side."""
+    side = math.isqrt(e1.shape[1])
+    errors = []
+    for d in range(len(targets)):
+        x = linear(p, f"decoders.{d}.0", torch.cat([e1, e2], 2)).unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        for layer in (3, 6, 9, 12):
+            x = x * (1 + torch.erf(x / math.sqrt(2))) / 2
+            weight = p[f"decoders.{d}.{layer}.weight"]
+            x = F.conv2d(x, weight, p[f"decoders.{d}.{layer}.bias"], padding=1)
+            width = {3: 4, 6: 2, 9: 1, 12: 3}[layer]
+            factor = math.isqrt(x.shape[1] // width)
+            x = x.unflatten(1, (width, factor, factor)).permute(0, 1, 4, 2, 5, 3).flatten(2, 3).flatten(3, 4)
+        errors.append((x - targets[d]).square().sum() / x.numel())
+    assert x.shape[-1] == patch_size * side
+    return sum(errors) / len(errors)
+
+
+# ------------------------------------------------------------------------------------------------- distillation
+
+
+def divergence(student, teacher, temperature):
+    """Mean over rows [..., C] of KL(teacher || student)."""
+    rows = []
+    for s, t in zip(student.flatten(0, -2) / temperature, teacher.flatten(0, -2) / temperature):
+        p, q = torch.exp(s) / torch.exp(s).sum(), torch.exp(t) / torch.exp(t).sum()
+        rows.append(sum(q[c] * torch.log(q[c] / p[c]) for c in range(len(q))))
+    return sum(rows) / len(rows)
+
+
+def distillation(student, teacher, labels, temperature, alpha, beta, smoothing):
+    classes, rows = student.shape[1], []
+    for z, y in zip(student, labels.tolist()):
+        log_p = z - torch.exp(z).sum().log()
+        rows.append(-sum(((1 - smoothing) * (c == y) + smoothing / classes) * log_p[c] for c in range(classes)))
+    return alpha * sum(rows) / len(rows) + beta * divergence(student, teacher, temperature)
+
+
+def feature_distillation(p, student, teacher, temperature):
+    return divergence(linear(p, "connector", student), teacher, temperature)
+
+
+def overhaul(p, students, teachers, layer_weights):
+    total = 0.0
+    for i, (student, teacher) in enumerate(zip(students, teachers)):
+        places = student.movedim(1, -1) if student.dim() == 4 else student
+        goals = (teacher.movedim(1, -1) if teacher.dim() == 4 else teacher).flatten(0, -2)
+        found = batch_norm(p, f"connectors.{i}.norm", linear(p, f"connectors.{i}.linear", places.flatten(0, -2)))
+        errors = []
+        for row, goal in zip(found, goals):
+            for c, t in enumerate(goal):
+                t = max(float(t), float(p[f"margin{i}"][c]))
+                errors.append(row[c] * 0 if float(row[c].detach()) <= t <= 0 else (t - row[c]) ** 2)
+        total = total + layer_weights[i] * sum(errors) / len(errors)
+    return total
+
+
+def contrastive(p, student, teacher, indices, temperature, negatives):
+    """With the Z of each direction that an earlier batch has set."""
+    samples = len(p["bank_student"])
+    generator = torch.Generator()
+    generator.set_state(p["generator_state"])
+    drawn = torch.randint(samples - 1, (len(indices), negatives), generator=generator)
+    drawn = drawn + (drawn >= indices[:, None])  # never the row's own
+    total = 0.0
+    directions = ("student", student, "bank_teacher"), ("teacher", teacher, "bank_student")
+    for (name, x, bank), log_z in zip(directions, p["log_z"]):
+        v = units(linear(p, f"embed_{name}", x))
+        masses = [
+            [torch.exp(v[i] @ p[bank][j] / temperature) for j in [int(indices[i]), *drawn[i].tolist()]]
+            for i in range(len(v))
+        ]
+        for positive, *others in masses:
+            h = [x / log_z.exp() / (x / log_z.exp() + negatives / samples) for x in (positive, *others)]
+            total = total - (torch.log(h[0]) + sum(torch.log(1 - x) for x in h[1:])) / len(v)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------- IP-IRM, Step 1
+
+
+def over_groups(loss, weight, everyone, partitions):
+    """Step 1 of IP-IRM: ``loss(group)`` with its squared slope, of all samples and the mean over partitions' groups."""
+
+    def risks(group):
+        values, slopes = loss(group, theta=1.0), slope(loss, group)
+        return [values[k] + weight * slopes[k] ** 2 for k in values]
+
+    parts = [risk for partition in partitions for risk in risks(partition)]
+    return sum(risks(everyone)) + (sum(parts) / len(parts) if parts else 0)
+
+
+def ip_irm(z1, z2, groups, temperature, weight):
+    """Of SimCLR; ``groups`` int [P, B], of the partitions with more than one group."""
+
+    def loss(group, theta):
+        return group_info_nce(z1, z2, group, temperature, theta)
+
+    return over_groups(loss, weight, torch.zeros(len(z1), dtype=torch.int64), groups)
+
+
+def sim_siam_ip_irm(p1, p2, z1, z2, groups, weight):
+    p1, p2, z1, z2 = (units(part) for part in (p1, p2, z1, z2))
+
+    def loss(group, theta):
+        losses = {}
+        for k in sorted(set(group.tolist())):
+            members = [i for i in range(len(group)) if group[i] == k]
+            cosines = [(p1[i] @ z2[i] + p2[i] @ z1[i]) / 2 for i in members]
+            losses[k] = -theta * sum(cosines) / len(members)
+        return losses
+
+    return over_groups(loss, weight, torch.zeros(len(p1), dtype=torch.int64), groups)
+
+
+def moco_ip_irm(query, key, indices, queue, owners, partitions, temperature, weight):
+    """``partitions`` int [P, N], of more than one group each; ``owners`` [queue], -1 for nobody's key."""
+    query, key = units(query), units(key)
+
+    def loss(group_of, theta):
+        losses = {}
+        for k in sorted({group_of(int(index)) for index in indices}):
+            rows = []
+            for i, index in enumerate(indices.tolist()):
+                if group_of(index) != k:
+                    continue
+                own = [j for j, owner in enumerate(owners.tolist()) if owner != index and group_of(owner) == k]
+                if own:
+                    logits = [theta * (query[i] @ queue[j]) / temperature for j in own]
+                    rows.append(minus_log_share([theta * (query[i] @ key[i]) / temperature, *logits]))
+            if rows:
+                losses[k] = sum(rows) / len(rows)
+        return losses
+
+    def of_partition(partition):
+        return lambda index: int(partition[index]) if index >= 0 else -1
+
+    return over_groups(loss, weight, lambda index: 0, [of_partition(partition) for partition in partitions])

@@ -1,0 +1,154 @@
+"""Records of EqInv: risks, penalties, the class-wise loss."""
+
+import torch
+from torch import nn
+
+from equireg import ClassWiseIRM, class_wise_risks, irmv1_penalty, rex_penalty
+from tests import loss_references, references
+from tests.records.record import AS_REFERENCE, BATCH, NO_ENTRIES, Record, Refused, refused_type, replace
+
+_DATASET = torch.randn(30, 6, generator=torch.Generator().manual_seed(5))
+_LABELS = torch.arange(30) % 3
+
+
+def _risks(**options):
+    return lambda z, labels, similar: class_wise_risks(z, labels, similar, **options)
+
+
+def _risks_reference(denominator):
+    def reference(p, z, labels, similar):
+        risks, slopes = [], []
+        for k in sorted(set(labels.tolist())):
+            for e in (0, 1):
+
+                def of_class(theta, k=k, e=e):
+                    return [references.class_risk(z, labels, similar, k, e, 0.1, denominator, theta)]
+
+                risks += of_class(torch.ones((), dtype=torch.float64))
+                slopes += references.slope(of_class)
+        return torch.stack(risks).view(-1, 2), torch.stack(slopes).view(-1, 2)
+
+    return reference
+
+
+def _batch(draw, grad=True):
+    """Features of four samples of each of three classes, their labels and indices in the dataset."""
+    indices = torch.stack([torch.randperm(10, generator=draw.generator)[:4] * 3 + k for k in range(3)])
+    indices = indices.flatten()[torch.randperm(BATCH, generator=draw.generator)]
+    return draw.floats(BATCH, 6, grad=grad), _LABELS[indices], indices
+
+
+def _irm(**fixed):
+    def make(**options):
+        projection = {} if "projection" in fixed else {"projection": nn.Linear(6, 5)}
+        arguments = {**projection, **fixed, **options}
+        return ClassWiseIRM(6, 3, **arguments).fit_environments(_DATASET, _LABELS)
+
+    return make
+
+
+def _irm_reference(**settings):
+    def reference(p, features, labels, indices=None):
+        if indices is None:  # the split made of the batch alone
+            similar = loss_references.environment_table(features.detach(), labels, labels, range(len(labels)))
+        else:
+            similar = loss_references.environment_table(_DATASET, _LABELS, labels, indices)
+        return loss_references.class_wise_irm(p, features, labels, similar, temperature=0.1, **settings)
+
+    return reference
+
+
+_IRM_REFUSED = {
+    "F2 whole numbers": refused_type(0, "ClassWiseIRM: features"),
+    "F31 labels": Refused(TypeError, "labels must be .* got torch.float32", replace(1, torch.ones(BATCH))),
+    "F32 labels": Refused(ValueError, "labels must be in 0 .. 2 .* got 3 at", replace(1, lambda y: y + 1)),
+    "F34 weight": Refused(ValueError, "weight must be finite and at least 0, got -1", options={"weight": -1}),
+}
+
+
+def _penalty(function, value, reference):
+    return Record(
+        name=function.__name__,
+        make=lambda: function,
+        inputs=lambda draw: (draw.floats(BATCH, 3),),
+        reference=lambda p, rows: torch.stack([reference(list(row)) for row in rows]),
+        refused={
+            "F2 whole numbers": refused_type(0, f"{function.__name__}: {value}"),
+            "no environment": Refused(
+                ValueError, r"over at least one environment, got \[12, 0\]", replace(0, torch.ones(BATCH, 0))
+            ),
+        },
+        empty=NO_ENTRIES,
+        one=AS_REFERENCE,
+    )
+
+
+def _variance(risks):
+    average = sum(risks) / len(risks)
+    return sum((risk - average) ** 2 for risk in risks) / (len(risks) - 1)
+
+
+RECORDS = [
+    _penalty(rex_penalty, "risk", _variance),
+    _penalty(irmv1_penalty, "slope", lambda slopes: sum(slope**2 for slope in slopes)),
+    *(
+        Record(
+            name=f"class_wise_risks/{denominator}",
+            make=lambda denominator=denominator, **options: _risks(**{"denominator": denominator, **options}),
+            inputs=lambda draw: (draw.floats(BATCH, 6), draw.labels(3), draw.booleans(BATCH, BATCH)),
+            reference=_risks_reference(denominator),
+            refused={
+                "F2 whole numbers": refused_type(0, "class_wise_risks: z"),
+                "similar": Refused(
+                    ValueError,
+                    r"similar must be \[B, B\] = \[12, 12\], got \[12, 11\]",
+                    replace(2, lambda similar: similar[:, 1:]),
+                ),
+                "F12 temperature": Refused(ValueError, "temperature must .* got -1.0", options={"temperature": -1.0}),
+                "F27 denominator": Refused(ValueError, "denominator must .* got 'Own'", options={"denominator": "Own"}),
+            },
+            empty=NO_ENTRIES,
+            one=NO_ENTRIES,
+            compile_options={"capture_dynamic_output_shape_ops": True},  # K depends on the labels
+        )
+        for denominator in ("own", "all")
+    ),
+    Record(
+        name="ClassWiseIRM",
+        make=_irm(projection=None),
+        inputs=lambda draw: _batch(draw, grad=False),
+        reference=_irm_reference(weight=10.0, penalty="rex", denominator="own"),
+        refused=_IRM_REFUSED,
+        empty=0.0,
+        one=0.0,
+        same_bits=False,  # a linear layer on features of other strides sums in another order
+        frozen=(0,),
+    ),
+    Record(
+        name="ClassWiseIRM/irmv1",
+        make=_irm(penalty="irmv1", denominator="all", weight=2.0, detach=False),
+        inputs=_batch,
+        reference=_irm_reference(weight=2.0, penalty="irmv1", denominator="all"),
+        refused={
+            "E5 indices": Refused(
+                ValueError, "indices must be in 0 .. 29 .* got 30 at", replace(2, lambda i: 0 * i + 30)
+            ),
+            "F27 penalty": Refused(ValueError, "penalty must be one of .* got 'vrex'", options={"penalty": "vrex"}),
+        },
+        empty=0.0,
+        one=0.0,
+        same_bits=False,  # a linear layer on features of other strides sums in another order
+        processes="gather",
+    ),
+    Record(
+        name="ClassWiseIRM/split in the batch",
+        make=_irm(weight=2.0, detach=False),
+        inputs=lambda draw: _batch(draw)[:2],
+        reference=_irm_reference(weight=2.0, penalty="rex", denominator="own"),
+        refused=_IRM_REFUSED,
+        empty=0.0,
+        one=0.0,
+        same_bits=False,  # a linear layer on features of other strides sums in another order
+        processes="gather",
+    ),
+]

@@ -1,0 +1,86 @@
+"""Records of the losses of Step 1 of IP-IRM."""
+
+import torch
+
+from equireg import IPIRMLoss, MoCoIPIRMLoss, SimSiamIPIRMLoss
+from tests import loss_references
+from tests.records.record import AS_REFERENCE, BATCH, Record, Refused, refused_type, replace
+
+PARTITIONS = torch.stack([torch.zeros(30).long(), torch.arange(30) % 2, torch.arange(30) // 12])
+
+
+def _moco(**options):
+    """With keys of eight samples in a queue of sixteen."""
+    settings = {"num_features": 5, "queue_size": 16, **options}
+    loss = MoCoIPIRMLoss(PARTITIONS, **settings)
+    generator = torch.Generator().manual_seed(3)
+    loss(*torch.randn(2, 8, 5, generator=generator), torch.randperm(30, generator=generator)[:8])
+    return loss
+
+
+def _moco_reference(p, query, key, indices):
+    return loss_references.moco_ip_irm(
+        query, key, indices, p["queue"], p["queue_indices"], PARTITIONS[1:], temperature=0.2, weight=0.2
+    )
+
+
+def _refused(name, place):
+    return {
+        "F2 whole numbers": refused_type(0, name),
+        "F5 dtypes": Refused(TypeError, "dtype torch.float64, got torch.float32", replace(1, lambda x: x.float())),
+        "E5 indices": Refused(
+            ValueError, "indices must be in 0 .. 29 .* got 30 at", replace(place, lambda i: 0 * i + 30)
+        ),
+        "F34 weight": Refused(ValueError, "weight must be finite and at least 0, got -1", options={"weight": -1}),
+    }
+
+
+RECORDS = [
+    Record(
+        name="IPIRMLoss",
+        make=lambda **options: IPIRMLoss(PARTITIONS, **options),
+        inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 5), draw.indices(30)),
+        reference=lambda p, z1, z2, indices: loss_references.ip_irm(z1, z2, PARTITIONS[1:, indices], 0.5, 0.2),
+        refused=_refused("IPIRMLoss: z1", 2),
+        empty=Refused(ValueError, r"z1 must be of at least one sample and one feature, got \[0, 5\]"),
+        one=0.0,  # no negative
+        processes="gather",
+        streams=True,
+    ),
+    Record(
+        name="SimSiamIPIRMLoss",
+        make=lambda **options: SimSiamIPIRMLoss(PARTITIONS, **options),
+        inputs=lambda draw: (
+            draw.floats(BATCH, 5),
+            draw.floats(BATCH, 5),
+            draw.floats(BATCH, 5, grad=False),
+            draw.floats(BATCH, 5, grad=False),
+            draw.indices(30),
+        ),
+        reference=lambda p, *views_and_indices: loss_references.sim_siam_ip_irm(
+            *views_and_indices[:4], PARTITIONS[1:, views_and_indices[4]], 0.2
+        ),
+        refused=_refused("SimSiamIPIRMLoss: p1", 4),
+        empty=Refused(ValueError, r"p1 must be of at least one sample and one feature, got \[0, 5\]"),
+        one=AS_REFERENCE,
+        frozen=(2, 3),
+        processes="gather",
+    ),
+    Record(
+        name="MoCoIPIRMLoss",
+        make=_moco,
+        inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 5, grad=False), draw.indices(30)),
+        reference=_moco_reference,
+        refused={
+            **_refused("MoCoIPIRMLoss: query", 2),
+            "queue": Refused(
+                ValueError, r"query must be of 1 to queue_size = 8 .* got \[12, 5\]", options={"queue_size": 8}
+            ),
+        },
+        empty=Refused(ValueError, r"query must be of 1 to queue_size = 16 samples, got \[0, 5\]"),
+        one=AS_REFERENCE,
+        frozen=(1,),
+        processes="gather",
+        streams=True,
+    ),
+]
