@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 def rows_of(lse: Tensor, mean: Tensor, positive: Tensor) -> Rows:
     """From the log-sum-exp and softmax mean of each row's negatives, [K, rows], and the similarity of its positive."""
-    counted = lse > -math.inf
+    counted = lse != -math.inf  # NaN counts, and shows
     gap = torch.where(counted, lse - positive, 0)
     loss, slope = F.softplus(gap), gap.sigmoid() * (mean - positive)
     return Rows(torch.where(counted, loss, 0), torch.where(counted, slope, 0), counted)

@@ -127,9 +127,10 @@ class MoCoIPIRMLoss(PartitionLoss):
             check.features("query", query, "N d")
             check.features("key", key, "N d")
             check.dtype_of("key", key, "query", query)
-            most = len(self.queue) // processes.size
-            if not 0 < len(query) <= most:
-                check.refuse("query", f"of 1 to queue_size / processes = {most} samples", list(query.shape))
+            if not 0 < len(query) * processes.size <= len(self.queue):
+                places = "" if processes.size == 1 else f" in {processes.size} processes"
+                rule = f"of 1 to queue_size = {len(self.queue)} samples{places}"
+                check.refuse("query", rule, list(query.shape))
             return normalized(query), normalized(key.detach()), self.check_indices(check, indices)
 
         x, own_key, indices = processes.agree("[N, d]", checked, lambda made: made[0], self.num_partitions)

@@ -1,111 +1,11 @@
-"""Several processes of gloo on the CPU: the loss and its gradients are those of one process with all images."""
-
-import traceback
+"""Two processes of gloo on the CPU: what they agree on, what they refuse, and models under DistributedDataParallel."""
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from equireg import GridTransform, LateClassToken, SERLoss, TokenTap
 from equireg.distributed import Processes
-
-IMAGES = 2  # in each process
-
-
-def in_processes(world, function, folder, *arguments):
-    """What ``function(rank, *arguments)`` returns in each of ``world`` processes."""
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(
-            target=_child, args=(rank, world, str(folder / "store"), queue, function, arguments), daemon=True
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    results = [queue.get() for _ in range(world)]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    for _, problem, _ in results:
-        assert problem is None, problem
-    return [value for _, _, value in sorted(results, key=lambda result: result[0])]
-
-
-def _child(rank, world, store, queue, function, arguments):
-    torch.set_num_threads(1)
-    problem, value = None, None
-    try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-        value = function(rank, *arguments)
-        dist.barrier()  # a process that leaves while another still reads from it makes gloo abort there
-        dist.destroy_process_group()
-    except Exception:
-        problem = traceback.format_exc()
-    queue.put((rank, problem, value))
-
-
-def whole_batch(world):
-    """Tokens, elements and a module, the same wherever it is called."""
-    generator = torch.Generator().manual_seed(1)
-    g1, g2 = (GridTransform.random(world * IMAGES, (3, 3), generator=generator) for _ in range(2))
-    tokens = [
-        torch.randn(len(g), g.target[0] * g.target[1], 4, dtype=torch.float64, generator=generator) for g in (g1, g2)
-    ]
-    torch.manual_seed(2)
-    return tokens, g1, g2, SERLoss(4, projection_dim=6, gather_distributed=True).double()
-
-
-def part(g, rank):
-    mine = slice(rank * IMAGES, (rank + 1) * IMAGES)
-    return GridTransform(g.quarter_turns[mine], g.flip[mine], g.source, g.target)
-
-
-def ser_in_a_process(rank, world):
-    tokens, g1, g2, ser = whole_batch(world)
-    encoder = torch.nn.Linear(4, 4).double()
-    with torch.no_grad():
-        encoder.weight.copy_(torch.eye(4))
-        encoder.bias.zero_()
-    mine = [t[rank * IMAGES : (rank + 1) * IMAGES].clone().requires_grad_() for t in tokens]
-    model = torch.nn.parallel.DistributedDataParallel(Whole(encoder, ser))
-    loss = model(*mine, part(g1, rank), part(g2, rank))
-    loss.backward()
-    return loss.item(), [t.grad.tolist() for t in mine], [p.grad.tolist() for p in model.module.parameters()]
-
-
-class Whole(torch.nn.Module):
-    def __init__(self, encoder, ser):
-        super().__init__()
-        self.encoder, self.ser = encoder, ser
-
-    def forward(self, tokens1, tokens2, g1, g2):
-        return self.ser(self.encoder(tokens1), self.encoder(tokens2), g1, g2)
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ser_equals_one_process_with_the_whole_batch(world, tmp_path):  # D4, D5
-    tokens, g1, g2, ser = whole_batch(world)
-    encoder = torch.nn.Linear(4, 4).double()
-    with torch.no_grad():
-        encoder.weight.copy_(torch.eye(4))
-        encoder.bias.zero_()
-    leaves = [t.clone().requires_grad_() for t in tokens]
-    loss = Whole(encoder, ser)(*leaves, g1, g2)
-    loss.backward()
-
-    found = in_processes(world, ser_in_a_process, tmp_path, world)
-    assert sum(value for value, _, _ in found) / world == pytest.approx(loss.item(), rel=1e-12)
-    for i in range(2):
-        # The mean over processes is DistributedDataParallel's, for parameters; tokens have none.
-        theirs = torch.cat([torch.tensor(grads[i], dtype=torch.float64) for _, grads, _ in found]) / world
-        torch.testing.assert_close(theirs, leaves[i].grad, rtol=1e-10, atol=1e-14)
-    for _, _, grads in found:
-        for mine, expected in zip(grads, [*encoder.parameters(), *ser.parameters()]):
-            theirs = torch.tensor(mine, dtype=torch.float64)
-            torch.testing.assert_close(theirs, expected.grad, rtol=1e-10, atol=1e-14)
+from tests.processes import in_processes
 
 
 def one_image_each(rank):

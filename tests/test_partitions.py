@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from equireg import PartitionUpdater, WithIndex, extract_two_views, partitions
 from equireg.partition_search import Search, adjusted_rand_index, entropy_limit, find_partition
 from tests import references
-from tests.test_distributed import in_processes
+from tests.processes import in_processes
 
 QUIET = {"progress": False}
 

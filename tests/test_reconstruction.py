@@ -9,7 +9,7 @@ from torch import nn
 
 from equireg import IntermediateReconstructionHead, IntermediateViews, TokenTap
 from equireg.decoder import Decoder, enlargements
-from tests.test_distributed import in_processes
+from tests.processes import in_processes
 from tests.test_intermediate_views import photographs
 
 

@@ -336,19 +336,7 @@ def test_upstream_gradients(record):  # F24
         )
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        pytest.param(
-            record,
-            id=record.name,
-            marks=[pytest.mark.xfail(strict=True, reason="a row whose sum is NaN is taken for one without negatives")]
-            if record.name == "MoCoIPIRMLoss"
-            else [],
-        )
-        for record in RECORDS
-    ],
-)
+@every_record
 def test_nan_is_not_masked(record):  # F15
     """In any argument: the loss is NaN, or refuses it."""
     args = tree_map(lambda x: copied(x, False), record.sample())

@@ -10,11 +10,13 @@ PARTITIONS = torch.stack([torch.zeros(30).long(), torch.arange(30) % 2, torch.ar
 
 
 def _moco(**options):
-    """With keys of eight samples in a queue of sixteen."""
-    settings = {"num_features": 5, "queue_size": 16, **options}
-    loss = MoCoIPIRMLoss(PARTITIONS, **settings)
+    """With keys of eight samples in a queue of twenty-four."""
+    settings = {"num_features": 5, "queue_size": 24, **options}
+    before = MoCoIPIRMLoss(PARTITIONS, **{**settings, "gather_distributed": False, "weight": 0.2})
     generator = torch.Generator().manual_seed(3)
-    loss(*torch.randn(2, 8, 5, generator=generator), torch.randperm(30, generator=generator)[:8])
+    before(*torch.randn(2, 8, 5, generator=generator), torch.randperm(30, generator=generator)[:8])
+    loss = MoCoIPIRMLoss(PARTITIONS, **settings)
+    loss.load_state_dict(before.state_dict())
     return loss
 
 
@@ -77,7 +79,7 @@ RECORDS = [
                 ValueError, r"query must be of 1 to queue_size = 8 .* got \[12, 5\]", options={"queue_size": 8}
             ),
         },
-        empty=Refused(ValueError, r"query must be of 1 to queue_size = 16 samples, got \[0, 5\]"),
+        empty=Refused(ValueError, r"query must be of 1 to queue_size = 24 samples, got \[0, 5\]"),
         one=AS_REFERENCE,
         frozen=(1,),
         processes="gather",

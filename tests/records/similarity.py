@@ -120,6 +120,7 @@ RECORDS = [
         },
         empty=Refused(ValueError, r"z1 must be of at least one sample and one feature, got \[0, 5\]"),
         one=(0.0, 0.0),  # no row has a negative
+        processes="gather",
         streams=True,
     ),
     Record(

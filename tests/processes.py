@@ -1,0 +1,41 @@
+"""Several processes of gloo on the CPU, for a test."""
+
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def in_processes(world, function, folder, *arguments):
+    """What ``function(rank, *arguments)`` returns in each of ``world`` processes."""
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(
+            target=_child, args=(rank, world, str(folder / "store"), queue, function, arguments), daemon=True
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    results = [queue.get() for _ in range(world)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    for _, problem, _ in results:
+        assert problem is None, problem
+    return [value for _, _, value in sorted(results, key=lambda result: result[0])]
+
+
+def _child(rank, world, store, queue, function, arguments):
+    torch.set_num_threads(1)
+    problem, value = None, None
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+        value = function(rank, *arguments)
+        dist.barrier()  # a process that leaves while another still reads from it makes gloo abort there
+        dist.destroy_process_group()
+    except Exception:
+        problem = traceback.format_exc()
+    queue.put((rank, problem, value))

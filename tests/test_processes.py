@@ -1,0 +1,219 @@
+"""Every loss that gathers, by its record: in any number of processes it is that of one with the whole batch."""
+
+import copy
+import pickle
+import re
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from equireg import ClassWiseIRM, IPIRMLoss, SERLoss
+from tests.processes import in_processes
+from tests.records import RECORDS
+from tests.records.record import BATCH, leaves, outputs, take
+
+GATHERING = [record for record in RECORDS if record.processes == "gather"]
+
+
+class Model(nn.Module):
+    """A linear layer for each argument that gets a gradient, and the loss behind them."""
+
+    def __init__(self, loss, args):
+        super().__init__()
+        draw = torch.Generator().manual_seed(7)
+        # Near the identity, and of positive entries, so that weights stay weights.
+        self.layers = nn.ParameterList(
+            torch.eye(leaf.shape[-1], dtype=leaf.dtype)
+            + 0.1 * torch.rand(leaf.shape[-1], leaf.shape[-1], dtype=leaf.dtype, generator=draw)
+            for leaf in leaves(args)
+        )
+        self.loss = loss
+
+    def forward(self, *args):
+        layers = iter(self.layers)
+
+        def through(value):
+            gets = isinstance(value, torch.Tensor) and value.requires_grad
+            return value.detach() @ next(layers) if gets else value
+
+        parts = outputs(self.loss(*tree_map(through, args)))
+        return sum((k + 1) * part.sum() for k, part in enumerate(parts))
+
+
+def model_of(record, gather=False):
+    return Model(record.build(gather_distributed=gather), record.sample())
+
+
+def halves(count, rank=0, world=1):
+    """The rows of a process in the whole batch, or in each of its halves."""
+    length = BATCH // count // world
+    return [slice(start + rank * length, start + (rank + 1) * length) for start in range(0, BATCH, BATCH // count)]
+
+
+def accumulated(model, batches):
+    """The loss of the last batch, and the gradients of all."""
+    for k, batch in enumerate(batches):
+        parallel = isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if parallel and k + 1 < len(batches) else nullcontext():
+            loss = model(*batch)
+            loss.backward()
+    return loss.item(), [p.grad.flatten().tolist() for p in model.parameters()]
+
+
+def assert_alike(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-10)
+    for mine, wanted in zip(found[1], expected[1], strict=True):
+        assert mine == pytest.approx(wanted, rel=1e-10, abs=1e-12)
+
+
+def all_records(rank, world):
+    """Of each record the loss and gradients: of the batch, and of its halves in turn without synchronising between."""
+    found = {}
+    for record in GATHERING:
+        for count in (1, 2) if BATCH // 2 % world == 0 else (1,):
+            model = nn.parallel.DistributedDataParallel(model_of(record, gather=True))
+            args = record.sample()
+            batches = [take(args, rows) for rows in halves(count, rank, world)]
+            found[record.name, count] = accumulated(model, batches)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_equals_one_process_with_the_whole_batch(world, tmp_path):  # D4, D5, D7, D13, D14
+    results = in_processes(world, all_records, tmp_path, world)
+    assert len(results[0]) == len(GATHERING) * (1 if world == 4 else 2)
+    for record in GATHERING:
+        args = record.sample()
+        for count in (1, 2):
+            expected = accumulated(model_of(record), [take(args, rows) for rows in halves(count)])
+            assert any(any(gradient) for gradient in expected[1])
+            for found in results:
+                if (record.name, count) in found:
+                    assert_alike(found[record.name, count], expected)
+
+
+LONELY = torch.tensor([0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 1, 0])  # the second of three processes has no pair of a class
+
+
+def lonely(gather):
+    """Losses on a batch of which the second third is alone: in its class, or in its group."""
+    draw = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, BATCH, 5, dtype=torch.float64, generator=draw)
+    irm = ClassWiseIRM(5, 6, projection=nn.Identity(), detach=False, penalty="irmv1", gather_distributed=gather)
+    groups = torch.stack([LONELY, torch.arange(BATCH) % 2])
+    yield irm, lambda rows: (z1[rows], LONELY[rows])
+    yield IPIRMLoss(groups, gather_distributed=gather), lambda rows: (z1[rows], z2[rows], torch.arange(BATCH)[rows])
+
+
+def lonely_losses(gather, rows):
+    found = []
+    for loss, part in lonely(gather):
+        loss.double()
+        args = part(rows)
+        layer = nn.Linear(5, 5, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            layer.weight.copy_(torch.eye(5))
+        model = Through(layer, loss)
+        if gather:
+            model = nn.parallel.DistributedDataParallel(model)
+        found.append(accumulated(model, [args]))
+    return found
+
+
+class Through(nn.Module):
+    """A layer on all that is floating point, and a loss."""
+
+    def __init__(self, layer, loss):
+        super().__init__()
+        self.layer, self.loss = layer, loss
+
+    def forward(self, *args):
+        return self.loss(*(self.layer(x) if x.is_floating_point() else x for x in args))
+
+
+def lonely_in_a_process(rank):
+    torch.manual_seed(0)
+    return lonely_losses(True, halves(1, rank, 3)[0])
+
+
+def test_process_without_rows_that_count(tmp_path):  # D2
+    torch.manual_seed(0)
+    expected = lonely_losses(False, slice(None))
+    for found in in_processes(3, lonely_in_a_process, tmp_path):
+        for mine, wanted in zip(found, expected, strict=True):
+            assert_alike(mine, wanted)
+
+
+def in_groups(rank):
+    """Two groups of two, each with half of the batch; and what a group cannot do."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group, other = groups[rank // 2], groups[1 - rank // 2]
+    found = {}
+    for record in GATHERING:
+        model = Model(record.build(gather_distributed=group), record.sample())
+        rows = halves(2, rank % 2, 2)[rank // 2]
+        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(model), process_group=group)
+        found[record.name] = accumulated(parallel, [take(record.sample(), rows)])
+    with pytest.raises(ValueError, match="SERLoss: gather_distributed must be .* group that this process is in, got"):
+        SERLoss(4, gather_distributed=other)
+    with pytest.raises(TypeError, match="SERLoss: a process group cannot be pickled"):
+        pickle.dumps(SERLoss(4, gather_distributed=group))
+    assert "a group of 2" in repr(SERLoss(4, gather_distributed=group))
+    return found
+
+
+def test_groups_of_processes(tmp_path):  # D10
+    results = in_processes(4, in_groups, tmp_path)
+    for record in GATHERING:
+        for half, rows in enumerate(halves(2)):
+            expected = accumulated(model_of(record), [take(record.sample(), rows)])
+            for found in results[2 * half : 2 * half + 2]:
+                assert_alike(found[record.name], expected)
+
+
+def misfits(rank):
+    """What each record raises where one process has a sample less, and where it is called wrongly."""
+    found = []
+    for record in GATHERING:
+        loss, args = record.build(gather_distributed=True), record.sample()
+        cases = {"uneven": take(args, slice(0, 6 - rank))}
+        for name, refused in record.refused.items():
+            if not refused.options:
+                cases[name] = refused.change(args) if rank else args
+        for name, case in cases.items():
+            try:
+                loss(*case)
+                said = "nothing"
+            except (TypeError, ValueError) as error:
+                said = f"{type(error).__name__}: {error}"
+            found.append((record.name, name, said))
+        assert all(part.isfinite().all() for part in outputs(loss(*args)))  # and afterwards all is well
+    return found
+
+
+def test_misfits_are_the_same_error_everywhere(tmp_path):  # D1, D3
+    first, second = in_processes(2, misfits, tmp_path)
+    assert len(first) > 2 * len(GATHERING)
+    for (name, case, mine), (*_, theirs) in zip(first, second, strict=True):
+        function = name.split("/")[0]
+        assert mine.startswith(f"ValueError: {function}: ")
+        assert "must be alike in every process" in mine
+        if case == "uneven":
+            assert mine == theirs
+            assert "6" in mine
+            assert "5" in mine
+        else:
+            assert "rank 1: refused, see the error there" in mine
+            record = next(record for record in GATHERING if record.name == name)
+            assert re.search(record.refused[case].message, theirs)
+
+
+def test_without_processes_nothing_changes():  # D10
+    for record in GATHERING:
+        args = record.sample()
+        alone, gathering = (outputs(record.build(gather_distributed=gather)(*args)) for gather in (False, True))
+        assert all(torch.equal(a, b) for a, b in zip(alone, gathering, strict=True))
