@@ -133,7 +133,7 @@ def contrast_of(
         cosine = gram(z) if processes.size == 1 else z @ processes.gather(z).flatten(0, 1).T
     # The negatives of both environments in one pass. The table of environments is as large as the matrix of
     # similarities, so nothing would be won by streaming.
-    s = cosine / temperature
+    s = cosine / (temperature.to(z.dtype) if isinstance(temperature, Tensor) else temperature)
     lse, mean = row_lse(s, torch.stack([similar, ~similar]) & ~same)
     return Contrast(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
 

@@ -245,7 +245,9 @@ class ClassWiseIRM(nn.Module):
             check.below("indices", indices, self.environments.num_samples, "samples of the environments")
         if len(features) * self.processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
             return features, labels, indices
-        z: Tensor = self.projection(self.mask.select(features.detach() if self.detach else features))
+        # Contiguous, so that the layers sum in the same order whatever the strides.
+        features = (features.detach() if self.detach else features).contiguous()
+        z: Tensor = self.projection(self.mask.select(features))
         return z, labels, indices
 
     def _similar(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:

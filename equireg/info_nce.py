@@ -95,7 +95,7 @@ def soft_info_nce(
             if values_visible(weights):
                 wrong = ~((weights >= 0) & (weights < math.inf))
                 if wrong.any():
-                    check.refuse("weights", "finite and at least 0", float(weights[wrong][0]))
+                    check.refuse("weights", "finite and at least 0", float(weights.detach()[wrong][0]))
         # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
         return torch.stack([normalized(z1), normalized(z2)], 1)
 

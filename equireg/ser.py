@@ -177,6 +177,8 @@ def _loss(
 
     None where they are the anchors and their positives themselves. All of unit length.
     """
+    if isinstance(temperature, Tensor):  # of half precision it would round its inverse
+        temperature = temperature.to(z.dtype)
     images, places = len(z), z.shape[1]
     maps = (z, z_prime) if everyone is None else everyone
     anchor_image = torch.arange(first, first + images, device=z.device).repeat_interleave(places)

@@ -51,7 +51,6 @@ def mean_contrast(
     """
     scale = 1 / temperature
     if isinstance(scale, Tensor):
-        scale = scale.to(x.dtype)
         bounded = values_visible(scale) and float(scale.detach()) <= BOUND
     else:
         bounded, scale = scale <= BOUND, torch.full((), scale, dtype=x.dtype, device=x.device)

@@ -121,7 +121,6 @@ RECORDS = [
         refused=_IRM_REFUSED,
         empty=0.0,
         one=0.0,
-        same_bits=False,  # a linear layer on features of other strides sums in another order
         frozen=(0,),
     ),
     Record(
@@ -137,7 +136,6 @@ RECORDS = [
         },
         empty=0.0,
         one=0.0,
-        same_bits=False,  # a linear layer on features of other strides sums in another order
         processes="gather",
     ),
     Record(
@@ -148,7 +146,6 @@ RECORDS = [
         refused=_IRM_REFUSED,
         empty=0.0,
         one=0.0,
-        same_bits=False,  # a linear layer on features of other strides sums in another order
         processes="gather",
     ),
 ]

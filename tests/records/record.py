@@ -1,4 +1,4 @@
-"""What a record of a public loss says; the tests of ``test_records.py`` are generated from it."""
+"""What a record of a public loss says; the tests of ``test_records*.py`` are generated from it."""
 
 import re
 from collections.abc import Callable, Mapping
