@@ -38,6 +38,9 @@ class ContrastiveDistillation(nn.Module):
     The call ``loss(student [B, Ds], teacher [B, Dt], indices [B])`` gives a 0-d tensor in float32, and in training mode
     moves the banks. Similarities to a whole bank are formed at once, [B, N].
 
+    Each process has banks of its own, which hold what it saw of each sample: give DistributedDataParallel
+    ``broadcast_buffers=False``, or they become those of rank 0 at every step.
+
     Raises:
         TypeError, ValueError: wrong types, shapes or ranges; on CPU also indices out of range.
 

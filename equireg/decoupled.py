@@ -29,7 +29,8 @@ class EquiModLoss(nn.Module):
         -\frac{1}{B} \sum_i \log \frac{e^{\cos(\hat e'_i, e'_i) / \tau}}{\sum_m e^{\cos(\hat e'_i, e'_m) / \tau}}
 
     Embeddings are a projection of the features; token maps are averaged over their places first, as the transformation
-    belongs to the image. With several transformed views, call it for each and add.
+    belongs to the image. With several transformed views, call it for each and add. The negatives are those of this
+    process.
 
     Args:
         dim: D, the width of the features.
@@ -102,6 +103,9 @@ class AugSelfLoss(nn.Module):
     For each augmentation a three-layer MLP on both features, concatenated in either order (Lee et al., NeurIPS 2021):
     ``"regression"`` by squared error after a tanh, ``"binary"`` by cross entropy of one logit, ``"classification"`` by
     that of all. The loss is their sum.
+
+    Under DistributedDataParallel each process takes the mean over its own samples, and the averaged gradients are those
+    of the whole batch where all have equally many.
 
     Args:
         dim: D, the width of the features.

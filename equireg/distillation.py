@@ -33,6 +33,9 @@ class DistillationLoss(nn.Module):
     The call ``loss(student [B, C], teacher [B, C], labels [B] | None)`` takes logits and gives a 0-d tensor, in float32
     (float64 for float64).
 
+    Under DistributedDataParallel each process takes the mean over its own samples, and the averaged gradients are those
+    of the whole batch where all have equally many.
+
     Raises:
         TypeError, ValueError: wrong types, shapes or ranges; on CPU also labels out of range; no labels with α above 0.
 
@@ -102,6 +105,9 @@ class FeatureDistillation(nn.Module):
     The call ``loss(student, teacher)`` takes pooled features [B, D], tokens [B, T, D] or maps [B, D, h, w], both of the
     same kind and places.
 
+    Under DistributedDataParallel each process takes the mean over its own samples, and the averaged gradients are those
+    of the whole batch where all have equally many.
+
     Raises:
         TypeError, ValueError: wrong types or shapes.
 
@@ -152,6 +158,9 @@ class OverhaulDistillation(nn.Module):
     The margins come from the teacher's batch normalisation (``use_batch_norm``) or from its features on data
     (``fit_margins``), before the first call ``loss(students, teachers)``, which takes a list of features for each: maps
     [B, D, h, w] or tokens [B, T, D], as ``TokenTap`` gives them, of the same places at each layer.
+
+    Under DistributedDataParallel each process takes the mean over its own samples. Its connectors normalise over them
+    too, unless they are made ``SyncBatchNorm``; fit the margins in all processes on the same data.
 
     Raises:
         TypeError, ValueError: wrong types or shapes, other numbers of layers, margins that are not there yet.

@@ -25,7 +25,8 @@ class SimSiamIPIRMLoss(PartitionLoss):
     Args:
         partitions: as of :class:`IPIRMLoss`.
         weight: λ₁ of the squared slopes, at least 0.
-        gather_distributed: as of :class:`IPIRMLoss`; only the sums of each group are exchanged.
+        gather_distributed: as of :class:`IPIRMLoss`, though processes exchange only the sums of each group. By default
+            each takes its own batch.
 
     The call is ``loss(p1, p2, z1, z2, indices)``: predictions and projections of both views, [B, d].
 

@@ -17,6 +17,7 @@ from tests.records import RECORDS
 from tests.records.record import BATCH, leaves, outputs, take
 
 GATHERING = [record for record in RECORDS if record.processes == "gather"]
+MEANS = [record for record in RECORDS if record.processes == "mean"]
 
 
 class Model(nn.Module):
@@ -45,7 +46,7 @@ class Model(nn.Module):
 
 
 def model_of(record, gather=False):
-    return Model(record.build(gather_distributed=gather), record.sample())
+    return Model(record.build(**({"gather_distributed": True} if gather else {})), record.sample())
 
 
 def halves(count, rank=0, world=1):
@@ -73,9 +74,9 @@ def assert_alike(found, expected):
 def all_records(rank, world):
     """Of each record the loss and gradients: of the batch, and of its halves in turn without synchronising between."""
     found = {}
-    for record in GATHERING:
+    for record in [*GATHERING, *MEANS]:
         for count in (1, 2) if BATCH // 2 % world == 0 else (1,):
-            model = nn.parallel.DistributedDataParallel(model_of(record, gather=True))
+            model = nn.parallel.DistributedDataParallel(model_of(record, gather=record in GATHERING))
             args = record.sample()
             batches = [take(args, rows) for rows in halves(count, rank, world)]
             found[record.name, count] = accumulated(model, batches)
@@ -85,15 +86,20 @@ def all_records(rank, world):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_equals_one_process_with_the_whole_batch(world, tmp_path):  # D4, D5, D7, D13, D14
     results = in_processes(world, all_records, tmp_path, world)
-    assert len(results[0]) == len(GATHERING) * (1 if world == 4 else 2)
-    for record in GATHERING:
+    assert len(results[0]) == (len(GATHERING) + len(MEANS)) * (1 if world == 4 else 2)
+    for record in [*GATHERING, *MEANS]:
         args = record.sample()
         for count in (1, 2):
+            if (record.name, count) not in results[0]:
+                continue
             expected = accumulated(model_of(record), [take(args, rows) for rows in halves(count)])
             assert any(any(gradient) for gradient in expected[1])
-            for found in results:
-                if (record.name, count) in found:
-                    assert_alike(found[record.name, count], expected)
+            found = [result[record.name, count] for result in results]
+            if record in MEANS:
+                average = sum(loss for loss, _ in found) / world
+                found = [(average, gradients) for _, gradients in found]
+            for each in found:
+                assert_alike(each, expected)
 
 
 LONELY = torch.tensor([0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 1, 0])  # the second of three processes has no pair of a class

@@ -70,6 +70,11 @@ def test_every_public_loss_has_a_record():
     assert len({record.name for record in RECORDS}) == len(RECORDS)
 
 
+@every_record
+def test_docstring_says_how_it_behaves_across_processes(record):
+    assert "process" in getattr(equireg, record.public_name).__doc__
+
+
 # ------------------------------------------------------------------------------------------------ values, gradients
 
 

@@ -44,7 +44,8 @@ def pair_lse(
 
     Both are differentiable in ``x``, ``y``, ``scale`` and ``col_weight``. ``mean`` is the derivative of ``lse`` by the
     logarithm of the scale: the slope of an IRMv1 penalty needs no second differentiation. A row that keeps no pair of
-    positive weight has ``lse = -inf`` and ``mean = 0``, and passes no gradient.
+    positive weight has ``lse = -inf`` and ``mean = 0``, and passes no gradient. Rows and columns are those it is given,
+    in this process.
 
     Args:
         x: rows, [M, D], floating point. Nothing is normalised here.

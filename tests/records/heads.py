@@ -41,6 +41,7 @@ RECORDS = [
             "patch_size": Refused(ValueError, "patch_size must be at least 1, got 0", options={"patch_size": 0}),
         },
         empty=Refused(ValueError, r"equivariant1 must be of at least one image, got \[0, 4, 2\]"),
+        processes="mean",
         one=AS_REFERENCE,
     ),
     Record(
@@ -54,6 +55,7 @@ RECORDS = [
             "hidden_dim": Refused(ValueError, "hidden_dim must be at least 1, got 0", options={"hidden_dim": 0}),
         },
         empty=Refused(ValueError, r"features1 must be of at least one image, got \[0, 5\]"),
+        processes="mean",
         one=AS_REFERENCE,
         half_module=True,
     ),

@@ -84,7 +84,7 @@ class Record:
         one of the constants above, or a Refused without a change.
     identical, zero: what a batch of equal rows, and one with zero rows give, likewise.
     processes: whether the loss joins the samples of all processes with ``gather_distributed=True`` ("gather"), or
-        each process takes its own ("local").
+        each process takes its own: those whose mean over processes is that of the batch ("mean"), or not ("local").
     half_module: half precision inputs need a module of half precision, whose layers round.
     streams: built on ``pair_lse``, so tested with the streamed form too.
     same_bits: whatever the strides of the inputs.

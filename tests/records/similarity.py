@@ -113,9 +113,7 @@ RECORDS = [
             "F4 samples": Refused(
                 ValueError, r"z2 must be \[N, d\] = \[12, 5\], got \[11, 5\]", replace(1, lambda z: z[1:])
             ),
-            "E4 weights": Refused(
-                ValueError, "weights must be finite and at least 0, got -", replace(2, lambda w: -w)
-            ),
+            "E4 weights": Refused(ValueError, "weights must be finite and at least 0, got -", replace(2, lambda w: -w)),
             "F12 temperature": Refused(ValueError, "temperature must be .* above 0, got 0", options={"temperature": 0}),
         },
         empty=Refused(ValueError, r"z1 must be of at least one sample and one feature, got \[0, 5\]"),
