@@ -21,12 +21,10 @@ from tests.benchmarks.measure import Row, Settings
 BATCH, RATIO, DRAWS = 2048, 0.01, 16
 
 
-def pair_lse_flops(x: Any, y: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
-    return 2 * x[0] * x[1] * y[0]
-
-
-def pair_lse_backward_flops(x: Any, y: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
-    return 6 * x[0] * x[1] * y[0]  # the logits once more, and both gradients
+def mean_contrast_flops(x: Any, p: Any, keys: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    """With the gradients: three products with the positives of all, and with the rows themselves two."""
+    assert keys is None
+    return 5 * 2 * x[0] * x[0] * x[1]
 
 
 def step_flops(
@@ -41,10 +39,7 @@ def step_flops(
         vit = LateClassToken(vit, layer)
         projector = MoCoProjectionHead(384, 4096, 256, num_layers=3, batch_norm=True)
         predictor, ser = BYOLPredictionHead(256, 4096, 256), SERLoss(384)
-    formulas = {
-        torch.ops.equireg.pair_lse: pair_lse_flops,
-        torch.ops.equireg.pair_lse_backward: pair_lse_backward_flops,
-    }
+    formulas = {torch.ops.equireg.mean_contrast: mean_contrast_flops}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         for images, *grids in sizes:
             views = [torch.zeros(images, 3, 16 * h, 16 * w, device="meta") for h, w in grids]
