@@ -162,20 +162,20 @@ class Method(nn.Module):
     def __init__(self, options: argparse.Namespace, partitions: PartitionUpdater, partition: bool):
         super().__init__()
         self.options, self.partitions, self.partition = options, partitions, partition
-        weight = options.weight if partition else 0.0
+        shared = {"weight": options.weight if partition else 0.0, "gather_distributed": True}
         self.backbone = timm.create_model(options.model, num_classes=0).to(memory_format=torch.channels_last)
         sizes = self.backbone.num_features, options.hidden_dim, options.output_dim
         self.head: nn.Module = SimCLRProjectionHead(*sizes)
         if options.method == "simclr":
-            self.criterion: nn.Module = IPIRMLoss(partitions, weight=weight)
+            self.criterion: nn.Module = IPIRMLoss(partitions, **shared)
         elif options.method == "simsiam":
             self.head = SimSiamProjectionHead(*sizes)
             self.predictor = SimSiamPredictionHead(options.output_dim, options.output_dim // 4, options.output_dim)
-            self.criterion = SimSiamIPIRMLoss(partitions, weight=weight)
+            self.criterion = SimSiamIPIRMLoss(partitions, **shared)
         else:
             self.head = MoCoProjectionHead(*sizes)
             queue = {"num_features": options.output_dim, "queue_size": options.queue_size}
-            self.criterion = MoCoIPIRMLoss(partitions, weight=weight, **queue)
+            self.criterion = MoCoIPIRMLoss(partitions, **shared, **queue)
             self.teacher = copy.deepcopy(nn.ModuleList([self.backbone, self.head])).requires_grad_(False)
 
     def embed(self, images: Tensor, backbone: nn.Module | None = None, head: nn.Module | None = None) -> Tensor:
