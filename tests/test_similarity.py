@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from equireg import pair_lse
 from equireg.similarity import bounded, gram, normalized, operator, tiles
+from equireg.similarity.products import times_transposed
 from tests import references
 
 RELATIONS = ["all", "ne", "eq"]
@@ -520,3 +521,24 @@ def test_wrong_arguments(case):  # F1 to F5, F7, F27, K7
     arguments = {"x": torch.ones(3, 2), "y": torch.ones(4, 2), "scale": 1.0} | changes
     with pytest.raises(error, match=f"pair_lse: {message}"):
         pair_lse(arguments.pop("x"), arguments.pop("y"), arguments.pop("scale"), **arguments)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_follow_the_precision_that_is_set(precision):
+    """In "medium" they are PyTorch's own, which is in bfloat16 where the processor has it."""
+    a, b = torch.randn(300, 64), torch.randn(200, 64)
+    expected = a.double() @ b.double().T
+    torch.set_float32_matmul_precision(precision)
+    try:
+        product, theirs = times_transposed(a, b), a @ b.T
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    if precision == "medium":
+        assert torch.equal(product, theirs)
+    else:
+        torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_blocks_are_not_thin():
+    """Of fewer rows, products were seen to take 20 times as long on a CPU with other work."""
+    assert tiles.ROWS >= 256
