@@ -10,13 +10,22 @@ from torch import Tensor
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def matmul_precision(device_type: str) -> str:
+    """What ``torch.set_float32_matmul_precision`` was given: "highest", "high" (TF32) or "medium" (bfloat16)."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the newer attribute of a backend, and the function refuses to say
+        backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+        return {"tf32": "high", "bf16": "medium"}.get(backend.matmul.fp32_precision, "highest")
+
+
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``, without a gradient.
 
     On a CPU in fp32 by oneDNN, which runs at twice MKL's speed on AMD processors and at the same on Intel's; with
     ``torch.set_float32_matmul_precision("medium")`` by PyTorch's own product, which knows who can do it in bf16.
     """
-    ours = a.device.type == "cpu" and a.dtype == torch.float32 and torch.get_float32_matmul_precision() != "medium"
+    ours = a.device.type == "cpu" and a.dtype == torch.float32 and matmul_precision("cpu") != "medium"
     if ours and _HAS_ONEDNN and min(*a.shape, *b.shape) > 0:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return product
