@@ -1,7 +1,7 @@
 """Compiles the kernels for a GPU that need not be there; prints a line of JSON for each: shared memory and spills.
 
-A process of its own, ``python -m tests.compile_kernels 90``: where the environment variable TRITON_INTERPRET is set,
-Triton compiles nothing.
+A process of its own, for where the environment variable TRITON_INTERPRET is set Triton compiles nothing:
+``python -m tests.compile_kernels 90``; all combinations, of which the tests pick some: ``... 90 0 1 1``.
 """
 
 from __future__ import annotations
@@ -68,13 +68,27 @@ def resources(compiled):
 
 
 def cases():
-    """Every entry of the table in bf16 and tf32 at its largest width, in each role, with all or no options."""
-    for number, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for (name, bytes_), entries in host.TILES.items():
-            for width in entries if bytes_ == size else ():
+    """Every entry of the table in bf16, in each role and with all options; some in fp16 and tf32 or with fewer."""
+    for (name, bytes_), entries in host.TILES.items():
+        for width in entries:
+            for role in ("rows", "columns", "both") if name == "features" else (name,):
+                if bytes_ == 2:
+                    yield "bf16", name, bytes_, width, role, "ne", 2
+                elif role in ("forward", "both"):
+                    yield "fp32", name, bytes_, width, role, "ne", 2
+    yield "bf16", "forward", 2, 128, "forward", "eq", 1
+    yield "bf16", "forward", 2, 64, "forward", "all", 1
+    yield "fp16", "features", 2, 256, "both", "eq", 1
+
+
+def every_case():
+    """What ``cases`` picks from; too much for each run of the tests."""
+    for number, bytes_ in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        for (name, size), entries in host.TILES.items():
+            for width in entries if size == bytes_ else ():
                 for role in ("rows", "columns", "both") if name == "features" else (name,):
-                    for relation, environments in (("ne", 2), ("eq", 1), ("all", 1)):
-                        yield number, name, size, width, role, relation, environments
+                    for relation, environments in (("ne", 2), ("eq", 1), ("all", 1), ("all", 4)):
+                        yield number, name, bytes_, width, role, relation, environments
 
 
 def compiled(arch, number, name, size, width, role, relation, environments):
@@ -85,7 +99,7 @@ def compiled(arch, number, name, size, width, role, relation, environments):
     kernel, absent = kernels.forward, []
     if relation == "all":
         absent += ["row_group", "col_group", "own_group", "other_group"]
-    if relation == "eq":
+    if environments == 1:
         absent += ["row_id", "col_id", "own_id", "other_id", "weight", "own_weight", "other_weight"]
     if role != "forward":
         kernel = kernels.backward
@@ -104,8 +118,8 @@ def compiled(arch, number, name, size, width, role, relation, environments):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def main(arch, part, parts):
-    for case in itertools.islice(cases(), part, None, parts):
+def main(arch, part=0, parts=1, every=False):
+    for case in itertools.islice(every_case() if every else cases(), part, None, parts):
         print(json.dumps({"case": list(case), **resources(compiled(arch, *case))}), flush=True)
 
 
