@@ -18,8 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from equireg.similarity import kernels
-from equireg.similarity import triton as host
+from equireg.similarity import kernels, triton_tiles
 
 TENSORS = {
     "bf16": {"x", "y", "own", "other"},
@@ -69,7 +68,7 @@ def resources(compiled):
 
 def cases():
     """Every entry of the table in bf16, in each role and with all options; some in fp16 and tf32 or with fewer."""
-    for (name, bytes_), entries in host.TILES.items():
+    for (name, bytes_), entries in triton_tiles.TILES.items():
         for width in entries:
             for role in ("rows", "columns", "both") if name == "features" else (name,):
                 if bytes_ == 2:
@@ -84,7 +83,7 @@ def cases():
 def every_case():
     """What ``cases`` picks from; too much for each run of the tests."""
     for number, bytes_ in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for (name, size), entries in host.TILES.items():
+        for (name, size), entries in triton_tiles.TILES.items():
             for width in entries if size == bytes_ else ():
                 for role in ("rows", "columns", "both") if name == "features" else (name,):
                     for relation, environments in (("ne", 2), ("eq", 1), ("all", 1), ("all", 4)):
@@ -92,8 +91,8 @@ def every_case():
 
 
 def compiled(arch, number, name, size, width, role, relation, environments):
-    tile = host.tile_of(name, size, width)
-    constants = {"D": width, "E": environments, "EP": host.power_of_two(environments), "RELATION": relation,
+    tile = triton_tiles.tile_of(name, size, width)
+    constants = {"D": width, "E": environments, "EP": triton_tiles.power_of_two(environments), "RELATION": relation,
                  "PRECISION": "tf32" if number == "fp32" else "ieee",
                  "ROWS": tile.rows, "COLS": tile.cols, "WIDTH": tile.width}  # fmt: skip
     kernel, absent = kernels.forward, []
@@ -104,7 +103,7 @@ def compiled(arch, number, name, size, width, role, relation, environments):
     if role != "forward":
         kernel = kernels.backward
         by_own, by_other, features, weights = ROLES[role]
-        constants |= {"PADDED": host.power_of_two(width), "BY_OWN": by_own, "BY_OTHER": by_other,
+        constants |= {"PADDED": triton_tiles.power_of_two(width), "BY_OWN": by_own, "BY_OTHER": by_other,
                       "FEATURES": features, "WEIGHTS": weights}  # fmt: skip
         for side, there in (("own", by_own), ("other", by_other)):
             if not there:

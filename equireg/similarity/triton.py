@@ -7,42 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from equireg.similarity.dense import Pairs
+from equireg.similarity.triton_tiles import Tile, cut, power_of_two
 
 _WIDEST, _MOST_ENVIRONMENTS = 512, 8
 _EMPTY = 1e30  # in place of the lse of a row that keeps no pair: its softmax is then 0, without a branch
-
-
-class Tile(NamedTuple):
-    """How a kernel cuts its work: a program's rows and the columns of a step, the part of the width that it holds."""
-
-    rows: int
-    cols: int
-    width: int
-    warps: int
-    stages: int
-
-
-# By what a kernel sums and the bytes of a number, and within these by the largest width that the entry serves. An entry
-# that holds the whole width keeps a program's rows on the chip. Each fits the shared memory of compute capability 8.0
-# and 9.0 without spills; the tests compile them all.
-TILES = {
-    ("forward", 2): {64: Tile(128, 128, 64, 8, 3), 128: Tile(128, 128, 128, 8, 2), 512: Tile(128, 64, 64, 8, 3)},
-    ("forward", 4): {64: Tile(128, 128, 64, 8, 2), 512: Tile(128, 64, 32, 8, 3)},
-    ("weights", 2): {64: Tile(128, 64, 64, 8, 3), 128: Tile(128, 64, 128, 8, 2), 512: Tile(128, 64, 64, 8, 3)},
-    ("weights", 4): {64: Tile(128, 64, 64, 8, 2), 512: Tile(128, 64, 32, 8, 3)},
-    ("features", 2): {128: Tile(128, 64, 128, 8, 2), 256: Tile(64, 64, 64, 8, 2), 512: Tile(64, 32, 64, 8, 2)},
-    ("features", 4): {64: Tile(128, 64, 64, 8, 2), 128: Tile(64, 64, 32, 8, 2), 256: Tile(64, 32, 32, 8, 2),
-                      512: Tile(32, 32, 32, 8, 2)},
-}  # fmt: skip
-# Programs for each processor of the device, at least, while there are columns to split. A split of "features" costs
-# memory: its sums are as large as x.
-_PROGRAMS = {"forward": 4, "weights": 4, "features": 2}
 
 
 def refusal(x: Tensor, col_weight: Tensor | None, row_select: Tensor | None) -> str | None:
@@ -86,7 +60,7 @@ def forward(
         raise RuntimeError(f"pair_lse: backend 'triton' cannot run here: {reason}; 'chunked' runs on every device")
     sides = _Sides(x, y, scale, pairs, col_weight)
     rows, cols = len(sides.x), len(sides.y)
-    tile, splits, per_split = _cut("forward", sides.x, sides.y)
+    tile, splits, per_split = cut("forward", sides.x, sides.y)
     partial = [sides.scale.new_empty(splits, sides.environments, rows) for _ in range(3)]
     if rows and cols:
         sides.launch("forward", tile, splits, rows,
@@ -212,7 +186,7 @@ def _owned(
     own, other, keys = sides.x, sides.y, sides.keys
     if not by_own:
         own, other, keys = other, own, (keys[1], keys[0], keys[3], keys[2])
-    tile, splits, per_split = _cut("features" if features else "weights", own, other)
+    tile, splits, per_split = cut("features" if features else "weights", own, other)
     padded = max(16, power_of_two(sides.width))
     by_feature = sides.scale.new_empty((splits, *own.shape) if features else (1, 0))
     by_weight = sides.scale.new_empty((splits, sides.environments, len(own)) if weights else (1, 0))
@@ -231,31 +205,13 @@ def _owned(
     return feature, by_weight[0] if splits == 1 else by_weight.sum(0)
 
 
-def tile_of(role: str, size: int, width: int) -> Tile:
-    """The table's entry for a role, the bytes of a number and a width."""
-    padded = max(16, power_of_two(width))
-    entries = TILES[role, size]
-    tile = entries[min(limit for limit in entries if limit >= padded)]
-    return tile._replace(width=min(tile.width, padded))
-
-
-def _cut(role: str, own: Tensor, other: Tensor) -> tuple[Tile, int, int]:
-    """A kernel's tile, and as many splits of the columns as keep the device busy, each of so many columns."""
-    tile = tile_of(role, own.element_size(), own.shape[1])
-    blocks = -(-len(other) // tile.cols)
-    row_blocks = max(1, -(-len(own) // tile.rows))
-    wanted = -(-_PROGRAMS[role] * _processors(own.device) // row_blocks)
-    per_split = max(1, -(-blocks // max(1, min(blocks, wanted)))) * tile.cols
-    return tile, max(1, -(-len(other) // per_split)), per_split
-
-
 def _ranks(rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The keys of both sides as ranks among all of them: int32 holds these, whatever the keys, and in their order."""
     if rows is None or cols is None:
         return None, None
-    keys = rows if cols is rows else torch.cat([rows, cols])
+    keys = rows.contiguous() if cols is rows else torch.cat([rows, cols])
     ranks = torch.searchsorted(keys.sort().values, keys, out_int32=True)
-    return ranks[: len(rows)], ranks[-len(cols) :]
+    return ranks[: len(rows)], ranks[len(keys) - len(cols) :]
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -267,12 +223,3 @@ def _matmul_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by the newer attribute, and the older function refuses to say
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least ``number``."""
-    return 1 << (number - 1).bit_length()
