@@ -16,6 +16,7 @@ BENCHMARKS = [
     "class_wise_irm",
     "environments",
     "pair_lse",
+    "pair_lse_gpu",
     "training_step",
     "grid",
     "ser",
