@@ -403,6 +403,27 @@ def test_medium_precision_is_bf16():
     compare(x, y, torch.tensor(5.0, device=DEVICE), options, limit=1e-2)
 
 
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_numbers():  # K1
+    if not GPU or torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("no GPU here of 40 GiB")
+    zeros = 2**22 + 100
+    last, y = (normalized(torch.randn(size, 512)).to(DEVICE, torch.bfloat16) for size in (100, 40))
+    x = torch.cat([last.new_zeros(zeros, 512), last]).requires_grad_()
+    lse, _ = pair_lse(x, y, 10.0, backend="triton")
+    (gradient,) = torch.autograd.grad(lse[:, zeros:].sum(), x)
+    leaf = last.double().requires_grad_()
+    expected, _ = pair_lse(leaf, y.double(), 10.0, backend="dense")
+    (by_last,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(lse[:, zeros:].double(), expected, rtol=1e-4, atol=1e-4)
+    assert (gradient[zeros:].double() - by_last).norm() <= 1e-2 * by_last.norm()
+
+    lse, _ = pair_lse(y, x.detach(), 10.0, backend="triton")
+    expected, _ = pair_lse(y.double(), last.double(), 10.0, backend="dense")
+    expected = torch.logaddexp(expected, torch.full_like(expected, math.log(zeros)))
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def tensor(dtype=torch.bfloat16, width=64, is_cuda=True):
     """What of a tensor on a GPU the refusal looks at."""
     return types.SimpleNamespace(

@@ -87,7 +87,7 @@ def _forward_step(
             new = tl.maximum(old, tl.max(tl.where(part == 0, -1e30, logits), 1))
         else:
             new = tl.maximum(old, tl.max(logits, 1))
-        exponent = logits - tl.where(new < -1e29, 0.0, new)[:, None]
+        exponent = logits - new[:, None]
         if weight is not None:  # where w = 0 a logit may lie above the peak
             mass = part * tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
         else:
@@ -107,7 +107,7 @@ def forward(
 ):  # fmt: skip
     """Of each split of the columns, [splits, E, M]: the peak of the logits, and the sums of 2^(l - peak) and l of it.
 
-    The peak is -1e30 where nothing counts. EP is E rounded up to a power of two.
+    Where nothing counts the peak is -1e30, and the sums mean nothing. EP is E rounded up to a power of two.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)

@@ -16,7 +16,6 @@ from equireg.similarity.dense import Pairs
 from equireg.similarity.triton_tiles import Tile, cut, power_of_two
 
 _WIDEST, _MOST_ENVIRONMENTS = 512, 8
-_EMPTY = 1e30  # in place of the lse of a row that keeps no pair: its softmax is then 0, without a branch
 
 
 def refusal(x: Tensor, col_weight: Tensor | None, row_select: Tensor | None) -> str | None:
@@ -39,9 +38,8 @@ def refusal(x: Tensor, col_weight: Tensor | None, row_select: Tensor | None) -> 
     if interpreted and _working_dtype(x) == torch.bfloat16:
         return "Triton's interpreter forms wrong products of bfloat16"
     if not interpreted and x.dtype == torch.float32 and _matmul_precision() == "highest":
-        return (
-            "float32 products at full precision use no tensor core; torch.set_float32_matmul_precision('high') allows"
-        )
+        precise = "float32 products at full precision use no tensor core"
+        return f"{precise} (torch.set_float32_matmul_precision('high') allows rounded ones)"
     if x.shape[1] > _WIDEST:
         return f"x is {x.shape[1]} wide, and the kernels are for at most {_WIDEST}"
     if row_select is not None:
@@ -70,7 +68,7 @@ def forward(
     if not cols:
         return sides.scale.new_full(totals.shape[1:], -math.inf), sides.scale.new_zeros(totals.shape[1:])
     peak = peaks.amax(0)
-    peak = peak.masked_fill(peak < -1e29, 0)  # where nothing counts
+    peak = peak.masked_fill(peak < -1e29, 0)  # where nothing counts, which what follows fades to zero
     fade = torch.exp2(peaks - peak)
     total, moment = (totals * fade).sum(0), (moments * fade).sum(0)
     return math.log(2) * (peak + total.log2()), (math.log(2) * moment / total).masked_fill(total == 0, 0)
@@ -152,7 +150,7 @@ class _Statistics:
             slope = grad_mean.float().masked_fill(empty, 0)
             constant = constant - slope * mean  # dl = p (constant + g_mean (1 + l)), dw = q (constant + g_mean l)
         self.rows = (
-            (lse / math.log(2)).masked_fill(empty, _EMPTY).contiguous(),
+            (lse / math.log(2)).masked_fill(empty, 0).contiguous(),
             constant.contiguous(),
             None if slope is None else (slope * math.log(2)).contiguous(),  # the kernels' logits are in base 2
         )
