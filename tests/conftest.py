@@ -7,6 +7,8 @@ import torch
 
 # One thread each: the suite runs in several processes, and sums must not depend on how many cores are free.
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported
 hypothesis.settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 

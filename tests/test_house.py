@@ -82,7 +82,7 @@ def test_arrows_go_down(path):
     name = path.relative_to(ROOT).parts[0].removesuffix(".py")
     inside, outside = imports(path)
     assert inside <= ALLOWED[name]
-    assert outside <= {"torch", "einops", "tqdm", "torchvision"} | set(sys.stdlib_module_names)
+    assert outside <= {"torch", "einops", "tqdm", "torchvision", "triton"} | set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -131,7 +131,7 @@ def test_import_brings_no_optional_package():
         "import equireg\n"
         "assert torch.equal(torch.get_rng_state(), state)\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new & {'torchvision', 'timm', 'lightly', 'sklearn', 'matplotlib', 'tqdm'}))"
+        "print(sorted(new & {'torchvision', 'timm', 'lightly', 'sklearn', 'matplotlib', 'tqdm', 'triton'}))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert result.stdout.strip().splitlines()[-1] == "[]"

@@ -59,8 +59,11 @@ def pair_lse(
         col_weight: weights of the columns, at least 0, in each of E environments: [E, N]; or, with ``row_select``,
             S rows of weights in each environment: [E, S, N].
         row_select: whole numbers [M] in 0 .. S - 1: row i is weighted by ``col_weight[:, row_select[i]]``.
-        backend: ``"dense"`` stores the matrix, ``"chunked"`` streams it in O((M + N) · D) memory; None chooses by size.
-            The streamed form cannot be differentiated twice, and says so.
+        backend: ``"dense"`` stores the matrix; ``"chunked"`` streams it in O((M + N) · D) memory; ``"triton"`` does so
+            in kernels for Nvidia GPUs of compute capability 8.0 and later, for float16, bfloat16 and, where
+            ``torch.set_float32_matmul_precision`` allows rounded products, float32; D up to 512, E up to 8, without
+            ``row_select``. None chooses between the first two by size; ``"triton"`` runs only when asked for. The
+            streamed forms cannot be differentiated twice, and say so.
 
     Returns:
         ``lse`` and ``mean``, each [E, M] (E = 1 without ``col_weight``), in float32, or float64 for float64 inputs.
@@ -69,7 +72,7 @@ def pair_lse(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, an unknown relation or backend, groups or ids given by half;
             on CPU also a negative or NaN weight and a selection out of range.
-        RuntimeError: ``backend="triton"``, which has no kernel yet.
+        RuntimeError: ``backend="triton"`` where it cannot run, with the reason.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -114,23 +117,36 @@ def pair_lse(
             row_select = check.integers("row_select", row_select, "M")
             check.below("row_select", row_select, check.sizes["S"], "rows of col_weight")
 
-    if backend == "triton":
-        raise RuntimeError("pair_lse: backend 'triton' has no kernel in this version; 'chunked' runs on every device")
     # The same bits whatever the strides: of a transposed matrix BLAS sums in another order.
     same = y is x
     x = x.contiguous()
     y = x if same else y.contiguous()
     if backend is None:
-        backend = "dense" if len(x) * len(y) <= _DENSE_ENTRIES else "chunked"
-    if backend == "chunked":
+        backend = _fastest(len(x) * len(y))
+    if backend != "dense":
         symmetric = y is x and col_group is row_group and col_id is row_id
         result: tuple[Tensor, Tensor] = operator.pair_lse(
-            x, None if symmetric else y, scale, relation, row_group, col_group, row_id, col_id, col_weight, row_select
+            x,
+            None if symmetric else y,
+            scale,
+            relation,
+            row_group,
+            col_group,
+            row_id,
+            col_id,
+            col_weight,
+            row_select,
+            backend,
         )
         return result
     with torch.autocast(x.device.type, enabled=False):
         pairs = dense.Pairs(relation, row_group, col_group, row_id, col_id)
         return dense.pair_lse(x, y, scale, pairs, col_weight, row_select)
+
+
+def _fastest(entries: int) -> str:
+    # "triton" is chosen only where its kernels were measured on a GPU to beat "chunked". No measurement says so yet.
+    return "dense" if entries <= _DENSE_ENTRIES else "chunked"
 
 
 def _both(check: Arguments, kind: str, row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

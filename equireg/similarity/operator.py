@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equireg.similarity import chunked
+from equireg.similarity import chunked, triton
 from equireg.similarity.dense import Pairs, accumulation_dtype
 
 _INPUTS = (
     "Tensor x, Tensor? y, Tensor scale, str relation, Tensor? row_group, Tensor? col_group, "
-    "Tensor? row_id, Tensor? col_id, Tensor? col_weight, Tensor? row_select"
+    "Tensor? row_id, Tensor? col_id, Tensor? col_weight, Tensor? row_select, str backend"
 )
 Result = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -35,16 +35,18 @@ def pair_lse(
     col_id: Tensor | None,
     col_weight: Tensor | None,
     row_select: Tensor | None,
+    backend: str,
 ) -> Result:
     pairs = Pairs(relation, row_group, col_group, row_id, col_id)
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        return chunked.forward(x, y, scale, pairs, col_weight, row_select)
+        forward = triton.forward if backend == "triton" else chunked.forward
+        return forward(x, y, scale, pairs, col_weight, row_select)
 
 
 @pair_lse.register_fake
 def _(x: Tensor, *others: Any) -> Result:
-    col_weight = others[-2]
+    col_weight = others[-3]
     environments = 1 if col_weight is None else col_weight.shape[0]
     shape, dtype = (environments, x.shape[0]), accumulation_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
@@ -67,6 +69,7 @@ def pair_lse_backward(
     col_id: Tensor | None,
     col_weight: Tensor | None,
     row_select: Tensor | None,
+    backend: str,
     lse: Tensor,
     mean: Tensor,
     grad_lse: Tensor,
@@ -77,7 +80,8 @@ def pair_lse_backward(
 ) -> Gradients:
     pairs = Pairs(relation, row_group, col_group, row_id, col_id)
     with torch.autocast(x.device.type, enabled=False):
-        return chunked.backward(
+        backward = triton.backward if backend == "triton" else chunked.backward
+        return backward(
             x, y, scale, pairs, col_weight, row_select, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
         )
 
@@ -96,9 +100,9 @@ def _(x: Tensor, y: Tensor | None, scale: Tensor, *others: Any) -> Gradients:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
-    x, y, scale, relation, *others = inputs
+    x, y, scale, relation, *others, backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.relation = relation
+    ctx.relation, ctx.backend = relation, backend
     ctx.save_for_backward(x, y, scale, *others, *output)
 
 
@@ -108,11 +112,11 @@ def _differentiate(ctx: Any, grad_lse: Tensor | None, grad_mean: Tensor | None) 
     need = ctx.needs_input_grad
     if grad_lse is None:
         if grad_mean is None:
-            return (None,) * 10
+            return (None,) * 11
         grad_lse = torch.zeros_like(lse)
     needs_x, needs_y, needs_weight = need[0] or need[2], need[1], need[8]
     dx, dy, dscale, dweight = pair_lse_backward(
-        x, y, scale, ctx.relation, *others, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
+        x, y, scale, ctx.relation, *others, ctx.backend, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
     )
     return (
         dx.to(x.dtype) if need[0] else None,
@@ -120,6 +124,7 @@ def _differentiate(ctx: Any, grad_lse: Tensor | None, grad_mean: Tensor | None) 
         dscale.to(scale.dtype) if need[2] else None,
         *[None] * 5,
         dweight.to(col_weight.dtype) if needs_weight else None,
+        None,
         None,
     )
 

@@ -1,0 +1,62 @@
+"""How the Triton kernels cut their work: a static table, for a choice by trial would differ from run to run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its work: a program's rows and the columns of a step, the part of the width that it holds."""
+
+    rows: int
+    cols: int
+    width: int
+    warps: int
+    stages: int
+
+
+# By what a kernel sums and the bytes of a number, and within these by the largest width that the entry serves. An entry
+# that holds the whole width keeps a program's rows on the chip. Each fits the shared memory of compute capability 8.0
+# and 9.0 without spills; the tests compile them all.
+TILES = {
+    ("forward", 2): {64: Tile(128, 128, 64, 8, 3), 128: Tile(128, 128, 128, 8, 2), 512: Tile(128, 64, 64, 8, 3)},
+    ("forward", 4): {64: Tile(128, 128, 64, 8, 2), 512: Tile(128, 64, 32, 8, 3)},
+    ("weights", 2): {64: Tile(128, 64, 64, 8, 3), 128: Tile(128, 64, 128, 8, 2), 512: Tile(128, 64, 64, 8, 3)},
+    ("weights", 4): {64: Tile(128, 64, 64, 8, 2), 512: Tile(128, 64, 32, 8, 3)},
+    ("features", 2): {128: Tile(128, 32, 128, 8, 2), 256: Tile(64, 32, 256, 8, 2), 512: Tile(32, 64, 64, 8, 2)},
+    ("features", 4): {64: Tile(128, 32, 64, 8, 2), 128: Tile(64, 64, 32, 8, 2), 256: Tile(64, 32, 32, 8, 2),
+                      512: Tile(32, 32, 32, 8, 2)},
+}  # fmt: skip
+# Programs for each processor of the device, at least, while there are columns to split. A split of "features" costs
+# memory: its sums are as large as x.
+_PROGRAMS = {"forward": 4, "weights": 4, "features": 2}
+
+
+def tile_of(role: str, size: int, width: int) -> Tile:
+    """The table's entry for a role, the bytes of a number and a width."""
+    padded = max(16, power_of_two(width))
+    entries = TILES[role, size]
+    tile = entries[min(limit for limit in entries if limit >= padded)]
+    return tile._replace(width=min(tile.width, padded))
+
+
+def cut(role: str, own: Tensor, other: Tensor) -> tuple[Tile, int, int]:
+    """A kernel's tile, and as many splits of the columns as keep the device busy, each of so many columns."""
+    tile = tile_of(role, own.element_size(), own.shape[1])
+    blocks = -(-len(other) // tile.cols)
+    row_blocks = max(1, -(-len(own) // tile.rows))
+    wanted = -(-_PROGRAMS[role] * _processors(own.device) // row_blocks)
+    per_split = max(1, -(-blocks // max(1, min(blocks, wanted)))) * tile.cols
+    return tile, max(1, -(-len(other) // per_split)), per_split
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least ``number``."""
+    return 1 << (number - 1).bit_length()
