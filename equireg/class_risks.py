@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.distributed import Processes
-from equireg.similarity import gram, normalized, row_lse
+from equireg.similarity import gram, normalized, split_lse
 
 
 class ClassRisks(NamedTuple):
@@ -89,7 +90,7 @@ class Contrast(NamedTuple):
     same: Tensor  # bool [A, B]: of one class
     size: Tensor  # [A]: size of the sample's class in the batch
     lse: Tensor  # [2, A]: log-sum-exp over the negatives
-    mean: Callable[[], Tensor]  # [2, A]: their softmax mean, which only the slope needs
+    mean: Tensor  # [2, A]: their softmax mean
     first: int
     processes: Processes
 
@@ -131,10 +132,14 @@ def contrast_of(
     same = labels[:, None] == everyone[None, :]
     with torch.autocast(z.device.type, enabled=False):
         cosine = gram(z) if processes.size == 1 else z @ processes.gather(z).flatten(0, 1).T
+    if isinstance(temperature, Tensor):
+        temperature, bound = temperature.to(z.dtype), math.inf
+    else:
+        bound = 1.0001 / temperature  # a cosine may be rounded above 1
     # The negatives of both environments in one pass. The table of environments is as large as the matrix of
     # similarities, so nothing would be won by streaming.
-    s = cosine / (temperature.to(z.dtype) if isinstance(temperature, Tensor) else temperature)
-    lse, mean = row_lse(s, torch.stack([similar, ~similar]) & ~same)
+    s = cosine / temperature
+    lse, mean = split_lse(s, similar, same, bound)
     return Contrast(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
 
 
@@ -148,7 +153,7 @@ def risk_of(contrast: Contrast, denominator: str) -> Tensor:
 
 def slope_of(contrast: Contrast, denominator: str) -> Tensor:
     """The derivative of the risk in the dummy classifier, [B, 2], in closed form: no double backward."""
-    lse, mean = contrast.lse, contrast.mean()
+    lse, mean = contrast.lse, contrast.mean
     if denominator == "own":  # the sigmoid is the share of the negatives in the softmax
 
         def of_pair(s: Tensor, lse: Tensor, mean: Tensor) -> Tensor:

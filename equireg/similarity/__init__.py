@@ -10,10 +10,11 @@ from torch import Tensor
 from equireg._checks import Arguments, values_visible
 from equireg.similarity import dense, operator
 from equireg.similarity.contrast import mean_contrast
-from equireg.similarity.dense import accumulation_dtype, normalized, row_lse
+from equireg.similarity.dense import accumulation_dtype, normalized
 from equireg.similarity.products import gram, times_transposed
+from equireg.similarity.split import split_lse
 
-__all__ = ["accumulation_dtype", "gram", "mean_contrast", "normalized", "pair_lse", "row_lse", "times_transposed"]
+__all__ = ["accumulation_dtype", "gram", "mean_contrast", "normalized", "pair_lse", "split_lse", "times_transposed"]
 
 # Below this many entries of the matrix, storing it is faster than streaming it.
 _DENSE_ENTRIES = 512 * 512

@@ -7,7 +7,6 @@ gradients are autograd's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,20 +69,15 @@ def pair_lse(
     keep = torch.ones_like(logits, dtype=torch.bool)
     if dropped is not None:  # what is left out may be NaN or infinite
         keep, logits = ~dropped, logits.masked_fill(dropped, 0)
-    if col_weight is None:
-        lse, mean = row_lse(logits, keep[None])
-    else:
+    weight = None
+    if col_weight is not None:
         col_weight = col_weight.to(dtype)
         weight = col_weight[:, None, :] if row_select is None else col_weight[:, row_select, :]
-        lse, mean = row_lse(logits, keep[None], weight)
-    return lse, mean()
+    return _row_lse(logits, keep[None], weight)
 
 
-def row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Log-sum-exp of each row, [E, M], of a matrix of logits that is there, and what forms the softmax mean [E, M].
-
-    ``logits`` [M, N]; ``keep``, bool [E, M, N]; ``weight`` [E, M, N]. Sizes of 1 among E and M hold for all.
-    """
+def _row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of a matrix of logits [M, N]; ``keep`` and ``weight`` [E, M, N], where sizes of 1 among E and M hold for all."""
     if logits.shape[1] == 0:  # one column that is not kept stands for none
         logits, keep = F.pad(logits, (0, 1)), F.pad(keep, (0, 1))
         weight = None if weight is None else F.pad(weight, (0, 1))
@@ -103,7 +97,5 @@ def row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None = None) -> tuple
     total = mass.sum(-1, keepdim=True).masked_fill(empty, 1)
     lse = (total.log() + peak).masked_fill(empty, -math.inf)
 
-    def mean() -> Tensor:
-        return ((mass * logits).sum(-1, keepdim=True) / total).masked_fill(empty, 0).squeeze(-1)
-
-    return lse.squeeze(-1), mean
+    mean = ((mass * logits).sum(-1, keepdim=True) / total).masked_fill(empty, 0)
+    return lse.squeeze(-1), mean.squeeze(-1)
