@@ -54,7 +54,9 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     with torch.autocast(x.device.type, enabled=False):
-        gradient: Tensor = (grad + grad.T) @ x
+        both = grad + grad.T
+        # With a graph of its own where it is to be differentiated again.
+        gradient: Tensor = both @ x if torch.is_grad_enabled() else times_transposed(both, x.T)
         return gradient
 
 
