@@ -144,7 +144,7 @@ def contrast_of(
 
 
 def risk_of(contrast: Contrast, denominator: str) -> Tensor:
-    """Eq. 5 for the class of each sample, [B, 2]; for a class of one sample a finite number that is no risk."""
+    """Eq. 5 for the class of each anchor, [A, 2]; for a class of one sample a finite number that is no risk."""
     if denominator == "own":
         return contrast.over_class(contrast.over_positives(lambda s, lse: _softplus(lse - s), contrast.lse))
     average, above, _ = _positives(contrast)
@@ -152,7 +152,7 @@ def risk_of(contrast: Contrast, denominator: str) -> Tensor:
 
 
 def slope_of(contrast: Contrast, denominator: str) -> Tensor:
-    """The derivative of the risk in the dummy classifier, [B, 2], in closed form: no double backward."""
+    """The derivative of the risk in the dummy classifier, [A, 2], in closed form: no double backward."""
     lse, mean = contrast.lse, contrast.mean
     if denominator == "own":  # the sigmoid is the share of the negatives in the softmax
 
@@ -165,7 +165,7 @@ def slope_of(contrast: Contrast, denominator: str) -> Tensor:
 
 
 def _positives(contrast: Contrast) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the positives of each anchor, and how far their log-sum-exp and softmax mean lie above it, each [B].
+    """Mean over the positives of each anchor, and how far their log-sum-exp and softmax mean lie above it, each [A].
 
     With one positive both are exactly 0, and small losses keep their digits.
     """

@@ -14,12 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MOST_DIMS = 6
-_LENGTH = 3 + _MOST_DIMS + 1  # of a header
-
 Result = TypeVar("Result")
-Group = Any  # a dist.ProcessGroup, which is not there in builds without torch.distributed; None for all processes
+Group = Any  # a dist.ProcessGroup, a class that builds without torch.distributed lack
+Facts = dict[str, Tensor | int | None]  # what has to be alike: the kind of a tensor, or a number
+
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+_MOST_FACTS, _MOST_DIMS = 8, 6
+_NOTHING, _NUMBER, _TENSOR = range(3)
+_LENGTH = 4 + _MOST_DIMS  # of a fact in a header
 
 
 class Processes:
@@ -33,10 +38,9 @@ class Processes:
     def __init__(self, function: str, gather_distributed: bool | Group):
         self.function, self.gathers = function, gather_distributed is not False
         self.group: Group = None if isinstance(gather_distributed, bool) else gather_distributed
-        if self.group is None:
-            return
         # new_group gives a process that is not in the group a stand-in of another type.
-        if not dist.is_available() or not isinstance(self.group, dist.ProcessGroup):
+        is_group = dist.is_available() and isinstance(gather_distributed, dist.ProcessGroup)
+        if not isinstance(gather_distributed, bool) and not is_group:
             rule = "True, False or an initialised process group that this process is in"
             raise ValueError(f"{function}: gather_distributed must be {rule}, got {gather_distributed!r}")
 
@@ -48,29 +52,25 @@ class Processes:
     def rank(self) -> int:
         return dist.get_rank(self.group) if self.size > 1 else 0
 
-    def agree(
-        self, name: str, make: Callable[[], Result], gathered: Callable[[Result], Tensor], tag: Callable[[], int] = int
-    ) -> Result:
-        """What ``make`` gives, once the processes agree on the tensor in it that is to be ``gathered``.
+    def agree(self, make: Callable[[], Result], facts: Callable[[Result], Facts]) -> Result:
+        """What ``make`` gives, once the processes agree on its ``facts``; tensors that these settle can be gathered.
 
-        Reading the header waits for the device.
+        ``make`` must hold all that can be refused and no collective. Reading the header waits for the device.
 
         Raises:
-            ValueError: in every process, where ``make`` failed in one of them, or the tensor's shape, dtype, need of a
-                gradient or the ``tag`` differ; the process where it failed raises its own error.
+            ValueError: in every process, where a fact differs or ``make`` failed in one, which raises its own error.
         """
         if self.size == 1:
             return make()
 
-        def checked() -> Result:
-            made = make()
-            self._check_backend(name, gathered(made))
-            return made
+        def checked(made: Result) -> Facts:
+            found = facts(made)
+            for name, fact in found.items():
+                if isinstance(fact, Tensor):
+                    self._check_backend(name, fact)
+            return found
 
-        def header(made: Result) -> list[int]:
-            return [*_header(gathered(made)), tag()]
-
-        return agree(self.function, name, checked, header, _described, self.group)
+        return agree(self.function, make, checked, self.group)
 
     def gather(self, mine: Tensor) -> Tensor:
         """[processes, ...] of a tensor of agreed shape and dtype, in the order of ranks, with its gradient."""
@@ -81,7 +81,10 @@ class Processes:
 
     def total(self, mine: Tensor) -> Tensor:
         """The sum over processes, likewise; in the order of ranks, so that it is the same in all to the last bit."""
-        return mine if self.size == 1 else self.gather(mine).sum(0)
+        if self.size == 1:
+            return mine
+        # As a vector: compiled, gloo gathers no 0-d tensors.
+        return self.gather(mine.flatten()).sum(0).view(mine.shape)
 
     def _check_backend(self, name: str, tensor: Tensor) -> None:
         backend = dist.get_backend(self.group)
@@ -111,6 +114,26 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def checksum(tensor: Tensor) -> int:
+    """A number that tells whole numbers apart, and their order."""
+    places = torch.arange(1, tensor.numel() + 1, device=tensor.device)
+    return int(((tensor.flatten().long() + 1) * (places * 0x9E3779B1 + 1)).sum())
+
+
+class Checksum:
+    """The checksum of a tensor that seldom changes, computed where it did."""
+
+    def __init__(self) -> None:
+        self.seen: tuple[Any, ...] = ()
+        self.value = 0
+
+    def of(self, tensor: Tensor) -> int:
+        state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.device)
+        if state != self.seen:
+            self.seen, self.value = state, checksum(tensor)
+        return self.value
+
+
 def gather_rows(mine: Tensor) -> Tensor:
     """The rows [n, ...] of all processes in the order of ranks, on the CPU, without a gradient; n may differ.
 
@@ -126,34 +149,31 @@ def gather_rows(mine: Tensor) -> Tensor:
     return torch.cat([rows[:count].cpu() for rows, count in zip(everyone, counts)])
 
 
-def agree(
-    function: str,
-    name: str,
-    make: Callable[[], Result],
-    header: Callable[[Result], list[int]],
-    described: Callable[[list[int]], str] = str,
-    group: Group = None,
-) -> Result:
-    """What ``make`` gives, once every process has made its own with the same ``header`` (at most ten numbers).
+def agree(function: str, make: Callable[[], Result], facts: Callable[[Result], Facts], group: Group = None) -> Result:
+    """What ``make`` gives, once every process has made its own with the same ``facts``.
 
     Raises:
-        ValueError: in every process, where the headers differ or ``make`` failed in one, which raises its own error.
+        ValueError: in every process, where a fact differs or ``make`` failed in one, which raises its own error.
     """
     if world_size(group) == 1:
         return make()
     try:
         mine = make()
-        numbers = header(mine)
+        found = facts(mine)
+        entries = [_entry(fact) for fact in found.values()]
     except Exception:
-        _exchange([-1] * _LENGTH, group)  # so that the others stop too, instead of waiting for this one
+        _exchange([0] * (1 + _MOST_FACTS * _LENGTH), group)  # so that the others stop too, and do not wait for this one
         raise
-    headers = _exchange([*numbers, *[0] * (_LENGTH - len(numbers))], group)
-    if any(header != headers[0] for header in headers):
-        theirs = ", ".join(
-            f"rank {r}: {'refused, see the error there' if header[0] < 0 else described(header)}"
-            for r, header in enumerate(headers)
-        )
-        raise ValueError(f"{function}: {name} must be alike in every process, got {theirs}")
+    padding = [0] * ((_MOST_FACTS - len(entries)) * _LENGTH)
+    headers = _exchange([1, *(number for entry in entries for number in entry), *padding], group)
+    if not all(header[0] for header in headers):
+        said = ["accepted" if header[0] else "refused, see the error there" for header in headers]
+        raise ValueError(f"{function}: arguments must be alike in every process, got {_by_rank(said)}")
+    for k, name in enumerate(found):
+        theirs = [header[1 + k * _LENGTH : 1 + (k + 1) * _LENGTH] for header in headers]
+        if any(entry != theirs[0] for entry in theirs):
+            said = [_described(entry) for entry in theirs]
+            raise ValueError(f"{function}: {name} must be alike in every process, got {_by_rank(said)}")
     return mine
 
 
@@ -178,6 +198,8 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 
 class _Gather(torch.autograd.Function):
+    """[processes, ...] of everyone's tensor."""
+
     @staticmethod
     def forward(ctx: Any, mine: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -188,18 +210,48 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # The sum of what all processes ask of our copy. Every backend can reduce to all; not all can scatter.
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[dist.get_rank(ctx.group)], None
+        return _SumOfMine.apply(gradient, ctx.group), None
 
 
-def _header(tensor: Tensor) -> list[int]:
-    """[dtype, gradient, dims, sizes ...] of a tensor."""
+class _SumOfMine(torch.autograd.Function):
+    """The sum of what all processes have in the place of this one; each is the other's derivative, again and again."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        # Every backend can reduce to all; not all can scatter.
+        places = places.contiguous().clone()
+        dist.all_reduce(places, group=group)
+        return places[dist.get_rank(group)]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(gradient, ctx.group), None
+
+
+def _entry(fact: Tensor | int | None) -> list[int]:
+    """A fact as numbers: [kind, value], or [kind, dtype, gradient, dims, sizes ...] of a tensor."""
+    if fact is None:
+        return [_NOTHING] * _LENGTH
+    if not isinstance(fact, Tensor):
+        return [_NUMBER, int(fact), *[0] * (_LENGTH - 2)]
     # Where one process has no backward pass to run, the others would wait for it in theirs.
-    gradient = int(tensor.requires_grad and torch.is_grad_enabled())
-    sizes = list(tensor.shape)
-    return [_DTYPES.index(tensor.dtype), gradient, len(sizes), *sizes, *[0] * (_MOST_DIMS - len(sizes))]
+    gradient = int(fact.requires_grad and torch.is_grad_enabled())
+    sizes = list(fact.shape)
+    return [_TENSOR, _DTYPES.index(fact.dtype), gradient, len(sizes), *sizes, *[0] * (_MOST_DIMS - len(sizes))]
+
+
+def _described(entry: list[int]) -> str:
+    kind, value, gradient, dims, *sizes = entry
+    if kind != _TENSOR:
+        return "None" if kind == _NOTHING else str(value)
+    dtype = _DTYPES[value]
+    said = f"{sizes[:dims]} {str(dtype).removeprefix('torch.')}"
+    return said if gradient or not dtype.is_floating_point else f"{said} without gradient"
+
+
+def _by_rank(said: list[str]) -> str:
+    return ", ".join(f"rank {r}: {text}" for r, text in enumerate(said))
 
 
 def _device(group: Group) -> torch.device:
@@ -213,9 +265,3 @@ def _exchange(header: list[int], group: Group) -> list[list[int]]:
     everyone = [torch.empty_like(mine) for _ in range(world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     return torch.stack(everyone).tolist()
-
-
-def _described(header: list[int]) -> str:
-    dtype, gradient, dims, *sizes, tag = header
-    said = f"{sizes[:dims]} {str(_DTYPES[dtype]).removeprefix('torch.')}{'' if gradient else ' without gradient'}"
-    return said if tag == 0 else f"{said} ({tag})"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from equireg._checks import Arguments
 from equireg.class_risks import check_batch, contrast_of, risk_of, slope_of
 from equireg.class_similarity import Adjust
-from equireg.distributed import Group, Processes
+from equireg.distributed import Checksum, Facts, Group, Processes
 from equireg.environments import Environments, similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
@@ -151,7 +152,7 @@ class ClassWiseIRM(nn.Module):
         self.num_features, self.num_classes = num_features, num_classes
         self.weight, self.penalty = weight, penalty
         self.temperature, self.denominator, self.detach = temperature, denominator, detach
-        self.processes = Processes("ClassWiseIRM", gather_distributed)
+        self.processes, self._checksum = Processes("ClassWiseIRM", gather_distributed), Checksum()
         self.mask = FeatureMask(num_features)
         self.projection = projection if projection is not None else _projection(num_features)
         self.register_module("environments", None)
@@ -208,14 +209,14 @@ class ClassWiseIRM(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
         processes = self.processes
-        z, labels, indices = processes.agree(
-            "[B, d]",
-            lambda: self._embedded(features, labels, indices),
-            gathered=lambda made: made[0],
-            tag=lambda: int(indices is not None),
+        labels, indices = processes.agree(
+            lambda: self._checked(features, labels, indices), lambda made: self._facts(features, *made)
         )
-        if len(features) * processes.size < 2:
+        if len(features) * processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
             return self._zero(features)
+        # Contiguous, so that the layers sum in the same order whatever the strides.
+        seen = (features.detach() if self.detach else features).contiguous()
+        z = self.projection(self.mask.select(seen))
         similar = self._similar(features.detach(), labels, indices)
         contrast = contrast_of(z, labels, similar, self.temperature, processes)
         risk = risk_of(contrast, self.denominator)
@@ -230,10 +231,7 @@ class ClassWiseIRM(nn.Module):
         per_class: Tensor = loss / classes.clamp(min=1)
         return per_class
 
-    def _embedded(
-        self, features: Tensor, labels: Tensor, indices: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What is checked, the features as the embeddings z [B, d]."""
+    def _checked(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
         check = Arguments("ClassWiseIRM")
         check.sizes["D"] = self.num_features
         labels = check_batch(check, "features", features, labels)
@@ -243,12 +241,23 @@ class ClassWiseIRM(nn.Module):
             if self.environments is None:
                 check.refuse("indices", "None before fit_environments", list(indices.shape))
             check.below("indices", indices, self.environments.num_samples, "samples of the environments")
-        if len(features) * self.processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
-            return features, labels, indices
-        # Contiguous, so that the layers sum in the same order whatever the strides.
-        features = (features.detach() if self.detach else features).contiguous()
-        z: Tensor = self.projection(self.mask.select(features))
-        return z, labels, indices
+        alone = len(features) == 1 and self.processes.size > 1 and self.training
+        if alone and any(isinstance(module, nn.BatchNorm1d) for module in self.projection.modules()):
+            check.refuse("features", "of at least 2 samples, for the projection's BatchNorm", list(features.shape))
+        return labels, indices
+
+    def _facts(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Facts:
+        """What processes have to agree on."""
+        bits = None if indices is None or self.environments is None else self.environments.bits
+        return {
+            "features": features,
+            "labels": labels,
+            "indices": indices,
+            "environments": bits,
+            "environments' sum": None if bits is None else self._checksum.of(bits),
+            "settings": crc32(self.extra_repr().encode()),
+            "whether parameters learn": torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()),
+        }
 
     def _similar(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
         """Which samples of all processes are in Env#1 of the class of each of ours, bool [B, all]."""

@@ -99,10 +99,7 @@ def soft_info_nce(
         # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
         return torch.stack([normalized(z1), normalized(z2)], 1)
 
-    def kind_of_weights() -> int:
-        return 0 if weights is None else 2 * weights.shape[1] + int(weights.requires_grad)
-
-    views = processes.agree("[N, views, d]", checked, gathered=lambda views: views, tag=kind_of_weights)
+    views = processes.agree(checked, lambda views: {"z1": z1, "z2": z2, "weights": weights})
     shares = views.new_ones(len(z1), 1) if weights is None else weights.to(views.dtype)
     first, x = processes.rank * len(z1), views.flatten(0, 1)
     ids = torch.arange(first, first + len(z1), device=z1.device).repeat_interleave(2)

@@ -78,10 +78,9 @@ class IPIRMLoss(PartitionLoss):
             views = torch.stack([normalized(z1), normalized(z2)])
             return views, own, None if mix is None else _checked_mix(check, mix, views[0])
 
-        def kind() -> int:
-            return 2 * self.num_partitions() + (mix is not None)
-
-        views, indices, parts_of = processes.agree("[views, N, d]", checked, lambda made: made[0], kind)
+        views, indices, parts_of = processes.agree(
+            checked, lambda made: {"z1": z1, "z2": z2, "mix": made[2] and made[2][1], **self.facts()}
+        )
         everyone, all_indices = processes.gather(views), processes.gather(indices).flatten()
         all_views = everyone.transpose(0, 1).flatten(1, 2)  # [views, processes · N, d]
         x1, x2 = views

@@ -57,7 +57,7 @@ class SimSiamIPIRMLoss(PartitionLoss):
             q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
             return -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2, own
 
-        loss, indices = self.processes.agree("[N]", checked, lambda made: made[0], self.num_partitions)
+        loss, indices = self.processes.agree(checked, lambda _: {"p1": p1, "p2": p2, **self.facts()})
         groups, count = self.groups_of(indices)
         rows = Rows(loss, loss, torch.ones_like(loss, dtype=torch.bool))
         return self.combined(rows, torch.ones_like(loss), [(rows, group, count) for group in groups])
@@ -77,7 +77,8 @@ class MoCoIPIRMLoss(PartitionLoss):
         temperature: τ, above 0.
         weight: λ₁ of the squared slopes, at least 0.
         gather_distributed: as of :class:`IPIRMLoss`; the keys of all processes enter the queue, which is the same in
-            all of them. By default each has a queue of its own.
+            all of them. By default each has a queue of its own; give DistributedDataParallel
+            ``broadcast_buffers=False`` then, or it becomes that of rank 0 at every step.
 
     The call ``loss(query [B, d], key [B, d], indices [B])`` puts the keys into the queue afterwards, in training mode.
     A sample is no negative of itself, however old its key.
@@ -134,7 +135,9 @@ class MoCoIPIRMLoss(PartitionLoss):
                 check.refuse("query", rule, list(query.shape))
             return normalized(query), normalized(key.detach()), self.check_indices(check, indices)
 
-        x, own_key, indices = processes.agree("[N, d]", checked, lambda made: made[0], self.num_partitions)
+        x, own_key, indices = processes.agree(
+            checked, lambda made: {"query": query, "key": made[1], "training": self.training, **self.facts()}
+        )
         groups, count = self.groups_of(indices)
         bank, owners = self.queue.to(x.dtype), self.queue_indices
         known = owners >= 0
@@ -163,6 +166,5 @@ class MoCoIPIRMLoss(PartitionLoss):
         self.place = (self.place + len(keys)) % len(self.queue)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.queue.shape[1]}, queue_size={len(self.queue)}, temperature={self.temperature}, weight={self.weight}"
-        )
+        shape = f"{self.queue.shape[1]}, queue_size={len(self.queue)}"
+        return f"{shape}, temperature={self.temperature}, {super().extra_repr()}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import torch
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
-from equireg.distributed import Group, Processes
+from equireg.distributed import Checksum, Facts, Group, Processes
 from equireg.info_nce import Rows
 from equireg.partitions import PartitionUpdater
 
@@ -23,7 +25,7 @@ class PartitionLoss(nn.Module):
         check = Arguments(function)
         check.not_negative("weight", weight)
         self.weight, self.function = weight, function
-        self.processes = Processes(function, gather_distributed)
+        self.processes, self._checksum = Processes(function, gather_distributed), Checksum()
         if isinstance(partitions, PartitionUpdater):
             self.partitions = partitions
             return
@@ -54,10 +56,14 @@ class PartitionLoss(nn.Module):
         check.below("indices", indices, table.shape[1], "samples of the partitions")
         return indices
 
-    def num_partitions(self) -> int:
+    def facts(self) -> Facts:
         """What processes have to agree on, beside their batches."""
-        table = self.partitions
-        return len(table.partitions) if isinstance(table, PartitionUpdater) else len(table)
+        table = self.partitions.partitions if isinstance(self.partitions, PartitionUpdater) else self.partitions
+        return {
+            "partitions": table,
+            "partitions' sum": self._checksum.of(table),
+            "settings": crc32(self.extra_repr().encode()),
+        }
 
     def combined(self, everyone: Rows, weights: Tensor, parts: list[tuple[Rows, Tensor, int]]) -> Tensor:
         """The global term, and the mean over partitions and the groups of each that the batch has."""

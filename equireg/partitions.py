@@ -159,11 +159,7 @@ class PartitionUpdater(nn.Module):
         Whatever is raised, the partitions and the generator stay as they were.
         """
         rows, indices = distributed.agree(
-            "PartitionUpdater.update",
-            "partitions, generator and kind of features",
-            lambda: self._rows(z1, z2, generator, encoder, progress),
-            self._header,
-            _described,
+            "PartitionUpdater.update", lambda: self._rows(z1, z2, generator, encoder, progress), self._facts
         )
         if indices is not None:
             rows = self._in_order(distributed.gather_rows(rows), distributed.gather_rows(indices))
@@ -273,14 +269,17 @@ class PartitionUpdater(nn.Module):
             collapsed=self._collapsed(partition),
         )
 
-    def _header(self, rows: tuple[Tensor, Tensor | None]) -> list[int]:
-        """What must be equal in all processes."""
-        places = torch.arange(1, self.partitions.numel() + 1, device=self.partitions.device)
-        mixed = (self.partitions.flatten() + 1) * (places * 0x9E3779B1 + 1)
-        state = self.generator_state.long() * torch.arange(1, len(self.generator_state) + 1).to(self.partitions.device)
-        sums = [int(mixed.sum()), int(state.sum())]
-        kind = [rows[0].shape[1] // 2, rows[0].element_size(), int(rows[1] is not None)]
-        return [len(self.partitions), self.num_samples, self.num_groups, *sums, *kind]
+    def _facts(self, rows: tuple[Tensor, Tensor | None]) -> distributed.Facts:
+        """What must be alike in all processes; they may have encoded other numbers of samples."""
+        features, indices = rows
+        return {
+            "num_groups": self.num_groups,
+            "partitions": self.partitions,
+            "partitions' sum": distributed.checksum(self.partitions),
+            "the generator's state": distributed.checksum(self.generator_state),
+            "whether there is an encoder": int(indices is not None),
+            "features": features[:0],
+        }
 
     def extra_repr(self) -> str:
         options = ("temperature", "weight", "lr", "max_passes", "block_size", "balance")
@@ -315,11 +314,3 @@ class PartitionUpdater(nn.Module):
             return
         self.partitions = torch.zeros_like(saved, device=self.partitions.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _described(header: list[int]) -> str:
-    count, samples, groups, partitions, generator, width, size, encoded, *_ = header
-    return (
-        f"{count} partitions of {samples} samples in {groups} groups (sum {partitions}), generator at {generator}, "
-        f"features of width {width} and {size} bytes from {'an encoder' if encoded else 'tensors'}"
-    )

@@ -127,7 +127,8 @@ class SERLoss(nn.Module):
         if processes.size == 1:
             return _loss(*self._projected(tokens1, tokens2, g1, g2, 2), None, 0, self.temperature)
         mine = processes.agree(
-            "[B, T, D]", lambda: self._projected(tokens1, tokens2, g1, g2, 1), gathered=lambda maps: maps[0]
+            lambda: self._projected(tokens1, tokens2, g1, g2, 1),
+            lambda maps: {"projected tokens1": maps[0], "projected tokens2": maps[1]},
         )
         keys = processes.gather(mine[0]).flatten(0, 1), processes.gather(mine[1]).flatten(0, 1)
         loss = _loss(*mine, keys, processes.rank * len(mine[0]), self.temperature)

@@ -1,5 +1,8 @@
 """Several processes of gloo on the CPU, for a test."""
 
+import datetime
+import os
+import time
 import traceback
 
 import torch
@@ -19,12 +22,19 @@ def in_processes(world, function, folder, *arguments):
     ]
     for process in processes:
         process.start()
-    results = [queue.get() for _ in range(world)]
+    results = []
+    while len(results) < world:
+        if not queue.empty():
+            results.append(queue.get())
+        elif any(process.exitcode for process in processes):  # gloo may abort a process without a word
+            raise AssertionError(f"processes ended with {[process.exitcode for process in processes]}")
+        else:
+            time.sleep(0.05)
+    for _, problem, _ in results:
+        assert problem is None, problem
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    for _, problem, _ in results:
-        assert problem is None, problem
     return [value for _, _, value in sorted(results, key=lambda result: result[0])]
 
 
@@ -32,10 +42,12 @@ def _child(rank, world, store, queue, function, arguments):
     torch.set_num_threads(1)
     problem, value = None, None
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+        limit = datetime.timedelta(seconds=20)  # a collective that not all join fails, and does not hang
+        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=limit)
         value = function(rank, *arguments)
         dist.barrier()  # a process that leaves while another still reads from it makes gloo abort there
         dist.destroy_process_group()
     except Exception:
         problem = traceback.format_exc()
     queue.put((rank, problem, value))
+    os._exit(0)  # gloo's threads now and then abort an interpreter that takes itself down

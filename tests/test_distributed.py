@@ -41,7 +41,7 @@ def gathered_dtypes(rank):
     processes = Processes("f", True)
 
     def agree(**options):
-        return processes.agree("x", lambda: torch.ones(2, **options), gathered=lambda x: x)
+        return processes.agree(lambda: torch.ones(2, **options), lambda x: {"x": x})
 
     with pytest.raises(ValueError, match="f: x must be on cpu for the backend gloo, got meta"):  # D11
         agree(device="meta")
@@ -87,7 +87,7 @@ def test_two_processes(tmp_path):
         assert first == second
         assert first > 0
     for messages in misfit:
-        assert "SERLoss: [B, T, D] must be alike in every process" in messages[0]
+        assert "SERLoss: projected tokens1 must be alike in every process" in messages[0]
         assert "rank 0: [2, 4, 512] float32, rank 1: [3, 4, 512] float32" in messages[0]
         assert "rank 0: [2, 4, 512] float32, rank 1: [2, 9, 512] float32" in messages[1]
         assert messages[3] == "fine: True"

@@ -574,9 +574,10 @@ def test_processes_share_one_partition(tmp_path):  # P7
 def test_processes_refuse_together(tmp_path):  # P7
     results = (dict(zip(CASES, found)) for found in in_processes(2, _refuse_here, tmp_path))
     first, second = results
-    for case in ("state", "kind", "dtype"):
+    facts = {"state": "the generator's state", "kind": "whether there is an encoder", "dtype": "features"}
+    for case, fact in facts.items():
         assert first[case] == second[case]
-        assert "partitions, generator and kind of features must be alike in every process, got rank 0: 1" in first[case]
+        assert f"PartitionUpdater.update: {fact} must be alike in every process, got rank 0: " in first[case]
     assert "rank 1: refused, see the error there" in first["features"]
     assert "z1 must be finite, got nan" in second["features"]
     assert first["generator"].startswith("TypeError: PartitionUpdater.update: generator must be")

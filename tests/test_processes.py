@@ -11,7 +11,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from equireg import ClassWiseIRM, IPIRMLoss, SERLoss
+from equireg import (
+    ClassWiseIRM,
+    GridTransform,
+    IPIRMLoss,
+    MoCoIPIRMLoss,
+    SERLoss,
+    SimSiamIPIRMLoss,
+    soft_info_nce,
+)
+from equireg.distributed import Processes
 from tests.processes import in_processes
 from tests.records import RECORDS
 from tests.records.record import BATCH, leaves, outputs, take
@@ -216,6 +225,100 @@ def test_misfits_are_the_same_error_everywhere(tmp_path):  # D1, D3
             assert "rank 1: refused, see the error there" in mine
             record = next(record for record in GATHERING if record.name == name)
             assert re.search(record.refused[case].message, theirs)
+
+
+def different_calls(rank):
+    """Calls that every process could answer alone, and that do not fit together."""
+    draw = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, 6, 5, generator=draw)
+    learned, indices, labels = z1.clone().requires_grad_(), torch.arange(6), torch.arange(6) % 2
+    gathering = {"gather_distributed": True}
+    groups = [torch.arange(30) % 2, torch.arange(30) % 3, torch.zeros(30).long(), (torch.arange(30) + 1) % 2]
+    still = GridTransform.identity(6, (1, 1))
+
+    def irm(seen=20, **options):
+        irm = ClassWiseIRM(5, 2, projection=nn.Identity(), detach=False, **gathering, **options)
+        return irm.fit_environments(torch.randn(seen, 5, generator=draw), torch.arange(seen) % 2)
+
+    def moco():
+        return MoCoIPIRMLoss(groups[0][None], num_features=5, queue_size=24, **gathering).train(bool(rank))
+
+    frozen = SERLoss(5, **gathering).requires_grad_(False)
+    tokens = learned[:, None] if rank else z1[:, None]
+    half = z1.bfloat16() if rank else z1
+    ipirm = IPIRMLoss(groups[0][None], **gathering)
+    calls = {
+        "indices": lambda: irm()(z1, labels, indices if rank else None),
+        "environments": lambda: irm(30 if rank else 20)(z1, labels, indices),
+        "environments' sum": lambda: irm(22 + rank)(z1, labels, indices),
+        "settings": lambda: irm(weight=float(rank), penalty="irmv1")(z1, labels),
+        "whether parameters learn": lambda: irm().requires_grad_(bool(rank))(z1, labels),
+        "features": lambda: irm()(half, labels),
+        "weights": lambda: soft_info_nce(z1, z2, torch.ones(6, 2) if rank else None, **gathering),
+        "weights ": lambda: soft_info_nce(z1, z2, torch.ones(6, 2 + rank), **gathering),
+        "weights  ": lambda: soft_info_nce(z1, z2, torch.ones(6, 2, requires_grad=bool(rank)), **gathering),
+        "mix": lambda: ipirm(z1, z2, indices, mix=(indices, 0.5) if rank else None),
+        "partitions": lambda: IPIRMLoss(groups[0][None, : 30 - 10 * rank], **gathering)(z1, z2, indices),
+        "partitions' sum": lambda: IPIRMLoss(groups[3 * rank][None], **gathering)(z1, z2, indices),
+        "partitions' sum ": lambda: IPIRMLoss(groups[rank][None], **gathering)(z1, z2, indices),
+        "partitions' sum  ": lambda: SimSiamIPIRMLoss(groups[2 * rank][None], **gathering)(z1, z2, z1, z2, indices),
+        "training": lambda: moco()(z1, z2, indices),
+        "projected tokens2": lambda: frozen(z1[:, None], tokens, still, still),
+    }
+    found = []
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="must be alike in every process") as caught:
+            call()
+        found.append((name.strip(), str(caught.value)))
+    return found
+
+
+def test_calls_that_do_not_fit_together(tmp_path):  # D1, D3
+    first, second = in_processes(2, different_calls, tmp_path)
+    assert first == second
+    for fact, message in first:
+        assert f": {fact} must be alike in every process, got rank 0: " in message
+
+
+def compiled(rank):
+    """In several processes the collectives break the graph; the numbers stay."""
+    torch._dynamo.reset()
+    found = []
+    for record in GATHERING:
+        args = take(record.sample(), halves(1, rank, 2)[0])
+        results = []
+        for wrap in (lambda loss: loss, lambda loss: torch.compile(loss, backend="eager")):
+            loss = wrap(record.build(gather_distributed=True))
+            parts = outputs(loss(*args))
+            grads = torch.autograd.grad(sum(part.sum() for part in parts), leaves(args))
+            results.append([part.detach().sum().item() for part in (*parts, *grads)])
+        found.append(results)
+    return found
+
+
+def test_compiled_losses_gather_too(tmp_path):
+    for results in in_processes(2, compiled, tmp_path):
+        for eager, fused in results:
+            assert fused == pytest.approx(eager, rel=1e-12)
+
+
+def derivatives(rank):
+    """First, second and third derivative of a sum over processes of cubes of all that they gather."""
+    x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
+    processes = Processes("f", True)
+    value = processes.total(processes.gather(x).pow(3).sum() * (1 + rank))
+    found = []
+    for _ in range(3):
+        (value,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        found.append(value.item())
+    return found
+
+
+def test_gathering_differentiates_again_and_again(tmp_path):
+    """The loss of both is 3 (x0³ + x1³), and what they ask of a copy adds up: to 2 · 9 x²."""
+    for rank, found in enumerate(in_processes(2, derivatives, tmp_path)):
+        x = 1.0 + rank
+        assert found == pytest.approx([18 * x**2, 36 * x, 36.0])
 
 
 def test_without_processes_nothing_changes():  # D10

@@ -106,6 +106,7 @@ def _contrast(
             # log(e^a + e^b) - a as softplus(b - a): the difference of two large numbers would lose a small loss.
             loss += F.softplus(gap, threshold=50).sum() / len(x)
             if not needs_x and not needs_p:
+                del tiles, tile  # or they would live on beside those of the next rows
                 continue
             pull = gap.sigmoid() / len(x)  # towards the positive, and away from each negative by its share of it
             share[rows] = (pull / total[rows]).masked_fill_(total[rows] == 0, 0)
@@ -122,7 +123,7 @@ def _contrast(
                 grad_x[rows] += by_row.mul_(scale)
             if needs_p:
                 grad_p[rows] -= scaled[rows] * pull[:, None]
-            del tiles, tile, masses, mass  # or they would live on beside those of the next rows
+            del tiles, tile, masses, mass
         if mirror and needs_x:
             grad_scale += _add_mirrored_gradient(itself, share, grad_x, scale)
         return loss, grad_x, grad_p, grad_keys, grad_prime, grad_scale
