@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -27,6 +28,18 @@ def values_visible(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or os.environ.get("EQUIREG_CHECKS") == "1"
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Before a registered operator: it has no forward-mode derivative, and PyTorch would take it for zero.
+
+    Raises:
+        RuntimeError: one of the tensors carries a tangent, as in ``torch.func.jvp``.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError("equireg: forward-mode derivatives (jvp) are not implemented; reverse mode has them")
 
 
 class Arguments:

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.records import RECORDS
@@ -33,7 +34,8 @@ from tests.records.running import (
 def test_compiles_whole(record, dynamic):
     """With gradients; and, of dynamic shapes, once for all sizes of the batch."""
     torch._dynamo.reset()
-    loss, args = record.build(torch.float32), record.sample(torch.float32)
+    gathering = {"gather_distributed": True} if record.processes == "gather" and not dynamic else {}
+    loss, args = record.build(torch.float32, **gathering), record.sample(torch.float32)
     compiled = torch.compile(copy.deepcopy(loss), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with torch._dynamo.config.patch(**record.compile_options):
         if not record.compiles:
@@ -139,6 +141,34 @@ def test_modes_and_repetition(record):  # F25, F26
     assert same(torch.autograd.grad(total, wrt), expected[1])
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(total, wrt)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # PyTorch's own, of its forward mode
+@pytest.mark.parametrize("record", [r for r in RECORDS if leaves(r.sample())], ids=lambda record: record.name)
+def test_forward_mode_is_right_or_refused(record):
+    """A registered operator has no such derivative, and PyTorch would take it for zero."""
+    loss, args = record.build(), record.sample()
+    expected = torch.autograd.grad(objective(copy.deepcopy(loss)(*args)), leaves(args))
+    tangents = iter([torch.randn_like(gradient) for gradient in expected])
+    slope = 0.0
+
+    def dual(value):
+        nonlocal slope
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            return value
+        tangent = next(tangents)
+        slope += (next(gradients) * tangent).sum()
+        return forward_ad.make_dual(value.detach(), tangent)
+
+    gradients = iter(expected)
+    with forward_ad.dual_level():
+        try:
+            result = objective(loss(*tree_map(dual, args)))
+        except (RuntimeError, NotImplementedError) as error:
+            assert "forward" in str(error).lower()  # noqa: PT017
+            return
+        tangent = forward_ad.unpack_dual(result).tangent
+    torch.testing.assert_close(tangent, slope)
 
 
 @pytest.mark.parametrize("record", [r for r in RECORDS if r.frozen], ids=lambda record: record.name)

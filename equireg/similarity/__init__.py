@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from equireg._checks import Arguments, values_visible
+from equireg._checks import Arguments, refuse_forward_mode, values_visible
 from equireg.similarity import dense, operator
 from equireg.similarity.contrast import mean_contrast
 from equireg.similarity.dense import accumulation_dtype, normalized
@@ -125,6 +125,7 @@ def pair_lse(
     if backend is None:
         backend = _fastest(len(x) * len(y))
     if backend != "dense":
+        refuse_forward_mode(x, y, scale, col_weight)
         symmetric = y is x and col_group is row_group and col_id is row_id
         result: tuple[Tensor, Tensor] = operator.pair_lse(
             x,

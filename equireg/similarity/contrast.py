@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equireg._checks import values_visible
+from equireg._checks import refuse_forward_mode, values_visible
 from equireg.similarity.bounded import BOUND
 from equireg.similarity.dense import Pairs
 from equireg.similarity.products import times_transposed
@@ -55,6 +55,7 @@ def mean_contrast(
     else:
         bounded, scale = scale <= BOUND, torch.full((), scale, dtype=x.dtype, device=x.device)
     first, second = keys if keys is not None else (None, None)
+    refuse_forward_mode(x, p, first, second, scale)
     wanted = [
         torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
         for parts in ((x, first, scale), (p, second))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equireg._checks import refuse_forward_mode
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -32,17 +34,23 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.T
 
 
-@torch.library.custom_op("equireg::gram", mutates_args=(), schema="(Tensor x) -> Tensor")
 def gram(x: Tensor) -> Tensor:
     """All dot products of the rows of ``x`` [N, D] with each other, [N, N].
 
     Its gradient ``(G + G^T) x`` takes one product where that of ``x @ x.T`` takes two; it can be differentiated again.
     """
+    refuse_forward_mode(x)
+    products: Tensor = _gram(x)
+    return products
+
+
+@torch.library.custom_op("equireg::gram", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _gram(x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return times_transposed(x, x)
 
 
-@gram.register_fake
+@_gram.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[0])
 
@@ -60,4 +68,4 @@ def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
         return gradient
 
 
-gram.register_autograd(_differentiate, setup_context=_save)
+_gram.register_autograd(_differentiate, setup_context=_save)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equireg._checks import refuse_forward_mode
 from equireg.similarity.bounded import BOUND
 
 # Entries of a block of rows: 1 MB of fp32, of which a few stay in a CPU's cache.
@@ -31,6 +32,7 @@ def split_lse(logits: Tensor, first: Tensor, dropped: Tensor, bound: float) -> t
 
     A part of a row without a pair has ``lse = -inf`` and ``mean = 0``, and passes no gradient.
     """
+    refuse_forward_mode(logits)
     lse: Tensor
     mean: Tensor
     lse, mean = _split_lse(logits, first, dropped, bound <= BOUND)
