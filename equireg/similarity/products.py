@@ -62,10 +62,19 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     with torch.autocast(x.device.type, enabled=False):
-        both = grad + grad.T
         # With a graph of its own where it is to be differentiated again.
-        gradient: Tensor = both @ x if torch.is_grad_enabled() else times_transposed(both, x.T)
+        gradient: Tensor = (grad + grad.T) @ x if torch.is_grad_enabled() else _gram_backward(grad, x)
         return gradient
+
+
+@torch.library.custom_op("equireg::gram_backward", mutates_args=(), schema="(Tensor grad, Tensor x) -> Tensor")
+def _gram_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return times_transposed(grad + grad.T, x.T)
+
+
+@_gram_backward.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 _gram.register_autograd(_differentiate, setup_context=_save)

@@ -35,7 +35,8 @@ def split_lse(logits: Tensor, first: Tensor, dropped: Tensor, bound: float) -> t
     refuse_forward_mode(logits)
     lse: Tensor
     mean: Tensor
-    lse, mean = _split_lse(logits, first, dropped, bound <= BOUND)
+    # Contiguous, so that sums have one order whatever the strides.
+    lse, mean = _split_lse(logits.contiguous(), first.contiguous(), dropped.contiguous(), bound <= BOUND)
     return lse, mean
 
 
