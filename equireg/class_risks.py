@@ -72,14 +72,14 @@ def class_wise_risks(
     check.booleans("similar", similar, "B B")
     check.positive("temperature", temperature)
     check.option("denominator", denominator, ("own", "all"))
-    contrast = contrast_of(z, labels, similar, temperature, Processes("class_wise_risks", False))
+    compared = compare(z, labels, similar, temperature, Processes("class_wise_risks", False))
     # A class is represented by its first sample.
-    first = ((contrast.size > 1) & ~contrast.same.tril(-1).any(1)).nonzero().squeeze(1)
+    first = ((compared.size > 1) & ~compared.same.tril(-1).any(1)).nonzero().squeeze(1)
     first = first[labels[first].argsort()]
-    return ClassRisks(labels[first], risk_of(contrast, denominator)[first], slope_of(contrast, denominator)[first])
+    return ClassRisks(labels[first], risk_of(compared, denominator)[first], slope_of(compared, denominator)[first])
 
 
-class Contrast(NamedTuple):
+class Compared(NamedTuple):
     """Similarities of A anchors to a batch, and for each what its negatives sum to in the two environments.
 
     The anchors are the samples of this process; in the batch, that of all ``processes``, they begin at ``first``.
@@ -123,9 +123,7 @@ class Contrast(NamedTuple):
             return self.same.to(values.dtype) @ everyone / self.size[:, None]
 
 
-def contrast_of(
-    z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor, processes: Processes
-) -> Contrast:
+def compare(z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor, processes: Processes) -> Compared:
     """Of the embeddings [A, d] and labels [A] of this process and ``similar`` [A, B], which the processes agreed on."""
     z = normalized(z)
     everyone = processes.gather(labels).flatten()
@@ -140,38 +138,38 @@ def contrast_of(
     # similarities, so nothing would be won by streaming.
     s = cosine / temperature
     lse, mean = split_lse(s, similar, same, bound)
-    return Contrast(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
+    return Compared(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
 
 
-def risk_of(contrast: Contrast, denominator: str) -> Tensor:
+def risk_of(similarities: Compared, denominator: str) -> Tensor:
     """Eq. 5 for the class of each anchor, [A, 2]; for a class of one sample a finite number that is no risk."""
     if denominator == "own":
-        return contrast.over_class(contrast.over_positives(lambda s, lse: _softplus(lse - s), contrast.lse))
-    average, above, _ = _positives(contrast)
-    return contrast.over_class(above + _softplus(contrast.lse - average - above))
+        return compared.over_class(compared.over_positives(lambda s, lse: _softplus(lse - s), compared.lse))
+    average, above, _ = _positives(compared)
+    return compared.over_class(above + _softplus(compared.lse - average - above))
 
 
-def slope_of(contrast: Contrast, denominator: str) -> Tensor:
+def slope_of(similarities: Compared, denominator: str) -> Tensor:
     """The derivative of the risk in the dummy classifier, [A, 2], in closed form: no double backward."""
-    lse, mean = contrast.lse, contrast.mean
+    lse, mean = compared.lse, compared.mean
     if denominator == "own":  # the sigmoid is the share of the negatives in the softmax
 
         def of_pair(s: Tensor, lse: Tensor, mean: Tensor) -> Tensor:
             return (lse - s).sigmoid() * (mean - s)
 
-        return contrast.over_class(contrast.over_positives(of_pair, lse, mean))
-    average, above, tilt = _positives(contrast)
-    return contrast.over_class((lse - average - above).sigmoid() * (mean - average - tilt) + tilt)
+        return compared.over_class(compared.over_positives(of_pair, lse, mean))
+    average, above, tilt = _positives(compared)
+    return compared.over_class((lse - average - above).sigmoid() * (mean - average - tilt) + tilt)
 
 
-def _positives(contrast: Contrast) -> tuple[Tensor, Tensor, Tensor]:
+def _positives(similarities: Compared) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over the positives of each anchor, and how far their log-sum-exp and softmax mean lie above it, each [A].
 
     With one positive both are exactly 0, and small losses keep their digits.
     """
-    average = contrast.over_positives(lambda s: s)
-    kept = contrast.positive() | (contrast.size < 2)[:, None]  # an anchor without positives keeps something finite
-    above = torch.where(kept, contrast.s - average[:, None], -torch.inf)
+    average = compared.over_positives(lambda s: s)
+    kept = compared.positive() | (compared.size < 2)[:, None]  # an anchor without positives keeps something finite
+    above = torch.where(kept, compared.s - average[:, None], -torch.inf)
     tilt = (above.softmax(-1) * above.masked_fill(~kept, 0)).sum(-1)
     return average, above.logsumexp(-1), tilt
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
-from equireg.class_risks import check_batch, contrast_of, risk_of, slope_of
+from equireg.class_risks import check_batch, compare, risk_of, slope_of
 from equireg.class_similarity import Adjust
 from equireg.distributed import Checksum, Facts, Group, Processes
 from equireg.environments import Environments, similar_in_batch
@@ -218,15 +218,15 @@ class ClassWiseIRM(nn.Module):
         seen = (features.detach() if self.detach else features).contiguous()
         z = self.projection(self.mask.select(seen))
         similar = self._similar(features.detach(), labels, indices)
-        contrast = contrast_of(z, labels, similar, self.temperature, processes)
-        risk = risk_of(contrast, self.denominator)
+        compared = compare(z, labels, similar, self.temperature, processes)
+        risk = risk_of(compared, self.denominator)
         of_class = risk.sum(1)
         if self.weight > 0 and self.penalty == "rex":
             of_class = of_class + self.weight * rex_penalty(risk)
         elif self.weight > 0:
-            of_class = of_class + self.weight * irmv1_penalty(slope_of(contrast, self.denominator))
+            of_class = of_class + self.weight * irmv1_penalty(slope_of(compared, self.denominator))
         # Each class with two samples or more counts once: a sample of n weighs 1 / n.
-        share = torch.where(contrast.size > 1, 1 / contrast.size.to(risk.dtype), 0)
+        share = torch.where(compared.size > 1, 1 / compared.size.to(risk.dtype), 0)
         loss, classes = processes.total(torch.stack([(of_class * share).sum(), share.sum()]))
         per_class: Tensor = loss / classes.clamp(min=1)
         return per_class
