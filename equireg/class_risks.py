@@ -141,7 +141,7 @@ def compare(z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Ten
     return Compared(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
 
 
-def risk_of(similarities: Compared, denominator: str) -> Tensor:
+def risk_of(compared: Compared, denominator: str) -> Tensor:
     """Eq. 5 for the class of each anchor, [A, 2]; for a class of one sample a finite number that is no risk."""
     if denominator == "own":
         return compared.over_class(compared.over_positives(lambda s, lse: _softplus(lse - s), compared.lse))
@@ -149,7 +149,7 @@ def risk_of(similarities: Compared, denominator: str) -> Tensor:
     return compared.over_class(above + _softplus(compared.lse - average - above))
 
 
-def slope_of(similarities: Compared, denominator: str) -> Tensor:
+def slope_of(compared: Compared, denominator: str) -> Tensor:
     """The derivative of the risk in the dummy classifier, [A, 2], in closed form: no double backward."""
     lse, mean = compared.lse, compared.mean
     if denominator == "own":  # the sigmoid is the share of the negatives in the softmax
@@ -162,7 +162,7 @@ def slope_of(similarities: Compared, denominator: str) -> Tensor:
     return compared.over_class((lse - average - above).sigmoid() * (mean - average - tilt) + tilt)
 
 
-def _positives(similarities: Compared) -> tuple[Tensor, Tensor, Tensor]:
+def _positives(compared: Compared) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over the positives of each anchor, and how far their log-sum-exp and softmax mean lie above it, each [A].
 
     With one positive both are exactly 0, and small losses keep their digits.
