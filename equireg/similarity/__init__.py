@@ -10,7 +10,8 @@ from torch import Tensor
 from equireg._checks import Arguments, refuse_forward_mode, values_visible
 from equireg.similarity import dense, operator
 from equireg.similarity.contrast import mean_contrast
-from equireg.similarity.dense import accumulation_dtype, normalized
+from equireg.similarity.dense import accumulation_dtype
+from equireg.similarity.normalization import normalized
 from equireg.similarity.products import gram, times_transposed
 from equireg.similarity.split import split_lse
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from equireg.similarity.dense import exponent_limit
+from equireg.similarity.exponential import exp_
 from equireg.similarity.products import times_transposed
 from equireg.similarity.tiles import Gradients, Tiles
 
@@ -92,5 +93,5 @@ def _masses(tiles: Tiles) -> Iterator[tuple[slice, slice, bool, Tensor, Tensor]]
             below = tiles.symmetric and rows.start > cols.start
             if not below and not tiles.needless(rows, cols):
                 logits = tiles.logits(rows, cols)
-                mass = logits.exp()
+                mass = exp_(logits.clone())
                 yield rows, cols, tiles.symmetric and rows.start < cols.start, mass, logits.mul_(mass)

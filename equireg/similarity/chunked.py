@@ -16,6 +16,7 @@ from torch import Tensor
 
 from equireg.similarity import bounded
 from equireg.similarity.dense import Pairs, exponent_limit
+from equireg.similarity.exponential import exp_
 from equireg.similarity.products import times_transposed
 from equireg.similarity.tiles import Gradients, Tiles
 
@@ -43,7 +44,7 @@ def forward(
                 kept = logits if weight is None else logits.masked_fill(weight == 0, tiles.low)
                 new_peak = torch.maximum(peak[e], kept.amax(1))
                 shift = new_peak.masked_fill(new_peak <= tiles.empty, 0)
-                mass = torch.exp_(kept - shift[:, None])
+                mass = exp_(kept - shift[:, None])
                 if weight is not None:
                     mass.mul_(weight)
                 fade = torch.exp_(peak[e] - new_peak)
@@ -113,7 +114,7 @@ def _backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | N
                 weight = tiles.weight(e, rows, cols)
                 if weight is not None:  # where w = 0 a logit may lie far above the log-sum-exp
                     q.clamp_(max=exponent_limit(q.dtype))
-                q.exp_()
+                exp_(q)
                 slope = constant[e, rows, None]
                 if grad_mean is not None:
                     # A dropped pair must not multiply its q = 0 by what overflows.

@@ -21,6 +21,7 @@ from torch import Tensor
 from equireg._checks import refuse_forward_mode, values_visible
 from equireg.similarity.bounded import BOUND
 from equireg.similarity.dense import Pairs
+from equireg.similarity.exponential import LOG2E
 from equireg.similarity.products import times_transposed
 from equireg.similarity.tiles import DEVICE_ROWS, ROWS, Tiles
 
@@ -87,7 +88,8 @@ def _contrast(
         torch.zeros_like(x[:0] if part is None or not needs else part)
         for part, needs in ((x, needs_x), (p, needs_p), (keys, needs_x), (keys_prime, needs_p))
     )
-    scaled, pairs = x * scale, Pairs("ne", row_group, key_group, None, None)
+    # In base 2, for which the exponential is cheap.
+    scaled, pairs = x * (scale * LOG2E), Pairs("ne", row_group, key_group, None, None)
     own = keys is None or keys_prime is None
     columns = [(x, grad_x), (p, grad_p)] if own else [(keys, grad_keys), (keys_prime, grad_prime)]
     mirror = own and bounded  # then the first set has a way of its own
@@ -102,8 +104,8 @@ def _contrast(
             tiles = [[stream.logits(rows, cols) for cols in stream.col_blocks] for stream, _ in streams]
             peak = 0 if bounded else _subtract_peak(tiles, itself.empty)
             for tile in chain(*tiles):
-                total[rows] += tile.exp_().sum(1)
-            gap = total[rows].log() + peak - (scaled[rows] * p[rows]).sum(1)
+                total[rows] += tile.exp2_().sum(1)
+            gap = total[rows].log() + peak - (x[rows] * p[rows]).sum(1) * scale
             # log(e^a + e^b) - a as softplus(b - a): the difference of two large numbers would lose a small loss.
             loss += F.softplus(gap, threshold=50).sum() / len(x)
             if not needs_x and not needs_p:
@@ -111,7 +113,7 @@ def _contrast(
                 continue
             pull = gap.sigmoid() / len(x)  # towards the positive, and away from each negative by its share of it
             share[rows] = (pull / total[rows]).masked_fill_(total[rows] == 0, 0)
-            left, by_row = (scaled[rows] * share[rows, None]).T.contiguous(), torch.zeros_like(x[rows])
+            left, by_row = (x[rows] * (share[rows, None] * scale)).T.contiguous(), torch.zeros_like(x[rows])
             for (stream, grad), masses in zip(streams, tiles):
                 for cols, mass in zip(stream.col_blocks, masses):
                     if needs_x:
@@ -123,7 +125,7 @@ def _contrast(
                 grad_scale += (by_row * x[rows]).sum()
                 grad_x[rows] += by_row.mul_(scale)
             if needs_p:
-                grad_p[rows] -= scaled[rows] * pull[:, None]
+                grad_p[rows] -= x[rows] * (pull[:, None] * scale)
             del tiles, tile, masses, mass
         if mirror and needs_x:
             grad_scale += _add_mirrored_gradient(itself, share, grad_x, scale)
@@ -131,20 +133,20 @@ def _contrast(
 
 
 def _subtract_peak(tiles: list[list[Tensor]], empty: float) -> Tensor:
-    """Takes the largest logit of each row off it, and gives it; 0 for a row without pairs."""
+    """Takes the largest logit of each row off it, and gives it in base e; 0 for a row without pairs."""
     peak = torch.stack([tile.amax(1) for tile in chain(*tiles)]).amax(0)
     peak = peak.masked_fill(peak <= empty, 0)
     for tile in chain(*tiles):
         tile.sub_(peak[:, None])
-    return peak
+    return peak / LOG2E
 
 
 def _halves(itself: Tiles) -> Iterator[tuple[slice, slice, Tensor]]:
-    """``e^l`` of the tiles on and above the diagonal."""
+    """The exponentials of the tiles on and above the diagonal."""
     for rows in itself.row_blocks:
         for cols in itself.col_blocks:
             if rows.start <= cols.start:
-                yield rows, cols, itself.logits(rows, cols).exp_()
+                yield rows, cols, itself.logits(rows, cols).exp2_()
 
 
 def _add_mirrored(itself: Tiles, total: Tensor) -> None:

@@ -40,21 +40,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def normalized(x: Tensor) -> Tensor:
-    """Unit length along the last dimension, in fp32 or fp64.
-
-    A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 (1e-3 in fp16) comes out shorter than 1.
-    """
-    # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
-    # of up to 1e6, and fp16 ends at 65,504.
-    eps = 1e-3 if x.dtype == torch.float16 else 1e-6
-    # Contiguous, so that products of what comes out give the same bits whatever the strides.
-    x = x.to(accumulation_dtype(x.dtype)).contiguous()
-    # The backward pass of F.normalize, a quotient, holds twice as many copies of x.
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * length.clamp_min(eps).reciprocal()
-
-
 def exponent_limit(dtype: torch.dtype) -> float:
     """The largest exponent used for a pair of weight zero, whose exponential is needed by no sum, only by dw."""
     return math.log(torch.finfo(dtype).max) - 8

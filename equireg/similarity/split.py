@@ -16,6 +16,7 @@ from torch import Tensor
 
 from equireg._checks import refuse_forward_mode
 from equireg.similarity.bounded import BOUND
+from equireg.similarity.exponential import exp_
 
 # Entries of a block of rows: 1 MB of fp32, of which a few stay in a CPU's cache.
 _ENTRIES = 2**18
@@ -59,14 +60,14 @@ def _split_lse(logits: Tensor, first: Tensor, dropped: Tensor, bounded: bool) ->
     for rows in _blocks(logits):
         parts = _parts(first[rows], dropped[rows], logits.dtype)
         if bounded:
-            mass = logits[rows].exp()
+            mass = exp_(logits[rows].clone())
         else:
             low = torch.finfo(logits.dtype).min / 2
             for e, part in enumerate(parts):
                 peak[e, rows] = ((1 - part) * low + logits[rows]).amax(1)
             peak[:, rows].masked_fill_(peak[:, rows] <= low / 2, 0)
             # What counts lies below its peak; what does not might overflow.
-            mass = (logits[rows] - _of_part(peak, rows, parts)).clamp_(max=0).exp_()
+            mass = exp_((logits[rows] - _of_part(peak, rows, parts)).clamp_(max=0))
         for e, part in enumerate(parts):
             total = part.mul_(mass).sum(1)
             lse[e, rows] = total.log() + peak[e, rows]
@@ -115,7 +116,8 @@ def _split_lse_backward(
 
     for rows in _blocks(logits):
         parts = _parts(first[rows], dropped[rows], logits.dtype)
-        share = torch.sub(logits[rows], _of_part(lse, rows, parts), out=gradient[rows]).clamp_(max=0).exp_()
+        share = torch.sub(logits[rows], _of_part(lse, rows, parts), out=gradient[rows])
+        exp_(share.clamp_(max=0))
         slope = _of_part(constant, rows, parts)
         if grad_mean is not None:
             slope.add_(_of_part(grad_mean, rows, parts).mul_(logits[rows]))

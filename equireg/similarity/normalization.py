@@ -1,0 +1,87 @@
+"""Vectors of unit length, with the gradient in closed form and block by block, for these are most of a loss's tokens.
+
+With ``y = x / |x|`` the gradient is ``(g - y <g, y>) / |x|``. As a quotient in autograd's hands it takes five times the
+passes over memory, and copies of ``x`` to hold what lies between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equireg._checks import refuse_forward_mode
+from equireg.similarity.dense import accumulation_dtype
+
+# Entries of a block of rows: 512 KB of fp32.
+_ENTRIES = 2**17
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Unit length along the last dimension, contiguous, in fp32 or fp64; it can be differentiated again and again.
+
+    A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 (1e-3 in fp16) comes out shorter than 1.
+    """
+    refuse_forward_mode(x)
+    # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
+    # of up to 1e6, and fp16 ends at 65,504.
+    eps = 1e-3 if x.dtype == torch.float16 else 1e-6
+    # Contiguous, so that products of what comes out give the same bits whatever the strides.
+    y: Tensor = _normalized(x.to(accumulation_dtype(x.dtype)).contiguous(), eps)
+    return y
+
+
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.clamp_min(eps).reciprocal()
+
+
+@torch.library.custom_op("equireg::normalized", mutates_args=(), schema="(Tensor x, float eps) -> Tensor")
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    return x * _inverse(x, eps)
+
+
+@_normalized.register_fake
+def _(x: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(
+    "equireg::normalized_backward", mutates_args=(), schema="(Tensor gradient, Tensor x, float eps) -> Tensor"
+)
+def _normalized_backward(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
+    result = torch.empty_like(x)
+    width = max(x.shape[-1], 1)
+    height = max(1, _ENTRIES // width) if x.device.type == "cpu" else max(1, x.numel())
+    blocks = (part.reshape(-1, width).split(height) for part in (gradient, x, result))
+    for of_gradient, of_x, of_result in zip(*blocks):
+        of_result.copy_(_formula(of_gradient, of_x, eps))
+    return result
+
+
+@_normalized_backward.register_fake
+def _(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _formula(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
+    inverse = _inverse(x, eps)
+    y = x * inverse
+    along = (gradient * y).sum(-1, keepdim=True) * (inverse < 1 / eps)  # a shorter vector is divided by a constant
+    return (gradient - y * along) * inverse
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    x, ctx.eps = inputs
+    ctx.save_for_backward(x)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (x,) = ctx.saved_tensors
+    # With a graph of its own where it is to be differentiated again.
+    formula = _formula if torch.is_grad_enabled() else _normalized_backward
+    return formula(gradient, x, ctx.eps), None
+
+
+_normalized.register_autograd(_differentiate, setup_context=_save)
