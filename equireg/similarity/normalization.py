@@ -32,14 +32,9 @@ def normalized(x: Tensor) -> Tensor:
     return y
 
 
-def _inverse(x: Tensor, eps: float) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return length.clamp_min(eps).reciprocal()
-
-
 @torch.library.custom_op("equireg::normalized", mutates_args=(), schema="(Tensor x, float eps) -> Tensor")
 def _normalized(x: Tensor, eps: float) -> Tensor:
-    return x * _inverse(x, eps)
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
 
 
 @_normalized.register_fake
@@ -66,9 +61,10 @@ def _(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def _formula(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
-    inverse = _inverse(x, eps)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = length.clamp_min(eps).reciprocal()
     y = x * inverse
-    along = (gradient * y).sum(-1, keepdim=True) * (inverse < 1 / eps)  # a shorter vector is divided by a constant
+    along = (gradient * y).sum(-1, keepdim=True) * (length >= eps)  # a shorter vector is divided by a constant
     return (gradient - y * along) * inverse
 
 
