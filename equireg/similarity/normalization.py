@@ -34,7 +34,8 @@ def normalized(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("equireg::normalized", mutates_args=(), schema="(Tensor x, float eps) -> Tensor")
 def _normalized(x: Tensor, eps: float) -> Tensor:
-    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
+    y: Tensor = x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
+    return y
 
 
 @_normalized.register_fake
@@ -61,11 +62,12 @@ def _(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def _formula(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = length.clamp_min(eps).reciprocal()
     y = x * inverse
     along = (gradient * y).sum(-1, keepdim=True) * (length >= eps)  # a shorter vector is divided by a constant
-    return (gradient - y * along) * inverse
+    result: Tensor = (gradient - y * along) * inverse
+    return result
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
