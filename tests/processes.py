@@ -38,16 +38,18 @@ def in_processes(world, function, folder, *arguments):
     return [value for _, _, value in sorted(results, key=lambda result: result[0])]
 
 
-def _child(rank, world, store, queue, function, arguments):
+def _child(rank, world, path, queue, function, arguments):
     torch.set_num_threads(1)
     problem, value = None, None
+    limit = datetime.timedelta(seconds=20)  # a collective that not all join fails, and does not hang
+    store = dist.FileStore(path, world)
     try:
-        limit = datetime.timedelta(seconds=20)  # a collective that not all join fails, and does not hang
-        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=limit)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         value = function(rank, *arguments)
-        dist.barrier()  # a process that leaves while another still reads from it makes gloo abort there
-        dist.destroy_process_group()
     except Exception:
         problem = traceback.format_exc()
+    # Where one leaves while another still reads from it, or while threads of gloo run, gloo hangs or aborts.
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(world)], datetime.timedelta(seconds=60))
     queue.put((rank, problem, value))
-    os._exit(0)  # gloo's threads now and then abort an interpreter that takes itself down
+    os._exit(0)
