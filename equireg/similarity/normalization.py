@@ -14,7 +14,7 @@ from torch import Tensor
 from equireg._checks import refuse_forward_mode
 from equireg.similarity.dense import accumulation_dtype
 
-# Entries of a block of rows: 512 KB of fp32.
+# Entries of a block of rows: 512 KB of fp32. Where there are no more, autograd has its own way.
 _ENTRIES = 2**17
 
 
@@ -23,19 +23,26 @@ def normalized(x: Tensor) -> Tensor:
 
     A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 (1e-3 in fp16) comes out shorter than 1.
     """
-    refuse_forward_mode(x)
     # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
     # of up to 1e6, and fp16 ends at 65,504.
     eps = 1e-3 if x.dtype == torch.float16 else 1e-6
     # Contiguous, so that products of what comes out give the same bits whatever the strides.
-    y: Tensor = _normalized(x.to(accumulation_dtype(x.dtype)).contiguous(), eps)
+    x = x.to(accumulation_dtype(x.dtype)).contiguous()
+    if torch.compiler.is_compiling() or x.numel() <= _ENTRIES:  # a compiler has its own way, and an operator its cost
+        return _formula(x, eps)
+    refuse_forward_mode(x)
+    y: Tensor = _normalized(x, eps)
+    return y
+
+
+def _formula(x: Tensor, eps: float) -> Tensor:
+    y: Tensor = x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
     return y
 
 
 @torch.library.custom_op("equireg::normalized", mutates_args=(), schema="(Tensor x, float eps) -> Tensor")
 def _normalized(x: Tensor, eps: float) -> Tensor:
-    y: Tensor = x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
-    return y
+    return _formula(x, eps)
 
 
 @_normalized.register_fake
@@ -52,7 +59,7 @@ def _normalized_backward(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
     height = max(1, _ENTRIES // width) if x.device.type == "cpu" else max(1, x.numel())
     blocks = (part.reshape(-1, width).split(height) for part in (gradient, x, result))
     for of_gradient, of_x, of_result in zip(*blocks):
-        of_result.copy_(_formula(of_gradient, of_x, eps))
+        of_result.copy_(_gradient(of_gradient, of_x, eps))
     return result
 
 
@@ -61,7 +68,7 @@ def _(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-def _formula(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
+def _gradient(gradient: Tensor, x: Tensor, eps: float) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = length.clamp_min(eps).reciprocal()
     y = x * inverse
@@ -78,8 +85,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (x,) = ctx.saved_tensors
     # With a graph of its own where it is to be differentiated again.
-    formula = _formula if torch.is_grad_enabled() else _normalized_backward
-    return formula(gradient, x, ctx.eps), None
+    of_x = _gradient if torch.is_grad_enabled() else _normalized_backward
+    return of_x(gradient, x, ctx.eps), None
 
 
 _normalized.register_autograd(_differentiate, setup_context=_save)
