@@ -18,7 +18,7 @@ from equireg.similarity.split import split_lse
 __all__ = ["accumulation_dtype", "gram", "mean_contrast", "normalized", "pair_lse", "split_lse", "times_transposed"]
 
 # Below this many entries of the matrix, storing it is faster than streaming it.
-_DENSE_ENTRIES = 512 * 512
+_DENSE_ENTRIES = 2**15
 
 
 def pair_lse(
