@@ -122,6 +122,8 @@ def _ratio(key: str, row: dict[str, Any], first: dict[str, Any] | None) -> str:
     if key == "flops":
         return f"{row[key] / first[key]:.4f}×"
     ratio = first[key] / row[key]
+    if ratio < 0.0995:
+        return f"{ratio:.1g}×"
     return f"{ratio:.2f}×" if ratio < 9.995 else f"{ratio:.0f}×"
 
 
