@@ -114,6 +114,13 @@ class Arguments:
         if not 0 <= value <= 1:  # type: ignore[operator]
             self.refuse(name, "in 0 .. 1", value)
 
+    def weights(self, name: str, tensor: Tensor) -> None:
+        """Finite numbers at least 0, where looking costs nothing."""
+        if values_visible(tensor):
+            wrong = ~((tensor >= 0) & (tensor < math.inf))
+            if wrong.any():
+                self.refuse(name, "finite and at least 0", float(tensor.detach()[wrong][0]))
+
     def dtype_of(self, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
         """``tensor`` of the dtype of the argument ``like_name``."""
         if tensor.dtype != like.dtype:

@@ -72,7 +72,7 @@ def class_wise_risks(
     check.booleans("similar", similar, "B B")
     check.positive("temperature", temperature)
     check.option("denominator", denominator, ("own", "all"))
-    compared = compare(z, labels, similar, temperature, Processes("class_wise_risks", False))
+    compared = compare(z, labels, labels, similar, temperature, Processes("class_wise_risks", False))
     # A class is represented by its first sample.
     first = ((compared.size > 1) & ~compared.same.tril(-1).any(1)).nonzero().squeeze(1)
     first = first[labels[first].argsort()]
@@ -123,11 +123,17 @@ class Compared(NamedTuple):
             return self.same.to(values.dtype) @ everyone / self.size[:, None]
 
 
-def compare(z: Tensor, labels: Tensor, similar: Tensor, temperature: float | Tensor, processes: Processes) -> Compared:
-    """Of the embeddings [A, d] and labels [A] of this process and ``similar`` [A, B], which the processes agreed on."""
+def compare(
+    z: Tensor,
+    labels: Tensor,
+    all_labels: Tensor,
+    similar: Tensor,
+    temperature: float | Tensor,
+    processes: Processes,
+) -> Compared:
+    """Of the embeddings [A, d] and labels [A] of this process, the labels [B] of all, and ``similar`` [A, B]."""
     z = normalized(z)
-    everyone = processes.gather(labels).flatten()
-    same = labels[:, None] == everyone[None, :]
+    same = labels[:, None] == all_labels[None, :]
     with torch.autocast(z.device.type, enabled=False):
         cosine = gram(z) if processes.size == 1 else z @ processes.gather(z).flatten(0, 1).T
     if isinstance(temperature, Tensor):

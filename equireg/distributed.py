@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Result = TypeVar("Result")
 Group = Any  # a dist.ProcessGroup, a class that builds without torch.distributed lack
@@ -118,6 +119,11 @@ def checksum(tensor: Tensor) -> int:
     """A number that tells whole numbers apart, and their order."""
     places = torch.arange(1, tensor.numel() + 1, device=tensor.device)
     return int(((tensor.flatten().long() + 1) * (places * 0x9E3779B1 + 1)).sum())
+
+
+def settings_of(module: nn.Module) -> int:
+    """A number that tells modules of a kind apart by what they show of their settings."""
+    return crc32(module.extra_repr().encode())
 
 
 class Checksum:

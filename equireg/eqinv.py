@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
-from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from equireg._checks import Arguments
 from equireg.class_risks import check_batch, compare, risk_of, slope_of
 from equireg.class_similarity import Adjust
-from equireg.distributed import Checksum, Facts, Group, Processes
+from equireg.distributed import Checksum, Facts, Group, Processes, settings_of
 from equireg.environments import Environments, similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
@@ -217,8 +216,9 @@ class ClassWiseIRM(nn.Module):
         # Contiguous, so that the layers sum in the same order whatever the strides.
         seen = (features.detach() if self.detach else features).contiguous()
         z = self.projection(self.mask.select(seen))
-        similar = self._similar(features.detach(), labels, indices)
-        compared = compare(z, labels, similar, self.temperature, processes)
+        all_labels = processes.gather(labels).flatten()
+        similar = self._similar(features.detach(), labels, all_labels, indices)
+        compared = compare(z, labels, all_labels, similar, self.temperature, processes)
         risk = risk_of(compared, self.denominator)
         of_class = risk.sum(1)
         if self.weight > 0 and self.penalty == "rex":
@@ -255,17 +255,16 @@ class ClassWiseIRM(nn.Module):
             "indices": indices,
             "environments": bits,
             "environments' sum": None if bits is None else self._checksum.of(bits),
-            "settings": crc32(self.extra_repr().encode()),
+            "settings": settings_of(self),
             "whether parameters learn": torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()),
         }
 
-    def _similar(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
+    def _similar(self, features: Tensor, labels: Tensor, all_labels: Tensor, indices: Tensor | None) -> Tensor:
         """Which samples of all processes are in Env#1 of the class of each of ours, bool [B, all]."""
         processes = self.processes
         if indices is not None and self.environments is not None:
             return self.environments.similar(labels, processes.gather(indices).flatten())
-        everyone = processes.gather(features).flatten(0, 1)
-        similar = similar_in_batch(everyone, processes.gather(labels).flatten())
+        similar = similar_in_batch(processes.gather(features).flatten(0, 1), all_labels)
         return similar[processes.rank * len(labels) :][: len(labels)]
 
     def _zero(self, features: Tensor) -> Tensor:

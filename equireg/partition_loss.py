@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from zlib import crc32
-
 import torch
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
-from equireg.distributed import Checksum, Facts, Group, Processes
+from equireg.distributed import Checksum, Facts, Group, Processes, settings_of
 from equireg.info_nce import Rows
 from equireg.partitions import PartitionUpdater
 
@@ -52,17 +50,20 @@ class PartitionLoss(nn.Module):
 
     def check_indices(self, check: Arguments, indices: Tensor) -> Tensor:
         indices = check.integers("indices", indices, "N")
-        table = self.partitions.partitions if isinstance(self.partitions, PartitionUpdater) else self.partitions
-        check.below("indices", indices, table.shape[1], "samples of the partitions")
+        check.below("indices", indices, self._table().shape[1], "samples of the partitions")
         return indices
+
+    def _table(self) -> Tensor:
+        """The partitions, int64 [P, N]."""
+        return self.partitions.partitions if isinstance(self.partitions, PartitionUpdater) else self.partitions
 
     def facts(self) -> Facts:
         """What processes have to agree on, beside their batches."""
-        table = self.partitions.partitions if isinstance(self.partitions, PartitionUpdater) else self.partitions
+        table = self._table()
         return {
             "partitions": table,
             "partitions' sum": self._checksum.of(table),
-            "settings": crc32(self.extra_repr().encode()),
+            "settings": settings_of(self),
         }
 
     def combined(self, everyone: Rows, weights: Tensor, parts: list[tuple[Rows, Tensor, int]]) -> Tensor:

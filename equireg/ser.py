@@ -8,13 +8,12 @@ moved by ``g2 @ g1.inverse()``, should be that of the second: at each place, aga
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
 from equireg.distributed import Group, Processes
 from equireg.grid import GridTransform
-from equireg.similarity import contrast, mean_contrast, normalized, pair_lse
+from equireg.similarity import mean_contrast, normalized
 
 
 def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0.3) -> Tensor:
@@ -181,15 +180,7 @@ def _loss(
     if isinstance(temperature, Tensor):  # of half precision it would round its inverse
         temperature = temperature.to(z.dtype)
     images, places = len(z), z.shape[1]
-    maps = (z, z_prime) if everyone is None else everyone
     anchor_image = torch.arange(first, first + images, device=z.device).repeat_interleave(places)
-    key_image = torch.arange(len(maps[0]), device=z.device).repeat_interleave(places)
-    x, positives, keys = z.flatten(0, 1), z_prime.flatten(0, 1), [part.flatten(0, 1) for part in maps]
-    if contrast.serves(len(x), 2 * len(keys[0]), x.device):
-        given = None if everyone is None else (keys[0], keys[1])
-        return mean_contrast(x, positives, given, temperature, anchor_image, key_image)
-    negatives, _ = pair_lse(
-        x, torch.cat(keys), 1 / temperature, relation="ne", row_group=anchor_image, col_group=key_image.repeat(2)
-    )
-    positive = (x * positives).sum(1) / temperature
-    return F.softplus(negatives[0] - positive, threshold=50).mean()
+    key_image = torch.arange(len(z if everyone is None else everyone[0]), device=z.device).repeat_interleave(places)
+    keys = None if everyone is None else (everyone[0].flatten(0, 1), everyone[1].flatten(0, 1))
+    return mean_contrast(z.flatten(0, 1), z_prime.flatten(0, 1), keys, temperature, anchor_image, key_image)

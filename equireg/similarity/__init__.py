@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from equireg._checks import Arguments, refuse_forward_mode, values_visible
-from equireg.similarity import dense, operator
-from equireg.similarity.contrast import mean_contrast
+from equireg._checks import Arguments, refuse_forward_mode
+from equireg.similarity import contrast, dense, operator
 from equireg.similarity.dense import accumulation_dtype
 from equireg.similarity.normalization import normalized
 from equireg.similarity.products import gram, times_transposed
@@ -111,10 +111,7 @@ def pair_lse(
         check.refuse("row_select", "None without col_weight", "a selection")
     if col_weight is not None:
         check.features("col_weight", col_weight, "E N" if row_select is None else "E S N")
-        if values_visible(col_weight):
-            wrong = ~((col_weight >= 0) & (col_weight < math.inf))
-            if wrong.any():
-                check.refuse("col_weight", "finite and at least 0", float(col_weight.detach()[wrong][0]))
+        check.weights("col_weight", col_weight)
         if row_select is not None:
             row_select = check.integers("row_select", row_select, "M")
             check.below("row_select", row_select, check.sizes["S"], "rows of col_weight")
@@ -145,6 +142,34 @@ def pair_lse(
     with torch.autocast(x.device.type, enabled=False):
         pairs = dense.Pairs(relation, row_group, col_group, row_id, col_id)
         return dense.pair_lse(x, y, scale, pairs, col_weight, row_select)
+
+
+def mean_contrast(
+    x: Tensor,
+    p: Tensor,
+    keys: tuple[Tensor, Tensor] | None,
+    temperature: float | Tensor,
+    row_group: Tensor,
+    key_group: Tensor,
+) -> Tensor:
+    r"""Mean over the rows of :math:`\log(1 + \sum_j k_{ij} e^{l_{ij}} / e^{s_i})`, a 0-d tensor.
+
+    Args:
+        x: rows, [M, D]; :math:`l_{ij} = \langle x_i, y_j \rangle / \tau`.
+        p: their positives, [M, D]; :math:`s_i = \langle x_i, p_i \rangle / \tau`.
+        keys: two sets of columns y [N, D] that share their groups; None for ``x`` and ``p`` themselves.
+        temperature: τ, a number or a 0-d tensor.
+        row_group: whole numbers [M]; pairs of different groups are kept.
+        key_group: whole numbers [N].
+
+    All vectors are in fp32 or fp64 and of unit length. Differentiable once, in all of them and in a temperature.
+    """
+    scale = 1 / temperature
+    columns = (x, p) if keys is None else keys
+    if contrast.serves(len(x), 2 * len(columns[0]), x.device):
+        return contrast.formed_at_once(x, p, keys, scale, row_group, key_group)
+    lse, _ = pair_lse(x, torch.cat(columns), scale, relation="ne", row_group=row_group, col_group=key_group.repeat(2))
+    return F.softplus(lse[0] - (x * p).sum(1) * scale, threshold=50).mean()
 
 
 def _fastest(entries: int) -> str:

@@ -71,8 +71,8 @@ def backward(
     needs_x: bool,
     needs_y: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x and scale (where ``needs_x``), to y and to col_weight; empty where they are not needed."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to x, without the factor of the scale, to y and to col_weight; empty where they are not needed."""
     tiles = Tiles(x, y, scale, pairs, col_weight, row_select)
     empty = lse == -math.inf
     lse = lse.masked_fill(empty, 0)
@@ -92,13 +92,7 @@ def backward(
         bounded.backward(tiles, lse, constant, grad_mean, gradients)
     else:
         _backward(tiles, lse, constant, grad_mean, gradients)
-    grad_scale = by_row.new_zeros(())
-    if needs_x:
-        grad_scale = torch.dot(by_row.flatten(), x.to(by_row.dtype).flatten())
-        if y is None:  # each pair is in it twice
-            grad_scale = grad_scale / 2
-        by_row.mul_(scale)
-    return by_row, by_col, grad_scale, by_weight
+    return by_row, by_col, by_weight
 
 
 def _backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | None, gradients: Gradients) -> None:

@@ -37,20 +37,15 @@ def serves(rows: int, columns: int, device: torch.device) -> bool:
     return min(rows, ROWS if on_cpu else DEVICE_ROWS) * columns <= (_KEPT if on_cpu else _DEVICE_KEPT)
 
 
-def mean_contrast(
+def formed_at_once(
     x: Tensor,
     p: Tensor,
     keys: tuple[Tensor, Tensor] | None,
-    temperature: float | Tensor,
+    scale: float | Tensor,
     row_group: Tensor,
     key_group: Tensor,
 ) -> Tensor:
-    """The loss, a 0-d tensor, of the rows ``x`` [M, D] with their positives ``p`` [M, D]; ``scale = 1 / temperature``.
-
-    ``keys``: two sets of keys [N, D] that share their groups ``key_group`` [N]; None for ``x`` and ``p`` themselves.
-    All in fp32 or fp64 and of unit length. Differentiable once, in all of them and in a temperature that is a tensor.
-    """
-    scale = 1 / temperature
+    """The loss of ``mean_contrast``, which says what it takes."""
     if isinstance(scale, Tensor):
         bounded = values_visible(scale) and float(scale.detach()) <= BOUND
     else:
@@ -63,6 +58,14 @@ def mean_contrast(
     ]
     loss: Tensor = _contrast(x, p, first, second, scale, row_group, key_group, bounded, *wanted)[0]
     return loss
+
+
+def _shapes(
+    x: Tensor, p: Tensor, keys: Tensor | None, keys_prime: Tensor | None, needs_x: bool, needs_p: bool
+) -> list[tuple[int, ...]]:
+    """Of the gradients to all four; without rows where they are not there or not needed."""
+    parts = ((x, needs_x), (p, needs_p), (keys, needs_x), (keys_prime, needs_p))
+    return [tuple(part.shape) if part is not None and needs else (0, x.shape[1]) for part, needs in parts]
 
 
 @torch.library.custom_op(
@@ -83,26 +86,24 @@ def _contrast(
     needs_x: bool,
     needs_p: bool,
 ) -> Result:
-    """The loss, and its gradients to x, p, keys, keys_prime and scale; empty those that are not there or not needed."""
-    grad_x, grad_p, grad_keys, grad_prime = (
-        torch.zeros_like(x[:0] if part is None or not needs else part)
-        for part, needs in ((x, needs_x), (p, needs_p), (keys, needs_x), (keys_prime, needs_p))
-    )
+    """The loss, and its gradients to x, p, keys, keys_prime and scale."""
+    shapes = _shapes(x, p, keys, keys_prime, needs_x, needs_p)
+    grad_x, grad_p, grad_keys, grad_prime = (x.new_zeros(shape) for shape in shapes)
     # In base 2, for which the exponential is cheap.
     scaled, pairs = x * (scale * LOG2E), Pairs("ne", row_group, key_group, None, None)
     own = keys is None or keys_prime is None
     columns = [(x, grad_x), (p, grad_p)] if own else [(keys, grad_keys), (keys_prime, grad_prime)]
-    mirror = own and bounded  # then the first set has a way of its own
+    mirrored = own and bounded  # then the first set has a way of its own
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        itself = Tiles(x, None, scale, pairs, scaled=scaled)
-        streams = [(Tiles(x, part, scale, pairs, scaled=scaled), grad) for part, grad in columns[mirror:]]
+        streams = [(Tiles(x, part, scale, pairs, scaled=scaled), grad) for part, grad in columns[mirrored:]]
+        mirror = Tiles(x, None, scale, pairs, scaled=scaled) if mirrored else None
         total, share, loss, grad_scale = x.new_zeros(len(x)), x.new_zeros(len(x)), x.new_zeros(()), x.new_zeros(())
-        if mirror:
-            _add_mirrored(itself, total)
-        for rows in itself.row_blocks:
+        if mirror is not None:
+            _add_mirrored(mirror, total)
+        for rows in streams[0][0].row_blocks:
             tiles = [[stream.logits(rows, cols) for cols in stream.col_blocks] for stream, _ in streams]
-            peak = 0 if bounded else _subtract_peak(tiles, itself.empty)
+            peak = 0 if bounded else _subtract_peak(tiles, streams[0][0].empty)
             for tile in chain(*tiles):
                 total[rows] += tile.exp2_().sum(1)
             gap = total[rows].log() + peak - (x[rows] * p[rows]).sum(1) * scale
@@ -127,8 +128,8 @@ def _contrast(
             if needs_p:
                 grad_p[rows] -= x[rows] * (pull[:, None] * scale)
             del tiles, tile, masses, mass
-        if mirror and needs_x:
-            grad_scale += _add_mirrored_gradient(itself, share, grad_x, scale)
+        if mirror is not None and needs_x:
+            grad_scale += _add_mirrored_gradient(mirror, share, grad_x, scale)
         return loss, grad_x, grad_p, grad_keys, grad_prime, grad_scale
 
 
@@ -141,51 +142,39 @@ def _subtract_peak(tiles: list[list[Tensor]], empty: float) -> Tensor:
     return peak / LOG2E
 
 
-def _halves(itself: Tiles) -> Iterator[tuple[slice, slice, Tensor]]:
+def _halves(mirror: Tiles) -> Iterator[tuple[slice, slice, Tensor]]:
     """The exponentials of the tiles on and above the diagonal."""
-    for rows in itself.row_blocks:
-        for cols in itself.col_blocks:
+    for rows in mirror.row_blocks:
+        for cols in mirror.col_blocks:
             if rows.start <= cols.start:
-                yield rows, cols, itself.logits(rows, cols).exp2_()
+                yield rows, cols, mirror.logits(rows, cols).exp2_()
 
 
-def _add_mirrored(itself: Tiles, total: Tensor) -> None:
-    for rows, cols, mass in _halves(itself):
+def _add_mirrored(mirror: Tiles, total: Tensor) -> None:
+    for rows, cols, mass in _halves(mirror):
         total[rows] += mass.sum(1)
         if rows != cols:
             total[cols] += mass.sum(0)
 
 
-def _add_mirrored_gradient(itself: Tiles, share: Tensor, grad_x: Tensor, scale: Tensor) -> Tensor:
+def _add_mirrored_gradient(mirror: Tiles, share: Tensor, grad_x: Tensor, scale: Tensor) -> Tensor:
     """Adds to the gradient of ``x``, and gives that of the scale."""
-    both = torch.zeros_like(itself.y)
-    for rows, cols, mass in _halves(itself):
+    both = torch.zeros_like(mirror.y)
+    for rows, cols, mass in _halves(mirror):
         mass *= share[rows, None] + share[None, cols]  # a pair pulls at both of its ends
-        both[rows] += times_transposed(mass, itself.y[cols].T)
+        both[rows] += times_transposed(mass, mirror.y[cols].T)
         if rows != cols:
-            both[cols] += times_transposed(itself.y[rows].T, mass.T).T
+            both[cols] += times_transposed(mirror.y[rows].T, mass.T).T
     grad_x.addcmul_(both, scale)
-    return (both * itself.y).sum() / 2  # each pair is in it twice
+    return (both * mirror.y).sum() / 2  # each pair is in it twice
 
 
 @_contrast.register_fake
-def _(
-    x: Tensor,
-    p: Tensor,
-    keys: Tensor | None,
-    keys_prime: Tensor | None,
-    scale: Tensor,
-    row_group: Tensor,
-    key_group: Tensor,
-    bounded: bool,
-    needs_x: bool,
-    needs_p: bool,
-) -> Result:
-    gradients = [
-        x.new_empty(part.shape if part is not None and needs else (0, x.shape[1]))
-        for part, needs in ((x, needs_x), (p, needs_p), (keys, needs_x), (keys_prime, needs_p))
-    ]
-    return x.new_empty(()), gradients[0], gradients[1], gradients[2], gradients[3], x.new_empty(())
+def _(x: Tensor, p: Tensor, keys: Tensor | None, keys_prime: Tensor | None, *others: Any) -> Result:
+    grad_x, grad_p, grad_keys, grad_prime = (
+        x.new_empty(shape) for shape in _shapes(x, p, keys, keys_prime, *others[-2:])
+    )
+    return x.new_empty(()), grad_x, grad_p, grad_keys, grad_prime, x.new_empty(())
 
 
 @torch.library.custom_op(

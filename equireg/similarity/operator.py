@@ -81,9 +81,16 @@ def pair_lse_backward(
     pairs = Pairs(relation, row_group, col_group, row_id, col_id)
     with torch.autocast(x.device.type, enabled=False):
         backward = triton.backward if backend == "triton" else chunked.backward
-        return backward(
+        by_row, by_col, by_weight = backward(
             x, y, scale, pairs, col_weight, row_select, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
         )
+        grad_scale = by_row.new_zeros(())
+        if needs_x:
+            grad_scale = torch.dot(by_row.flatten(), x.to(by_row.dtype).flatten())
+            if y is None:  # each pair is in it twice
+                grad_scale = grad_scale / 2
+            by_row.mul_(scale)
+        return by_row, by_col, grad_scale, by_weight
 
 
 @pair_lse_backward.register_fake

@@ -89,8 +89,8 @@ def backward(
     needs_x: bool,
     needs_y: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x and scale (where ``needs_x``), to y and to col_weight; empty where they are not needed."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to x, without the factor of the scale, to y and to col_weight; empty where they are not needed."""
     sides = _Sides(x, y, scale, pairs, col_weight)
     stats = _Statistics(sides, lse, mean, grad_lse, grad_mean)
     needs_weight = needs_weight and col_weight is not None
@@ -103,15 +103,9 @@ def backward(
             by_row, _ = _owned(sides, stats, True, False, True, False)
         if needs_y or needs_weight:
             by_col, by_weight = _owned(sides, stats, False, True, needs_y, needs_weight)
-    grad_scale = by_row.new_zeros(())
-    if needs_x:
-        grad_scale = torch.dot(by_row.flatten(), x.to(by_row.dtype).flatten())
-        if y is None:  # each pair is in it twice
-            grad_scale = grad_scale / 2
-        by_row.mul_(scale)
     if needs_y and y is not None:
         by_col.mul_(scale)
-    return by_row, by_col, grad_scale, by_weight
+    return by_row, by_col, by_weight
 
 
 class _Sides:

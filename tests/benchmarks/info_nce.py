@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from equireg import soft_info_nce
 from tests.benchmarks.floor import bare_products
-from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes
+from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes, runs_by_size, step
 
 PACKAGES = ("lightly", "pytorch-metric-learning")
 WIDTH, TEMPERATURE = 128, 0.5
@@ -68,25 +68,8 @@ def versions(settings: Settings) -> dict[str, Callable[..., Any] | None]:
     }
 
 
-def step(version, arguments):
-    for part in arguments:
-        part.grad = None
-    loss = version(*arguments)
-    loss.backward()
-    return loss.detach(), *(part.grad for part in arguments)
-
-
 def memory_runs(settings: Settings):
-    """A compiled version first runs at full size, so that compiling it is not counted."""
-    least = min(sizes(settings))
-    return {
-        f"{name} {rows}": (
-            lambda v=v, n=rows if "compile" in name else least: step(v, inputs(n, settings)),
-            lambda v=v, n=rows: step(v, inputs(n, settings)),
-        )
-        for name, v in versions(settings).items()
-        for rows in sizes(settings)
-    }
+    return runs_by_size(versions(settings), inputs, sizes(settings), min(sizes(settings)), settings)
 
 
 def benchmark(settings: Settings) -> Iterator[Row]:

@@ -137,6 +137,30 @@ def peak_megabytes(module: str, name: str, settings: Settings) -> float | None:
     return float(json.loads(result.stdout.splitlines()[-1]))
 
 
+def step(version, arguments):
+    """Forward and backward: the loss, and its gradients to all arguments."""
+    for part in arguments:
+        part.grad = None
+    loss = version(*arguments)
+    loss.backward()
+    return loss.detach(), *(part.grad for part in arguments)
+
+
+def runs_by_size(versions, inputs, sizes, least: int, settings: Settings):
+    """What ``memory_runs`` gives for steps of several versions at several sizes.
+
+    A compiled version first runs at full size, so that compiling it is not counted; the others at the size ``least``.
+    """
+    return {
+        f"{name} {size}": (
+            lambda v=v, n=size if "compile" in name else least: step(v, inputs(n, settings)),
+            lambda v=v, n=size: step(v, inputs(n, settings)),
+        )
+        for name, v in versions.items()
+        for size in sizes
+    }
+
+
 def peak(small: Callable[[], object], full: Callable[[], object], device: str) -> float | None:
     """The growth at the peak of ``full``; ``small`` first loads the libraries that it needs."""
     small()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from equireg import patch_nt_xent
 from tests.benchmarks.floor import bare_products
-from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes
+from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes, runs_by_size, step
 
 TEMPERATURE = 0.3
 TURNS = {16: 9, 32: 5, 64: 3}  # at the most: the dense form takes 20 s at 64 images
@@ -63,14 +63,6 @@ def in_medium(version):
     return with_backward
 
 
-def step(version, arguments):
-    for part in arguments:
-        part.grad = None
-    loss = version(*arguments)
-    loss.backward()
-    return loss.detach(), *(part.grad for part in arguments)
-
-
 def versions(settings: Settings):
     return {
         "dense eager": dense_eager,
@@ -80,15 +72,7 @@ def versions(settings: Settings):
 
 
 def memory_runs(settings: Settings):
-    """A compiled version first runs at full size, so that compiling it is not counted."""
-    return {
-        f"{name} {images}": (
-            lambda v=v, n=images if "compile" in name else 2: step(v, inputs(n, settings)),
-            lambda v=v, n=images: step(v, inputs(n, settings)),
-        )
-        for name, v in versions(settings).items()
-        for images in shape(settings)[0]
-    }
+    return runs_by_size(versions(settings), inputs, shape(settings)[0], 2, settings)
 
 
 def benchmark(settings: Settings) -> Iterator[Row]:

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from equireg import class_wise_risks
 from tests.benchmarks.floor import bare_products
-from tests.benchmarks.info_nce import step
-from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes
+from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes, runs_by_size, step
 
 PACKAGES = ("pytorch-metric-learning",)
 WIDTH, PER_CLASS, TEMPERATURE = 128, 4, 0.1
@@ -61,16 +60,7 @@ def versions(settings: Settings):
 
 
 def memory_runs(settings: Settings):
-    """A compiled version first runs at full size, so that compiling it is not counted."""
-    least = min(sizes(settings))
-    return {
-        f"{name} {rows}": (
-            lambda v=v, n=rows if "compile" in name else least: step(v, inputs(n, settings)),
-            lambda v=v, n=rows: step(v, inputs(n, settings)),
-        )
-        for name, v in versions(settings).items()
-        for rows in sizes(settings)
-    }
+    return runs_by_size(versions(settings), inputs, sizes(settings), min(sizes(settings)), settings)
 
 
 def benchmark(settings: Settings) -> Iterator[Row]:
