@@ -9,7 +9,7 @@ fine-tunes it on ``--images`` labelled ones, and takes that for the teacher of s
 
 with each loss of Stage II. Then it merges predictions over flips and crops, and over the models, with weights fitted
 on images that no model was trained on. A table, and a picture in runs/distill. A killed run goes on with ``--resume``.
-Copy pretraining.py and ipirm_pretrain.py along with this file.
+Copy training.py and ipirm_pretrain.py along with this file.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from typing import Any
 import ipirm_pretrain
 import timm
 import torch
-from pretraining import (
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+from training import (
     MEAN,
     STD,
     evenly,
     normalized_transform,
     parse,
     precision,
-    pretrain,
+    run_training,
     save_atomically,
     seed_everything,
     test_folder,
     training_images,
 )
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
 from equireg import (
     ContrastiveDistillation,
@@ -376,7 +376,7 @@ def main() -> None:
         variant = {"kind": kind, "encoder": str(start), "students": options.method}
         make = partial(Student, own, kind, start, teacher)
         measure = partial(evaluate, options=own, folder=folder)
-        trained[name] = pretrain(own, variant, folder, "", make, partial(Augmented, own), measure)
+        trained[name] = run_training(own, variant, folder, "", make, partial(Augmented, own), measure)
         return trained[name]
 
     train(SCRATCH, "scratch", options.seed, None, None)

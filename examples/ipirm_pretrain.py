@@ -13,7 +13,7 @@ that is still entangled. Run it with
 which trains a ResNet-18 twice, without and with partitions, and compares them: k-NN and linear accuracy, what was
 found, and what samples of each group look like; a table, and two pictures in runs/ipirm. ``--partition on`` trains
 once. Several processes: ``torchrun --nproc-per-node 2 examples/ipirm_pretrain.py ...``. The paper's setting:
-``--recipe vipriors-resnet50``. A killed run goes on with ``--resume``, its partitions with it. Copy pretraining.py
+``--recipe vipriors-resnet50``. A killed run goes on with ``--resume``, its partitions with it. Copy training.py
 along with this file.
 """
 
@@ -35,25 +35,25 @@ from lightly.models.modules.heads import (
     SimSiamProjectionHead,
 )
 from lightly.models.utils import update_momentum
-from pretraining import (
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+from training import (
     MEAN,
     STD,
     evenly,
     normalized_transform,
     parse,
     precision,
-    pretrain,
+    run_training,
     save_atomically,
     seed_everything,
     start_processes,
     test_folder,
     training_images,
 )
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
 from equireg import (
     IPIRMLoss,
@@ -330,7 +330,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace, partition: bool) -> dict[str, Any]:
     """One training, into ``folder_of``."""
     folder = folder_of(options, partition)
-    return pretrain(
+    return run_training(
         options,
         {"partition": partition},
         folder,

@@ -13,7 +13,7 @@ which trains a ViT-Tiny three times, without the head and with 1 and 2 intermedi
 each parameter of the transformation is read off the frozen features (R²), k-NN and linear accuracy; a table, and two
 pictures in runs/reconstruction. ``--head 2`` trains once. Several processes: ``torchrun --nproc-per-node 2
 examples/reconstruction_pretrain.py ...``. The paper's setting: ``--recipe imagenet-vits16``. A killed run goes on with
-``--resume``. Copy pretraining.py and ssl_methods.py along with this file.
+``--resume``. Copy training.py and ssl_methods.py along with this file.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from typing import Any
 import timm
 import torch
 from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
-from pretraining import (
+from ssl_methods import METHODS
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from training import (
     MEAN,
     STD,
     evenly,
     parse,
     plain_transform,
     precision,
-    pretrain,
+    run_training,
     save_atomically,
     seed_everything,
     test_folder,
 )
-from ssl_methods import METHODS
-from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from equireg import (
     IntermediateReconstructionHead,
@@ -403,7 +403,7 @@ def main() -> None:
     for num_images in wanted:
         name = f"{num_images} image{'s' * (num_images > 1)}" if num_images else "without"
         folders[name] = folder = options.out / f"{options.method}-{num_images or 'base'}"
-        results[name] = pretrain(
+        results[name] = run_training(
             options,
             {"num_images": num_images},
             folder,

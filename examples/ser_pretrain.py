@@ -11,7 +11,7 @@ where ``b2`` is a small part of the batch, seen by flips, quarter turns and scal
 which trains a ViT-Tiny twice, without and with SER, and compares them: k-NN and linear accuracy, and how far the
 token maps turn with the image; a table, and a picture in runs/ser. ``--ser on`` trains once. Several processes:
 ``torchrun --nproc-per-node 2 examples/ser_pretrain.py ...``. The paper's setting: ``--recipe imagenet-vits16``.
-A killed run goes on with ``--resume``. Copy pretraining.py and
+A killed run goes on with ``--resume``. Copy training.py and
 ssl_methods.py along with this file.
 """
 
@@ -25,22 +25,22 @@ from typing import Any
 
 import timm
 import torch
-from pretraining import (
-    evenly,
-    into_range,
-    normalized_transform,
-    parse,
-    precision,
-    pretrain,
-    save_atomically,
-    seed_everything,
-    test_folder,
-)
 from ssl_methods import METHODS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
+from training import (
+    evenly,
+    into_range,
+    normalized_transform,
+    parse,
+    precision,
+    run_training,
+    save_atomically,
+    seed_everything,
+    test_folder,
+)
 
 from equireg import (
     EquivariantViews,
@@ -302,7 +302,7 @@ def main() -> None:
     for with_ser in wanted:
         folder = options.out / f"{options.method}-{'ser' if with_ser else 'base'}"
         name = "with SER" if with_ser else "without SER"
-        results[name] = pretrain(
+        results[name] = run_training(
             options,
             {"with_ser": with_ser},
             folder,

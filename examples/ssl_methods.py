@@ -22,8 +22,8 @@ from lightly.models.modules.heads import (
     VICRegProjectionHead,
 )
 from lightly.models.utils import concat_all_gather, random_block_mask, update_momentum
-from pretraining import MEAN, STD, cosine, precision
 from torch import Tensor, nn
+from training import MEAN, STD, cosine, precision
 
 
 class Method(nn.Module):

@@ -1,4 +1,4 @@
-"""What the pretraining examples share, to be copied beside them: a training that survives being killed.
+"""What the example trainers share, to be copied beside them: a training that survives being killed.
 
 All randomness of a step follows from the seed, the step and the process, never from what ran before. So a run that was
 killed goes on bit for bit from its last checkpoint, on the same machine with the same number of processes and threads.
@@ -50,7 +50,7 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     random.seed(mixed)  # lightly's masks
 
 
-def pretrain(
+def run_training(
     options: argparse.Namespace,
     variant: dict[str, Any],
     folder: Path,
@@ -58,12 +58,17 @@ def pretrain(
     make_objective: Callable[[], nn.Module],
     make_collate: Callable[[int], Callable[[list[Any]], Any]],
     evaluate: Callable[[nn.Module, torch.device], dict[str, Any]],
+    *,
+    make_optimizer: Callable[[nn.Module, argparse.Namespace], torch.optim.Optimizer] | None = None,
+    learning_rate: Callable[[int, int, argparse.Namespace], float] | None = None,
 ) -> dict[str, Any]:
     """Train once, or go on where a checkpoint stands; the measures at the end (in the first process).
 
     The objective takes what ``make_collate(rank)`` makes of a list of (step, image, label, index), and returns the loss
     and its parts for the log. Its ``method`` is one of ssl_methods.py, or has their ``clip``, ``before_step`` and
-    ``update``. ``variant`` tells one training from others with the same options.
+    ``update``. ``variant`` tells one training from others with the same options. The optimizer is AdamW and its rate
+    half a cosine after a warm-up, unless ``make_optimizer(objective, options)`` and ``learning_rate(step, steps per
+    epoch, options)`` say otherwise.
     """
     rank, world, device = start_processes()
     if device.type == "cpu":  # at these sizes its backward pass takes as long as all the rest of a step
@@ -79,11 +84,9 @@ def pretrain(
     with warnings.catch_warnings():  # DINO's head uses a form of weight norm that PyTorch is about to replace
         warnings.simplefilter("ignore", FutureWarning)
         objective = make_objective().to(device)
-    decayed = [p for p in objective.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in objective.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    optimizer = (make_optimizer or adamw)(objective, options)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    learning_rate = learning_rate or warm_cosine
     start = 0
     if run.checkpoint is not None:
         objective.load_state_dict(run.checkpoint["objective"])
@@ -99,12 +102,11 @@ def pretrain(
     loader = DataLoader(
         WithStep(images), batch_sampler=batches, collate_fn=make_collate(rank), num_workers=options.workers
     )
-    warmup = options.warmup_epochs * batches.steps_per_epoch
     bar = tqdm(loader, desc=f"{options.method} {name}", total=batches.steps, initial=start, disable=rank > 0)
     for step, batch in enumerate(bar, start):
         seed_everything(options.seed, step, rank)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(step, batches.steps, options.lr, 0.0, warmup)
+            group["lr"] = learning_rate(step, batches.steps_per_epoch, options)
         loss, parts = model(*to_device(batch, device))
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {folder} holds the last checkpoint")
@@ -112,7 +114,7 @@ def pretrain(
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if objective.method.clip:
-            nn.utils.clip_grad_norm_(decayed + others, objective.method.clip)
+            nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], objective.method.clip)
         objective.method.before_step(step // batches.steps_per_epoch)
         scaler.step(optimizer)
         scaler.update()
@@ -132,6 +134,20 @@ def pretrain(
     if world > 1:
         torch.distributed.barrier()
     return results
+
+
+def adamw(objective: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """Weight decay on matrices alone."""
+    decayed = [p for p in objective.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in objective.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr)
+
+
+def warm_cosine(step: int, steps_per_epoch: int, options: argparse.Namespace) -> float:
+    """To the full rate in ``--warmup-epochs``, and from there to nothing along half a cosine."""
+    warmup = options.warmup_epochs * steps_per_epoch
+    return cosine(step, options.epochs * steps_per_epoch, options.lr, 0.0, warmup)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -175,8 +191,9 @@ def normalized_transform(options: argparse.Namespace) -> v2.Compose:
 
 
 def test_folder(options: argparse.Namespace) -> Path:
+    """The images that results are about: ``--evaluate-on``, and ``val`` where there is no ``test``."""
     root = Path(options.data)
-    return root / "test" if (root / "test").is_dir() else root / "val"
+    return root / "test" if options.evaluate_on == "test" and (root / "test").is_dir() else root / "val"
 
 
 def parse(
@@ -197,6 +214,7 @@ def parse(
         help="a folder with train/<class>/* and test/<class>/* or val/<class>/*",
     )
     add_options(parser)
+    parser.add_argument("--evaluate-on", choices=("test", "val"), default="test", help="choose settings on val")
     parser.add_argument("--amp", choices=("auto", "none", "bf16", "fp16"), default="auto")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit")
     parser.add_argument("--seed", type=int, default=0)
@@ -207,7 +225,7 @@ def parse(
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     if not (Path(options.data) / "train").is_dir() or not test_folder(options).is_dir():
-        parser.error(f"--data {options.data} must hold the folders train and test (or val)")
+        parser.error(f"--data {options.data} must hold the folders train and {options.evaluate_on} (or val)")
     if options.amp == "auto":  # where the device multiplies bf16 in hardware
         cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         options.amp = "bf16" if torch.cuda.is_available() or cpu else "none"
