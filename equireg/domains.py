@@ -8,7 +8,7 @@ from typing import Any
 
 from equireg._checks import Arguments
 from equireg.datasets import drawn_cells, drawn_order
-from equireg.folders import Folder
+from equireg.folders import Folder, refuse_emptied
 from equireg.image_files import MAX_PIXELS, ImageFiles, check_reading
 
 
@@ -112,7 +112,12 @@ def read_domains(
         max_pixels=max_pixels,
         progress=progress,
     )
+    refuse_emptied(args, files)
     cells = drawn_cells(files, seed)
+    for label, name in enumerate(classes):
+        for context, domain in enumerate(domains):
+            if (label, context) not in cells:
+                args.refuse(f"folder {domain + '/' + name!r}", "one with images that can be decoded", "none")
     left_out = None if test_domain is None else domains.index(test_domain)
     if split == "test" and left_out is not None:
         chosen = [index for (_, context), cell in cells.items() if context == left_out for index in cell]

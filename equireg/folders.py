@@ -119,7 +119,7 @@ def refuse_emptied(args: Arguments, files: ImageFiles) -> None:
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         reasons = "; ".join(reason for _, reason in files.skipped[:3])
-        got = f"none; {len(files.skipped)} skipped: {reasons}"
+        got = f"none; {len(files.skipped)} files skipped {reasons}".strip()
         args.refuse(f"class {files.classes[empty[0]]!r}", "one with images that can be decoded", got)
 
 

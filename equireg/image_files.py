@@ -196,6 +196,7 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image:
 def _rgb(image: Image) -> Image:
     from PIL import Image
 
+    image.load()  # which turns a TIFF, and drops its tag; a PNG may have the tag behind the pixels
     orientation = _orientation(image)
     if image.mode.startswith("I"):
         # By way of 32 bits: what conversion from 16 to 8 bits does differs between releases of Pillow.

@@ -8,26 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from equireg._checks import Arguments
-from equireg.datasets import drawn_cells, drawn_order
-from equireg.folders import Folder
+from equireg.datasets import drawn_cells
+from equireg.folders import Folder, refuse_emptied
 from equireg.image_files import MAX_PIXELS, ImageFiles, check_reading, refuse_many
+from equireg.nico_contexts import context_name, training_orders
 
 _SETTINGS = ("adjusting", "long-tailed", "zero-shot", "orthogonal")
 _SPLITS = ("train", "val", "test")
 _NAMED = "named <class number>_<context number>_<number>.<ending>, the numbers those of label_file"
-# From head to tail, as Wang et al. (2021) published them; the other three of a class are in no training image.
-_PUBLISHED = {
-    "bear": "in_forest black brown eating_grass in_water lying on_snow",
-    "bird": "on_ground in_hand on_branch flying eating on_grass standing",
-    "cat": "on_snow at_home in_street walking in_river in_cage eating",
-    "cow": "in_river lying standing eating in_forest on_grass on_snow",
-    "dog": "on_grass in_water in_cage eating on_beach lying running",
-    "elephant": "in_zoo in_circus in_forest in_river eating standing on_grass",
-    "horse": "on_beach aside_people running lying on_grass on_snow in_forest",
-    "monkey": "sitting walking in_water on_snow in_forest eating on_grass",
-    "rat": "at_home in_hole in_cage in_forest in_water on_grass eating",
-    "sheep": "eating on_road walking on_snow on_grass lying in_forest",
-}
 
 
 def read_nico(
@@ -107,13 +95,13 @@ def read_nico(
     released = "multi_classification" in folder.folders()
     misnamed: list[tuple[str, str]] = []
     if released:
-        triples, misnamed = _released(folder, split)
+        triples, misnamed, everywhere = _released(folder, split)
         if misnamed and broken == "raise":
             args.refuse(f"file {misnamed[0][0]!r}", _NAMED, "another name")
     else:
-        triples = _plain(folder.inside("Animal") if "Animal" in folder.folders() else folder)
-    classes = sorted({name for _, name, _ in triples})
-    names = sorted({context for _, _, context in triples})
+        triples = everywhere = _plain(folder.inside("Animal") if "Animal" in folder.folders() else folder)
+    classes = sorted({name for _, name, _ in everywhere})
+    names = sorted({context for _, _, context in everywhere})
     files = ImageFiles(
         [path for path, _, _ in triples],
         [classes.index(name) for _, name, _ in triples],
@@ -128,6 +116,9 @@ def read_nico(
     )
     files.skipped = misnamed + files.skipped
     refuse_many(args, files.skipped, len(files) + len(files.skipped), max_broken)
+    if len(classes) < 2:
+        args.refuse(f"root {folder.path!r}", "a folder with images of two classes or more", classes)
+    refuse_emptied(args, files)
     if released and split != "train":
         return files
 
@@ -140,11 +131,11 @@ def read_nico(
     sizes: dict[str, dict[str, int]] = {name: {} for name in classes}
     for (label, context), cell in cells.items():
         sizes[classes[label]][names[context]] = len(cell)
-    orders = _orders(args, folder, sizes, setting, training_contexts, seed)
+    orders = training_orders(args, sizes, setting, training_contexts, seed)
     chosen = []
     for label, name in enumerate(classes):
-        for place, context_name in enumerate(orders[name]):
-            pair = (label, names.index(context_name))
+        for place, kept_context in enumerate(orders[name]):
+            pair = (label, names.index(kept_context))
             cell = cells[pair][2 * held[pair] :]
             kept = 1.0 if setting == "zero-shot" else imbalance ** (place / max(1, len(orders[name]) - 1))
             chosen += cell[: max(1, int(len(cell) * kept))]
@@ -157,32 +148,30 @@ def _plain(folder: Folder) -> list[tuple[str, str, str]]:
     for name in folder.classes():
         inside = folder.inside(name)
         contexts = inside.folders()
-        if len({_context(context) for context in contexts}) < 2:
+        if len({context_name(context) for context in contexts}) < 2:
             folder.args.refuse(f"folder {inside.path!r}", "one with folders for two contexts or more", contexts)
         for context in contexts:
-            triples += [(path, name, _context(context)) for path in inside.images(context)]
+            triples += [(path, name, context_name(context)) for path in inside.images(context)]
     return triples
 
 
-def _context(name: str) -> str:
-    return name.lower().replace(" ", "_").replace("-", "_")
-
-
-def _released(folder: Folder, split: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
-    """The same of CaaM's release, and the files whose names are not of its form, with the reason."""
+def _released(
+    folder: Folder, split: str
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]], list[tuple[str, str, str]]]:
+    """The same of one split of CaaM's release; its files whose names are of another form, with the reason; all splits."""
     classes = _numbered(folder, "Animal_name2label.json")
     contexts = _numbered(folder, "Context_name2label.json")
-    triples, misnamed = [], []
-    for path in folder.inside("multi_classification").images(split):
-        parts = os.path.splitext(os.path.basename(path))[0].split("_")
-        if len(parts) == 3 and parts[0] in classes and parts[1] in contexts:
-            triples.append((path, classes[parts[0]], _context(contexts[parts[1]])))
-        else:
-            misnamed.append((path, f"read_nico: file {path!r} must be {_NAMED}, got another name"))
-    if len({name for _, name, _ in triples}) < 2:
-        place = os.path.join(folder.path, "multi_classification", split)
-        folder.args.refuse(f"folder {place!r}", "one with images of two classes or more", f"{len(triples)} images")
-    return triples, misnamed
+    images = folder.inside("multi_classification")
+    triples: dict[str, list[tuple[str, str, str]]] = {part: [] for part in _SPLITS}
+    misnamed = []
+    for part in _SPLITS:
+        for path in images.images(part):
+            parts = os.path.splitext(os.path.basename(path))[0].split("_")
+            if len(parts) == 3 and parts[0] in classes and parts[1] in contexts:
+                triples[part].append((path, classes[parts[0]], context_name(contexts[parts[1]])))
+            elif part == split:
+                misnamed.append((path, f"read_nico: file {path!r} must be {_NAMED}, got another name"))
+    return triples[split], misnamed, [triple for part in _SPLITS for triple in triples[part]]
 
 
 def _numbered(folder: Folder, name: str) -> dict[str, str]:
@@ -196,76 +185,3 @@ def _numbered(folder: Folder, name: str) -> dict[str, str]:
         raise FileNotFoundError(f"read_nico: root must hold the file {path!r}, got no such file") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         folder.args.refuse(f"file {path!r}", "a JSON object of names and their numbers", error)
-
-
-def _orders(
-    args: Arguments,
-    folder: Folder,
-    sizes: dict[str, dict[str, int]],
-    setting: str,
-    given: Mapping[str, Sequence[str]] | None,
-    seed: int,
-) -> dict[str, list[str]]:
-    """The contexts of each class in training, from head to tail."""
-    for name, contexts in sizes.items():
-        if len(contexts) < 2:
-            args.refuse(f"root {folder.path!r}", "a folder with two contexts or more in a class", f"one in {name!r}")
-    if given is not None:
-        if set(given) != set(sizes):
-            args.refuse("training_contexts", f"given for the classes {sorted(sizes)}", sorted(given))
-        orders = {name: [_context(context) for context in given[name]] for name in sizes}
-        for name, order in orders.items():
-            unknown = sorted(set(order) - set(sizes[name]))
-            if unknown or not order or len(set(order)) < len(order):
-                got = f"{unknown[0]!r} of {name!r}" if unknown else order
-                args.refuse("training_contexts", f"different ones of {sorted(sizes[name])}", got)
-    else:
-        orders = {name: _PUBLISHED.get(name, "").split() for name in sizes}
-        if not all(order and set(order) <= set(sizes[name]) for name, order in orders.items()):
-            orders = _chosen(sizes, seed)
-    if setting in ("adjusting", "zero-shot"):
-        return orders
-    if setting == "orthogonal":
-        return {name: order + sorted(set(sizes[name]) - set(order)) for name, order in orders.items()}
-    frequency: dict[str, int] = {}
-    for contexts in sizes.values():
-        for context in contexts:
-            frequency[context] = frequency.get(context, 0) + 1
-    return {name: sorted(contexts, key=lambda c: (-frequency[c], c)) for name, contexts in sizes.items()}
-
-
-def _chosen(sizes: dict[str, dict[str, int]], seed: int) -> dict[str, list[str]]:
-    """Heads of their own, and seven contexts in ten to train on."""
-    heads = _heads(sizes)
-    orders = {}
-    for name, contexts in sizes.items():
-        rest = sorted(set(contexts) - {heads[name]})
-        rest = [rest[place] for place in drawn_order([f"{name} {context}" for context in rest], seed)]
-        trained = max(1, min(len(contexts) - 1, round(0.7 * len(contexts))))
-        # The heads of other classes to the tail, as in the published order.
-        orders[name] = [heads[name], *sorted(rest[: trained - 1], key=lambda c: c in heads.values())]
-    return orders
-
-
-def _heads(sizes: dict[str, dict[str, int]]) -> dict[str, str]:
-    """A context for each class, biggest first, of no two classes the same where that can be (augmenting paths)."""
-    wishes = {name: sorted(contexts, key=lambda c: (-contexts[c], c)) for name, contexts in sizes.items()}
-    owner: dict[str, str] = {}
-
-    def give(name: str, tried: set[str]) -> bool:
-        for context in wishes[name]:
-            if context not in tried:
-                tried.add(context)
-                if context not in owner or give(owner[context], tried):
-                    owner[context] = name
-                    return True
-        return False
-
-    for name in wishes:
-        give(name, set())
-    heads = {name: context for context, name in owner.items()}
-    for name in wishes:  # more classes than contexts
-        if name not in heads:
-            used = list(heads.values())
-            heads[name] = min(wishes[name], key=used.count)
-    return heads
