@@ -203,13 +203,12 @@ def test_a_dangling_link_is_a_broken_image(tmp_path):  # T12, S6
 
 
 def test_indexing_is_fast(tmp_path):
-    """50,000 files take well under two seconds; here 10,000, a fifth of that, in the processor's time."""
-    for label in range(10):
-        make_cells(tmp_path, {("train", f"{label:03}"): 1000})
+    """50,000 files take well under two seconds; here 5,000, a tenth of that, in the processor's time."""
+    make_cells(tmp_path, {("train", name): 2500 for name in "ab"})
     start = time.process_time()
     files = read_image_folder(tmp_path / "train")
-    assert time.process_time() - start < 0.4
-    assert len(files) == 10_000
+    assert time.process_time() - start < 0.2
+    assert len(files) == 5_000
 
 
 # --------------------------------------------------------------------------------------------------------- class lists
@@ -227,11 +226,11 @@ def test_class_list_gives_the_order(tmp_path):
 def test_imagenet_100(tmp_path):
     """A list of 100 wnids of 1,000."""
     wnids = [f"n{number:08}" for number in range(0, 3000, 3)]
-    make_cells(tmp_path, {("train", wnid): 2 for wnid in wnids})
+    make_cells(tmp_path, {("train", wnid): 1 for wnid in wnids})
     chosen = wnids[::-10]
     (tmp_path / "imagenet100.txt").write_text("\n".join(chosen))
     files = read_image_folder(tmp_path / "train", class_list=tmp_path / "imagenet100.txt")
-    assert (len(files), files.classes) == (200, chosen)
+    assert (len(files), files.classes) == (100, chosen)
 
 
 def test_missing_classes_are_named(tmp_path):
