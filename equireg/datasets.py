@@ -140,7 +140,8 @@ def labels_of(args: Arguments, dataset: Dataset[Any]) -> Tensor:
             labels = getattr(dataset, "targets", None)
     if labels is None:
         args.refuse_type("dataset", "a data set with its labels in .labels or .targets", type(dataset).__name__)
-    labels = args.integers("the dataset's labels", torch.as_tensor(labels), "N").cpu()
+    # Each part of a concatenation has its own N.
+    labels = Arguments(args.function).integers("the dataset's labels", torch.as_tensor(labels), "N").cpu()
     if len(labels) != len(dataset):  # type: ignore[arg-type]
         args.refuse("dataset", f"one with {len(labels)} samples for its labels", len(dataset))  # type: ignore[arg-type]
     return labels  # type: ignore[no-any-return]
