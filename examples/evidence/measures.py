@@ -1,4 +1,4 @@
-"""What a trained encoder can do: classify from few labels, on clean and on corrupted images, and tell transformations."""
+"""What an encoder can do: classify from few labels, on clean and on corrupted images, and tell transformations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from corruptions import KINDS, corrupted
+from images import read_folders
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from training import evenly
 
 from equireg import (
     GridTransform,
@@ -25,7 +25,6 @@ from equireg import (
     extract_view_features,
     k_shot,
     knn_accuracy,
-    read_vipriors,
     transformation_r2,
 )
 
@@ -34,25 +33,13 @@ TRANSFORMATIONS = ("rotation", "translation", "color", "blur")
 
 @cache
 def images_of(folder: Path, size: int, split: str, shots: int = 0, draw: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pixels in 0 .. 1, [N, 3, size, size], and labels.
-
-    Where a data set has no validation images they are the last fifth of each class's training images.
-    """
-    without = not (folder / "val").is_dir()
-    images = read_vipriors(folder, "train" if without and split == "val" else split)
-    if without and split in ("train", "val"):
-        kept = [rows[: len(rows) * 4 // 5] if split == "train" else rows[len(rows) * 4 // 5 :] for rows in by_class(images)]
-        images = images.take(torch.cat(kept))
+    """Pixels in 0 .. 1, [N, 3, size, size], and labels."""
+    images = read_folders(folder, split)
     if shots:
         images = k_shot(images, shots, seed=draw)
     resize = v2.Resize((size, size), interpolation=3, antialias=True)
     images.transform = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     return torch.stack([image for image, _ in images]).clamp(0, 1), images.labels
-
-
-def by_class(images: Any) -> list[Tensor]:
-    """The places of each class's images, in their order."""
-    return [(images.labels == label).nonzero().squeeze(1) for label in range(len(images.classes))]
 
 
 @torch.no_grad()
@@ -61,7 +48,9 @@ def encode(features: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([features(part).float() for part in images.split(250)])
 
 
-def few_shot_accuracies(features: nn.Module, data: dict[str, Any], size: int, split: str, draw: int) -> dict[str, float]:
+def few_shot_accuracies(
+    features: nn.Module, data: dict[str, Any], size: int, split: str, draw: int
+) -> dict[str, float]:
     """Percent of right answers on ``split``, of a linear probe for each number of labels and of 20 neighbours."""
     found = {}
     for name, (folder, shots) in data.items():

@@ -40,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", type=Path, help="encoder.pt of Step 1, of the same --model; none: from scratch")
     parser.add_argument("--environments", type=Path, help="environments.pt of Step 2; none: found in each batch")
     parser.add_argument("--penalty", choices=PENALTIES, default="rex", help="off: cross entropy alone")
-    parser.add_argument("--weight", type=float, default=10.0, help="of the penalty; the paper: 2, 10, 100 for 10, 20, 50")
+    parser.add_argument(
+        "--weight", type=float, default=10.0, help="of the penalty; the paper: 2, 10, 100 for 10, 20, 50"
+    )
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--mask-scale", type=float, default=0.0, help="classify so many times the normalised features")
     parser.add_argument("--open", action="store_true", help="let the penalty train the backbone too")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+import torch
 
 from equireg import ImageFiles, k_shot, read_domains, read_nico, read_vipriors
 
@@ -28,7 +31,17 @@ def read(options: argparse.Namespace, split: str) -> ImageFiles:
     elif options.layout == "domains":
         images = read_domains(options.data, split, bias=options.bias)
     else:
-        images = read_vipriors(options.data, split)
+        images = read_folders(Path(options.data), split)
     if split == "train" and options.shots:
         images = k_shot(images, options.shots, seed=None if options.draw < 0 else options.draw)
     return images
+
+
+def read_folders(root: Path, split: str) -> ImageFiles:
+    """Where there is no ``val`` it is the last fifth of each class's training images, and ``train`` the others."""
+    if (root / "val").is_dir() or split == "test":
+        return read_vipriors(root, split)
+    images = read_vipriors(root, "train")
+    places = [(images.labels == label).nonzero().squeeze(1) for label in range(len(images.classes))]
+    parts = [own[: len(own) * 4 // 5] if split == "train" else own[len(own) * 4 // 5 :] for own in places]
+    return images.take(torch.cat(parts))
