@@ -52,7 +52,7 @@ ELSEWHERE = {
 
 
 def resolve(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Element) -> nodes.Element | None:
-    """Links that Sphinx does not find: public names by the module they are defined in, PyTorch, the standard library."""
+    """Links that Sphinx does not find: public names by the module that defines them, PyTorch, the standard library."""
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"]
