@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def resolve(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Element) 
         return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], f"equireg.{name}", node, content)
     if package in ("torch", "Tensor") and name in ELSEWHERE:
         return nodes.reference("", "", content, internal=False, refuri=PYTORCH + ELSEWHERE[name])
-    if package in sys.stdlib_module_names or target in dir(__builtins__) + dir(__import__("builtins")):
+    if package in sys.stdlib_module_names or hasattr(builtins, target):
         return content  # as it is, without a link
     return None
 

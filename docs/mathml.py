@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 def mathml(node: nodes.Element, display: str) -> str:
     """The formula as a ``<math>`` element; a warning where a macro is unknown, which would stand there as it is."""
-    element = convert(node.astext(), display=display)
+    latex = node.astext()
+    if r"\\" in latex:  # several lines, as Sphinx and MathJax take them
+        latex = rf"\begin{{split}}{latex}\end{{split}}"
+    element = convert(latex, display=display)
     unknown = re.search(r"\\[A-Za-z]+", element)
     if unknown:
         logger.warning("latex2mathml does not know %s", unknown.group(), location=node)
