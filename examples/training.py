@@ -61,6 +61,7 @@ def run_training(
     *,
     make_optimizer: Callable[[nn.Module, argparse.Namespace], torch.optim.Optimizer] | None = None,
     learning_rate: Callable[[int, int, argparse.Namespace], float] | None = None,
+    images: Dataset | None = None,
 ) -> dict[str, Any]:
     """Train once, or go on where a checkpoint stands; the measures at the end (in the first process).
 
@@ -68,7 +69,7 @@ def run_training(
     and its parts for the log. Its ``method`` is one of ssl_methods.py, or has their ``clip``, ``before_step`` and
     ``update``. ``variant`` tells one training from others with the same options. The optimizer is AdamW and its rate
     half a cosine after a warm-up, unless ``make_optimizer(objective, options)`` and ``learning_rate(step, steps per
-    epoch, options)`` say otherwise.
+    epoch, options)`` say otherwise. ``images`` are the training images where they are not those of ``--data``.
     """
     rank, world, device = start_processes()
     if device.type == "cpu":  # at these sizes its backward pass takes as long as all the rest of a step
@@ -95,7 +96,7 @@ def run_training(
         start = run.checkpoint["step"]
     model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
 
-    images = training_images(options)
+    images = training_images(options) if images is None else images
     batches = StepBatches(
         len(images), options.batch_size, options.epochs, seed=options.seed, rank=rank, world=world, start=start
     )
@@ -197,14 +198,19 @@ def test_folder(options: argparse.Namespace) -> Path:
 
 
 def parse(
-    description: str, recipes: dict[str, dict[str, Any]], add_options: Callable[[argparse.ArgumentParser], None]
+    description: str,
+    recipes: dict[str, dict[str, Any]],
+    add_options: Callable[[argparse.ArgumentParser], None],
+    arguments: list[str] | None = None,
 ) -> argparse.Namespace:
-    """The options of an example; ``--recipe`` chooses the defaults of those that the recipes name."""
+    """The options of an example, from the command line or a list; ``--recipe`` chooses the defaults of those that the
+    recipes name.
+    """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument(
         "--recipe", choices=recipes, default=next(iter(recipes)), help="a setting; flags change its parts"
     )
-    recipe = recipes[first.parse_known_args()[0].recipe]
+    recipe = recipes[first.parse_known_args(arguments)[0].recipe]
     parser = argparse.ArgumentParser(description=description, parents=[first])
     data = os.environ.get("EQUIREG_DATA")
     parser.add_argument(
@@ -223,8 +229,9 @@ def parse(
     parser.add_argument("--probe-images", type=int, default=50_000, help="at most so many of train and of test")
     for name, value in recipe.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    options = parser.parse_args()
-    if not (Path(options.data) / "train").is_dir() or not test_folder(options).is_dir():
+    options = parser.parse_args(arguments)
+    by_split = getattr(options, "layout", "folders") == "folders"
+    if by_split and not ((Path(options.data) / "train").is_dir() and test_folder(options).is_dir()):
         parser.error(f"--data {options.data} must hold the folders train and {options.evaluate_on} (or val)")
     if options.amp == "auto":  # where the device multiplies bf16 in hardware
         cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
