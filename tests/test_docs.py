@@ -70,7 +70,8 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         result = subprocess.run(call, capture_output=True, text=True, env=environment)  # noqa: S603
         assert result.returncode == 0, result.stderr
-        assert len(set(re.findall(r"process \d: (\S+)", result.stdout))) == 1, "processes differ"
+        first, *others = re.findall(r"^process \d: (\S+)$", result.stdout, re.M)
+        assert others == [first], "both processes report, and the same"
         return
     # The backend that generates code takes a minute of compiling.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -80,6 +81,12 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         exec(compile(block, name(page), "exec"), names)  # noqa: S102
     if "loss" in names:
         assert names["loss"].isfinite()
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_code_is_no_wider_than_the_page(page):
+    for line in "\n".join(blocks(page, "python")).splitlines():
+        assert len(line) <= 100, line
 
 
 # ------------------------------------------------------------------------------------------ the commands are right
