@@ -24,6 +24,8 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 
+default_role = "py:obj"  # of `name` in docstrings
+
 html_theme = "furo"
 html_title = f"equireg {release}"
 html_math_renderer = "mathml"
@@ -47,6 +49,7 @@ ELSEWHERE = {
     "Generator": "generated/torch.Generator.html#torch.Generator",
     "Module": "generated/torch.nn.Module.html#torch.nn.Module",
     "Dataset": "data.html#torch.utils.data.Dataset",
+    "Subset": "data.html#torch.utils.data.Subset",
     "device": "tensor_attributes.html#torch.device",
     "ProcessGroup": "distributed.html#torch.distributed.ProcessGroup",
 }
