@@ -76,7 +76,7 @@ def k_shot(dataset: Dataset[Any], shots: int, *, seed: int | None = None) -> Ima
     """So many samples of each class, in the order of the data set.
 
     Args:
-        dataset: an `ImageFiles`, or any data set with its labels in ``labels`` or ``targets``, a `TensorDataset` with
+        dataset: an `ImageFiles`, or any data set with its labels in ``labels`` or ``targets``, a ``TensorDataset`` with
             them as its second tensor, or a subset, a concatenation or a `WithIndex` of such. Samples with a negative
             label belong to no class.
         shots: how many of each class.
