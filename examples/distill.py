@@ -9,7 +9,7 @@ fine-tunes it on ``--images`` labelled ones, and takes that for the teacher of s
 
 with each loss of Stage II. Then it merges predictions over flips and crops, and over the models, with weights fitted
 on images that no model was trained on. A table, and a picture in runs/distill. A killed run goes on with ``--resume``.
-Copy training.py and ipirm_pretrain.py along with this file.
+Copy ipirm_pretrain.py and training.py along with this file, and those that training.py names.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import ipirm_pretrain
 import timm
 import torch
+from sealed_files import hash_of, load_safely
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
@@ -32,6 +33,7 @@ from tqdm.auto import tqdm
 from training import (
     MEAN,
     STD,
+    as_program,
     evenly,
     normalized_transform,
     parse,
@@ -41,6 +43,7 @@ from training import (
     seed_everything,
     test_folder,
     training_images,
+    write_atomically,
 )
 
 from equireg import (
@@ -129,7 +132,7 @@ def classifier(options: argparse.Namespace, weights: Path | None, *, strict: boo
     """The model with an output for each class, and what it has learned so far."""
     model = timm.create_model(options.model, num_classes=len(ImageFolder(Path(options.data) / "train").classes))
     if weights is not None:
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=strict)
+        model.load_state_dict(load_safely(weights, sealed=weights != options.encoder), strict=strict)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -239,7 +242,7 @@ def validation_images(options: argparse.Namespace) -> Dataset:
     used = training_images(options)
     rest = sorted(set(range(len(used.dataset))) - set(used.indices))
     if not rest:
-        raise SystemExit(f"--images must leave some of the {len(used)} training images for validation, or give a val/")
+        raise ValueError(f"--images must leave some of the {len(used)} training images for validation, or give a val/")
     return evenly(Subset(used.dataset, rest), min(len(rest), options.probe_images, 1000))
 
 
@@ -292,7 +295,7 @@ def augmentations(options: argparse.Namespace, folder: Path, name: str, device: 
 
 def ensembles(folders: dict[str, Path]) -> dict[str, float]:
     """Accuracy of all models together, from their plain and from their ten-crop predictions."""
-    saved = [torch.load(folder / "predictions.pt", weights_only=True) for folder in folders.values()]
+    saved = [load_safely(folder / "predictions.pt") for folder in folders.values()]
     labels, rows = {part: saved[0][part] for part in ("val", "test")}, {}
     for how, title in (("plain", "one view"), ("ten", "ten crops")):
         val, test = (torch.stack([one[f"{part} {how}"] for one in saved]) for part in ("val", "test"))
@@ -373,7 +376,7 @@ def main() -> None:
     def train(name: str, kind: str, seed: int, start: Path | None, teacher: nn.Module | None) -> dict[str, float]:
         own = argparse.Namespace(**{**vars(options), "seed": seed, "method": name})
         folders[name] = folder = options.out / f"{kind}-{seed}"
-        variant = {"kind": kind, "encoder": str(start), "students": options.method}
+        variant = {"kind": kind, "encoder": start and hash_of(start), "students": options.method}
         make = partial(Student, own, kind, start, teacher)
         measure = partial(evaluate, options=own, folder=folder)
         trained[name] = run_training(own, variant, folder, "", make, partial(Augmented, own), measure)
@@ -393,10 +396,10 @@ def main() -> None:
         best = max(pretrained, key=lambda name: trained[name]["val plain"])
         merged = {**augmentations(options, folders[best], best, device), **ensembles(pretrained)}
         report(trained, merged, options.out / "distill.png")
-        (options.out / "merged.json").write_text(json.dumps(merged, indent=2) + "\n")
+        write_atomically(options.out / "merged.json", (json.dumps(merged, indent=2) + "\n").encode())
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

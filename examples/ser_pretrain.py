@@ -11,8 +11,8 @@ where ``b2`` is a small part of the batch, seen by flips, quarter turns and scal
 which trains a ViT-Tiny twice, without and with SER, and compares them: k-NN and linear accuracy, and how far the
 token maps turn with the image; a table, and a picture in runs/ser. ``--ser on`` trains once. Several processes:
 ``torchrun --nproc-per-node 2 examples/ser_pretrain.py ...``. The paper's setting: ``--recipe imagenet-vits16``.
-A killed run goes on with ``--resume``. Copy training.py and
-ssl_methods.py along with this file.
+A killed run goes on with ``--resume``. Copy ssl_methods.py and
+training.py along with this file, and those that training.py names.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from training import (
+    as_program,
     evenly,
     into_range,
     normalized_transform,
@@ -319,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)
