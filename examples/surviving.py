@@ -52,7 +52,8 @@ def workers_may_die(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for child in multiprocessing.active_children():  # which would wait for one that hangs
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler raises anew for each that ends
+        for child in multiprocessing.active_children():  # Python would wait for one that hangs
             child.kill()
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
             reason = str(error).splitlines()[0]

@@ -90,7 +90,7 @@ def what_counts(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(options).items()
-        if name not in NOT_IN_THE_RESULT and (value is None or isinstance(value, (bool, int, float, str)))
+        if name not in NOT_IN_THE_RESULT and not isinstance(value, Path)
     }
 
 
