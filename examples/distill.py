@@ -9,7 +9,7 @@ fine-tunes it on ``--images`` labelled ones, and takes that for the teacher of s
 
 with each loss of Stage II. Then it merges predictions over flips and crops, and over the models, with weights fitted
 on images that no model was trained on. A table, and a picture in runs/distill. A killed run goes on with ``--resume``.
-Copy training.py and ipirm_pretrain.py along with this file.
+Copy ipirm_pretrain.py and training.py along with this file, and those that training.py names.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from typing import Any
 import ipirm_pretrain
 import timm
 import torch
+from sealed_files import hash_of, load_safely
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from training import (
     MEAN,
     STD,
+    as_program,
     evenly,
+    folder_images,
     normalized_transform,
     parse,
     precision,
@@ -41,6 +43,7 @@ from training import (
     seed_everything,
     test_folder,
     training_images,
+    write_atomically,
 )
 
 from equireg import (
@@ -127,9 +130,11 @@ def run(model: nn.Module, images: Tensor, stages: Iterable[int] = ()) -> tuple[T
 
 def classifier(options: argparse.Namespace, weights: Path | None, *, strict: bool = True) -> nn.Module:
     """The model with an output for each class, and what it has learned so far."""
-    model = timm.create_model(options.model, num_classes=len(ImageFolder(Path(options.data) / "train").classes))
+    model = timm.create_model(
+        options.model, num_classes=len(folder_images(Path(options.data) / "train", options).classes)
+    )
     if weights is not None:
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=strict)
+        model.load_state_dict(load_safely(weights, sealed=weights != options.encoder), strict=strict)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -235,12 +240,13 @@ def validation_images(options: argparse.Namespace) -> Dataset:
     """The folder ``val`` beside ``test``, or as many training images that no model is trained on with their labels."""
     root = Path(options.data)
     if (root / "val").is_dir() and (root / "test").is_dir():
-        return ImageFolder(root / "val")
-    used = training_images(options)
-    rest = sorted(set(range(len(used.dataset))) - set(used.indices))
+        return folder_images(root / "val", options)
+    used, every = training_images(options), folder_images(root / "train", options)
+    paths = set(used.paths)
+    rest = [place for place, path in enumerate(every.paths) if path not in paths]
     if not rest:
-        raise SystemExit(f"--images must leave some of the {len(used)} training images for validation, or give a val/")
-    return evenly(Subset(used.dataset, rest), min(len(rest), options.probe_images, 1000))
+        raise ValueError(f"--images must leave some of the {len(used)} training images for validation, or give a val/")
+    return evenly(every.take(rest), min(len(rest), options.probe_images, 1000))
 
 
 # ------------------------------------------------------------------------------------------------------- the measures
@@ -268,7 +274,7 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
 
 def evaluate(objective: Student, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Accuracies, and the predictions for what comes after."""
-    test = evenly(ImageFolder(test_folder(options)), options.probe_images)
+    test = evenly(folder_images(test_folder(options), options), options.probe_images)
     saved = {}
     for name, images in (("val", validation_images(options)), ("test", test)):
         for how, tta in (("plain", {}), ("ten", {"crops": "ten", "merge": "gmean"})):
@@ -281,7 +287,7 @@ def evaluate(objective: Student, device: torch.device, options: argparse.Namespa
 def augmentations(options: argparse.Namespace, folder: Path, name: str, device: torch.device) -> dict[str, float]:
     """Accuracy of one model for every kind of test-time augmentation."""
     model = classifier(options, folder / "model.pt").eval().to(device)
-    test = evenly(ImageFolder(test_folder(options)), options.probe_images)
+    test = evenly(folder_images(test_folder(options), options), options.probe_images)
     rows = {f"{name}, one view": accuracy(*predictions(model, test, options, device))}
     for crops in ("flip", "five", "ten"):
         for merge in ("mean", "gmean", "tsharpen"):
@@ -292,7 +298,7 @@ def augmentations(options: argparse.Namespace, folder: Path, name: str, device: 
 
 def ensembles(folders: dict[str, Path]) -> dict[str, float]:
     """Accuracy of all models together, from their plain and from their ten-crop predictions."""
-    saved = [torch.load(folder / "predictions.pt", weights_only=True) for folder in folders.values()]
+    saved = [load_safely(folder / "predictions.pt") for folder in folders.values()]
     labels, rows = {part: saved[0][part] for part in ("val", "test")}, {}
     for how, title in (("plain", "one view"), ("ten", "ten crops")):
         val, test = (torch.stack([one[f"{part} {how}"] for one in saved]) for part in ("val", "test"))
@@ -373,7 +379,7 @@ def main() -> None:
     def train(name: str, kind: str, seed: int, start: Path | None, teacher: nn.Module | None) -> dict[str, float]:
         own = argparse.Namespace(**{**vars(options), "seed": seed, "method": name})
         folders[name] = folder = options.out / f"{kind}-{seed}"
-        variant = {"kind": kind, "encoder": str(start), "students": options.method}
+        variant = {"kind": kind, "encoder": start and hash_of(start), "students": options.method}
         make = partial(Student, own, kind, start, teacher)
         measure = partial(evaluate, options=own, folder=folder)
         trained[name] = run_training(own, variant, folder, "", make, partial(Augmented, own), measure)
@@ -393,10 +399,10 @@ def main() -> None:
         best = max(pretrained, key=lambda name: trained[name]["val plain"])
         merged = {**augmentations(options, folders[best], best, device), **ensembles(pretrained)}
         report(trained, merged, options.out / "distill.png")
-        (options.out / "merged.json").write_text(json.dumps(merged, indent=2) + "\n")
+        write_atomically(options.out / "merged.json", (json.dumps(merged, indent=2) + "\n").encode())
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

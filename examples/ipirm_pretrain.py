@@ -14,7 +14,7 @@ which trains a ResNet-18 twice, without and with partitions, and compares them: 
 found, and what samples of each group look like; a table, and two pictures in runs/ipirm. ``--partition on`` trains
 once. Several processes: ``torchrun --nproc-per-node 2 examples/ipirm_pretrain.py ...``. The paper's setting:
 ``--recipe vipriors-resnet50``. A killed run goes on with ``--resume``, its partitions with it. Copy training.py
-along with this file.
+along with this file, and those that it names.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ from lightly.models.modules.heads import (
     SimSiamProjectionHead,
 )
 from lightly.models.utils import update_momentum
+from sealed_files import load_safely
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from training import (
     MEAN,
     STD,
+    as_program,
     evenly,
+    folder_images,
     normalized_transform,
     parse,
     precision,
@@ -252,7 +254,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     save_atomically(folder / "encoder.pt", method.backbone.state_dict())  # plain timm keys
     parts, transform = [], normalized_transform(options)
     for path in (Path(options.data) / "train", test_folder(options)):
-        images = evenly(ImageFolder(path, transform), options.probe_images)
+        images = evenly(folder_images(path, options, transform), options.probe_images)
         loader = DataLoader(WithIndex(images), batch_size=256, num_workers=options.workers)
         with precision(options, device):
             features, labels, _ = extract_features(nn.Sequential(Channels(), method.backbone), loader)
@@ -348,7 +350,7 @@ def folder_of(options: argparse.Namespace, partition: bool) -> Path:
 def main() -> None:
     options = parse(__doc__.splitlines()[0], RECIPES, add_options)
     if options.mixup and options.method != "simclr":
-        raise SystemExit(f"--mixup is SimCLR's, got --method {options.method}")
+        raise ValueError(f"--mixup is SimCLR's, got --method {options.method}")
     results, logs = {}, {}
     for partition in {"off": [False], "on": [True], "compare": [False, True]}[options.variants]:
         name = "with partitions" if partition else "without partitions"
@@ -358,11 +360,11 @@ def main() -> None:
     if all(results.values()):
         report(results, logs, options.out / f"{options.method}.png")
         path = folder_of(options, True) / PARTITIONS
-        if "with partitions" in results and len(partitions := torch.load(path, weights_only=True)):
+        if "with partitions" in results and len(partitions := load_safely(path)):
             report_groups(partitions, options, options.out / f"{options.method}-groups.png")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

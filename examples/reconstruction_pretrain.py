@@ -13,7 +13,7 @@ which trains a ViT-Tiny three times, without the head and with 1 and 2 intermedi
 each parameter of the transformation is read off the frozen features (R²), k-NN and linear accuracy; a table, and two
 pictures in runs/reconstruction. ``--head 2`` trains once. Several processes: ``torchrun --nproc-per-node 2
 examples/reconstruction_pretrain.py ...``. The paper's setting: ``--recipe imagenet-vits16``. A killed run goes on with
-``--resume``. Copy training.py and ssl_methods.py along with this file.
+``--resume``. Copy ssl_methods.py and training.py along with this file, and those that training.py names.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from typing import Any
 import timm
 import torch
 from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
+from sealed_files import load_safely
 from ssl_methods import METHODS
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from training import (
     MEAN,
     STD,
+    as_program,
     evenly,
+    folder_images,
     parse,
     plain_transform,
     precision,
@@ -236,7 +238,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     save_atomically(folder / "encoder.pt", vit.state_dict())  # plain timm keys
     frozen = Frozen(vit, options)
     train, test = (
-        evenly(ImageFolder(path, plain_transform(options)), options.probe_images)
+        evenly(folder_images(path, options, plain_transform(options)), options.probe_images)
         for path in (Path(options.data) / "train", test_folder(options))
     )
 
@@ -350,7 +352,7 @@ def report_pictures(folders: dict[str, Path], path: Path) -> None:
     """First view, what lies half-way, what the decoders make of it, and the second view."""
     import matplotlib.pyplot as plt
 
-    pictures = {name: torch.load(folder / PICTURES, weights_only=True) for name, folder in folders.items()}
+    pictures = {name: load_safely(folder / PICTURES) for name, folder in folders.items()}
     last = list(pictures.values())[-1]
     lines = [("first view", last["first"][0])]
     for i in range(len(last["targets"])):
@@ -421,4 +423,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

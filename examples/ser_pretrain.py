@@ -11,8 +11,8 @@ where ``b2`` is a small part of the batch, seen by flips, quarter turns and scal
 which trains a ViT-Tiny twice, without and with SER, and compares them: k-NN and linear accuracy, and how far the
 token maps turn with the image; a table, and a picture in runs/ser. ``--ser on`` trains once. Several processes:
 ``torchrun --nproc-per-node 2 examples/ser_pretrain.py ...``. The paper's setting: ``--recipe imagenet-vits16``.
-A killed run goes on with ``--resume``. Copy training.py and
-ssl_methods.py along with this file.
+A killed run goes on with ``--resume``. Copy ssl_methods.py and
+training.py along with this file, and those that training.py names.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ import torch
 from ssl_methods import METHODS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from training import (
+    as_program,
     evenly,
+    folder_images,
     into_range,
     normalized_transform,
     parse,
@@ -201,7 +202,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     save_atomically(folder / "encoder.pt", vit.state_dict())  # plain timm keys; the late class token is a hook
     plain = normalized_transform(options)
     folders = {"train": Path(options.data) / "train", "test": test_folder(options)}
-    parts = {name: ImageFolder(path, plain) for name, path in folders.items()}
+    parts = {name: folder_images(path, options, plain) for name, path in folders.items()}
     found = {}
     for name, part in parts.items():
         loader = DataLoader(WithIndex(evenly(part, options.probe_images)), batch_size=256, num_workers=options.workers)
@@ -319,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

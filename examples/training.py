@@ -1,17 +1,19 @@
-"""What the example trainers share, to be copied beside them: a training that survives being killed.
+"""What the example trainers share: a training that survives being killed.
 
 All randomness of a step follows from the seed, the step and the process, never from what ran before. So a run that was
 killed goes on bit for bit from its last checkpoint, on the same machine with the same number of processes and threads.
+To be copied beside them, with the files that it imports: training_options.py, run_folder.py, sealed_files.py,
+surviving.py and shown_names.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,14 +22,52 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
+from run_folder import CHECKPOINT, RESULTS, SKIPPED, Run, say
+from sealed_files import save_atomically, write_atomically
+from shown_names import visible
+from surviving import Stop, Trouble, Unbreakable, as_program, leave_signals_to_the_first, workers_may_die
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
+from training_options import (
+    MEAN,
+    STD,
+    evenly,
+    folder_images,
+    into_range,
+    names_hash,
+    normalized_transform,
+    parse,
+    plain_transform,
+    test_folder,
+    training_images,
+    what_counts,
+)
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+# What the examples take from here; some of it is at home in the files beside this one.
+__all__ = [
+    "MEAN",
+    "STD",
+    "Run",
+    "Trouble",
+    "as_program",
+    "cosine",
+    "evenly",
+    "folder_images",
+    "into_range",
+    "normalized_transform",
+    "parse",
+    "plain_transform",
+    "precision",
+    "run_training",
+    "save_atomically",
+    "seed_everything",
+    "start_processes",
+    "test_folder",
+    "to_device",
+    "training_images",
+    "write_atomically",
+]
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -69,72 +109,153 @@ def run_training(
     and its parts for the log. Its ``method`` is one of ssl_methods.py, or has their ``clip``, ``before_step`` and
     ``update``. ``variant`` tells one training from others with the same options. The optimizer is AdamW and its rate
     half a cosine after a warm-up, unless ``make_optimizer(objective, options)`` and ``learning_rate(step, steps per
-    epoch, options)`` say otherwise. ``images`` are the training images where they are not those of ``--data``.
+    epoch, options)`` say otherwise. ``images`` are the training images where they are not those of ``--data``. All that
+    lasts from step to step is in the objective's ``state_dict`` and the optimizer's.
+
+    Raises:
+        ValueError: the options, the images and the checkpoint do not go together.
+        OSError: a checkpoint cannot be written.
+        Trouble: ``--max-skipped`` steps in a row had no finite loss or gradient; a process that loads images is gone.
+        SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint.
     """
     rank, world, device = start_processes()
     if device.type == "cpu":  # at these sizes its backward pass takes as long as all the rest of a step
         timm.layers.set_fused_attn(False)
-    unknown = ("resume", "out", "workers", "variants")
-    known = {key: value for key, value in vars(options).items() if key not in unknown}
-    run = Run(folder, {**known, **variant, "world": world}, resume=options.resume, main=rank == 0)
-    done = folder / "results.json"
-    if options.resume and done.exists():
-        return json.loads(done.read_text())
-
-    seed_everything(options.seed, -1)  # the same weights in all processes
-    with warnings.catch_warnings():  # DINO's head uses a form of weight norm that PyTorch is about to replace
-        warnings.simplefilter("ignore", FutureWarning)
-        objective = make_objective().to(device)
-    optimizer = (make_optimizer or adamw)(objective, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-    learning_rate = learning_rate or warm_cosine
-    start = 0
-    if run.checkpoint is not None:
-        objective.load_state_dict(run.checkpoint["objective"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        scaler.load_state_dict(run.checkpoint["scaler"])
-        start = run.checkpoint["step"]
-    model = nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-
     images = training_images(options) if images is None else images
-    batches = StepBatches(
-        len(images), options.batch_size, options.epochs, seed=options.seed, rank=rank, world=world, start=start
+    run = Run(
+        folder,
+        {**what_counts(options), **variant, "world": world, "classes": len(images.classes)},
+        resume=options.resume,
+        main=rank == 0,
+        files=names_hash(images),
+        allow_data_change=options.allow_data_change,
     )
-    loader = DataLoader(
-        WithStep(images), batch_sampler=batches, collate_fn=make_collate(rank), num_workers=options.workers
-    )
-    bar = tqdm(loader, desc=f"{options.method} {name}", total=batches.steps, initial=start, disable=rank > 0)
-    for step, batch in enumerate(bar, start):
-        seed_everything(options.seed, step, rank)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, batches.steps_per_epoch, options)
-        loss, parts = model(*to_device(batch, device))
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {folder} holds the last checkpoint")
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        if objective.method.clip:
-            nn.utils.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], objective.method.clip)
-        objective.method.before_step(step // batches.steps_per_epoch)
-        scaler.step(optimizer)
-        scaler.update()
-        objective.method.update(step, batches.steps)
+    with run:
+        done = folder / RESULTS
+        if options.resume and done.exists():
+            return json.loads(done.read_text())
+        start = run.checkpoint["step"] if run.checkpoint else 0
+        batches = StepBatches(
+            len(images), options.batch_size, options.epochs, seed=options.seed, rank=rank, world=world, start=start
+        )
+        loader = DataLoader(
+            WithStep(images, options.seed),
+            batch_sampler=batches,
+            collate_fn=make_collate(rank),
+            num_workers=options.workers,
+            worker_init_fn=leave_signals_to_the_first,
+            timeout=options.worker_timeout if options.workers else 0,
+        )
+        seed_everything(options.seed, -1)  # the same weights in all processes
+        with warnings.catch_warnings():  # DINO's head uses a form of weight norm that PyTorch is about to replace
+            warnings.simplefilter("ignore", FutureWarning)
+            objective = make_objective().to(device)
+        optimizer = (make_optimizer or adamw)(objective, options)
+        scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+        state = State(objective, optimizer, scaler)
+        if run.checkpoint is not None:
+            state.load(run.checkpoint)
+        bar = tqdm(
+            loader,
+            desc=f"{visible(options.method)} {visible(name)}",
+            total=batches.steps,
+            initial=start,
+            disable=rank > 0,
+            file=Unbreakable(sys.stderr),
+        )
+        train(options, run, state, bar, batches, device, learning_rate or warm_cosine)
+        results: dict[str, Any] = {}
+        if rank == 0:
+            results = evaluate(objective.eval(), device)
+            write_atomically(done, (json.dumps(results, indent=2) + "\n").encode())
+        if world > 1:
+            torch.distributed.barrier()
+        return results
 
-        row = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
-        run.log({"step": step + 1, **row, "lr": group["lr"]})
-        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
-        if (step + 1) % batches.steps_per_epoch == 0 or (step + 1) % options.save_every == 0:
-            states = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-            run.save(step + 1, **states, scaler=scaler.state_dict())
 
-    results: dict[str, Any] = {}
-    if rank == 0:
-        results = evaluate(objective.eval(), device)
-        write_atomically(done, (json.dumps(results, indent=2) + "\n").encode())
+class State:
+    """All that lasts from one step to the next, and so belongs in a checkpoint."""
+
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
+        self.objective, self.optimizer, self.scaler = objective, optimizer, scaler
+        self.skipped = 0  # steps in a row, up to now
+
+    def saved(self) -> dict[str, Any]:
+        parts = {"objective": self.objective, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {**{name: part.state_dict() for name, part in parts.items()}, "skipped": self.skipped}
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        self.objective.load_state_dict(checkpoint["objective"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.skipped = checkpoint["skipped"]
+
+
+def train(
+    options: argparse.Namespace,
+    run: Run,
+    state: State,
+    bar: tqdm,
+    batches: StepBatches,
+    device: torch.device,
+    learning_rate: Callable[[int, int, argparse.Namespace], float],
+) -> None:
+    """The steps. One whose loss or gradient is not finite changes nothing but the scale of fp16."""
+    objective, optimizer, scaler = state.objective, state.optimizer, state.scaler
+    method = objective.method
+    model = nn.parallel.DistributedDataParallel(objective) if batches.world > 1 else objective
+    with Stop() as stop, workers_may_die(run.folder):
+        for step, batch in enumerate(bar, batches.start):
+            seed_everything(options.seed, step, batches.rank)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, batches.steps_per_epoch, options)
+            before = [buffer.clone() for buffer in objective.buffers()]
+            loss, parts = model(*to_device(batch, device))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            learned = [p for p in objective.parameters() if p.requires_grad]
+            norm = nn.utils.clip_grad_norm_(learned, method.clip or math.inf)
+            failed, asked = agreed([not (loss.isfinite() and norm.isfinite()), stop.signal], device, batches.world)
+            if failed:
+                for buffer, value in zip(objective.buffers(), before):  # statistics of a batch norm would stay NaN
+                    buffer.copy_(value)
+            else:
+                method.before_step(step // batches.steps_per_epoch)
+                scaler.step(optimizer)
+            scaler.update()
+            method.update(step, batches.steps)
+
+            state.skipped = state.skipped + 1 if failed else 0
+            row = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+            if failed:
+                found = {"loss": str(row["loss"]), "norm": str(norm.item()), "images": batches.indices(step)}
+                run.log({"step": step + 1, **found}, SKIPPED)
+            else:
+                run.log({"step": step + 1, **row, "lr": group["lr"]})
+            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
+            hopeless = state.skipped >= options.max_skipped
+            due = (step + 1) % batches.steps_per_epoch == 0 or (step + 1) % options.save_every == 0
+            if hopeless:
+                state.skipped = 0
+            if due or asked or hopeless:
+                run.save(step + 1, **state.saved())
+            if hopeless:
+                raise Trouble(
+                    f"loss or gradient were not finite in {options.max_skipped} steps in a row, up to step {step + 1}: "
+                    f"{run.folder / SKIPPED} lists their images; {run.folder / CHECKPOINT} holds the last good state"
+                )
+            if asked:
+                say(f"stopped after step {step + 1}; --resume goes on from {run.folder / CHECKPOINT}")
+                raise SystemExit(128 + asked)
+
+
+def agreed(flags: list[Any], device: torch.device, world: int) -> list[int]:
+    """The largest of all processes, so that they go on or stop together."""
+    shared = torch.tensor([int(flag) for flag in flags], device=device)
     if world > 1:
-        torch.distributed.barrier()
-    return results
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
 
 
 def adamw(objective: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
@@ -164,81 +285,6 @@ def precision(options: argparse.Namespace, device: torch.device) -> torch.autoca
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def training_images(options: argparse.Namespace) -> Dataset:
-    """Those of ``train``, or as many of them as asked for, evenly over the classes."""
-    folder = ImageFolder(Path(options.data) / "train")
-    return evenly(folder, options.images or len(folder))
-
-
-def evenly(dataset: Any, count: int) -> Subset:
-    """At most so many of its samples, at even distances."""
-    return Subset(dataset, torch.linspace(0, len(dataset) - 1, min(len(dataset), count)).round().long().tolist())
-
-
-def into_range(image: Tensor) -> Tensor:
-    """Bicubic resizing overshoots, and the jittered hue of a colour outside of 0 .. 1 can be NaN."""
-    return image.clamp(0, 1)
-
-
-def plain_transform(options: argparse.Namespace) -> v2.Compose:
-    """An image as a tensor in 0 .. 1, of the size of the training."""
-    resize = v2.Resize((options.image_size,) * 2, interpolation=3, antialias=True)
-    return v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), into_range])
-
-
-def normalized_transform(options: argparse.Namespace) -> v2.Compose:
-    """The same, less the mean of ImageNet's pixels and over their deviation."""
-    return v2.Compose([plain_transform(options), v2.Normalize(MEAN, STD)])
-
-
-def test_folder(options: argparse.Namespace) -> Path:
-    """The images that results are about: ``--evaluate-on``, and ``val`` where there is no ``test``."""
-    root = Path(options.data)
-    return root / "test" if options.evaluate_on == "test" and (root / "test").is_dir() else root / "val"
-
-
-def parse(
-    description: str,
-    recipes: dict[str, dict[str, Any]],
-    add_options: Callable[[argparse.ArgumentParser], None],
-    arguments: list[str] | None = None,
-) -> argparse.Namespace:
-    """The options of an example, from the command line or a list; ``--recipe`` chooses the defaults of those that the
-    recipes name.
-    """
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument(
-        "--recipe", choices=recipes, default=next(iter(recipes)), help="a setting; flags change its parts"
-    )
-    recipe = recipes[first.parse_known_args(arguments)[0].recipe]
-    parser = argparse.ArgumentParser(description=description, parents=[first])
-    data = os.environ.get("EQUIREG_DATA")
-    parser.add_argument(
-        "--data",
-        default=f"{data}/cifar10" if data else None,
-        required=data is None,
-        help="a folder with train/<class>/* and test/<class>/* or val/<class>/*",
-    )
-    add_options(parser)
-    parser.add_argument("--evaluate-on", choices=("test", "val"), default="test", help="choose settings on val")
-    parser.add_argument("--amp", choices=("auto", "none", "bf16", "fp16"), default="auto")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load and augment images")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints, besides every epoch")
-    parser.add_argument("--probe-images", type=int, default=50_000, help="at most so many of train and of test")
-    for name, value in recipe.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    options = parser.parse_args(arguments)
-    by_split = getattr(options, "layout", "folders") == "folders"
-    if by_split and not ((Path(options.data) / "train").is_dir() and test_folder(options).is_dir()):
-        parser.error(f"--data {options.data} must hold the folders train and {options.evaluate_on} (or val)")
-    if options.amp == "auto":  # where the device multiplies bf16 in hardware
-        cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        options.amp = "bf16" if torch.cuda.is_available() or cpu else "none"
-    return options
-
-
 class StepBatches(Sampler):
     """Batches of (step, index) for one process, shuffled anew in each epoch, from step ``start`` to the last."""
 
@@ -253,28 +299,37 @@ class StepBatches(Sampler):
         self.rank, self.world, self.start = rank, world, start
         self.steps_per_epoch = samples // batch_size
         self.steps = epochs * self.steps_per_epoch
+        self.epoch = -1
+        self.order: list[int] = []
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.steps):
-            epoch, within = divmod(step, self.steps_per_epoch)
-            if step == self.start or within == 0:
-                shuffle = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-                order = torch.randperm(self.samples, generator=shuffle).tolist()
-            batch = order[within * self.batch_size : (within + 1) * self.batch_size]
-            yield [(step, index) for index in batch[self.rank :: self.world]]
+            yield [(step, index) for index in self.indices(step)[self.rank :: self.world]]
+
+    def indices(self, step: int) -> list[int]:
+        """Of the images of the step, of all processes."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            shuffle = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            self.epoch, self.order = epoch, torch.randperm(self.samples, generator=shuffle).tolist()
+        return self.order[within * self.batch_size : (within + 1) * self.batch_size]
 
 
 class WithStep(Dataset):
-    """A dataset read by (step, index), which gives (step, image, label, index)."""
+    """A dataset read by (step, index), which gives (step, image, label, index).
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    What is random in it follows from the seed, the step and the image, in whichever process it is read.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any, int, int]:
         step, index = key
+        seed_everything(self.seed, step, -1 - index)  # no rank is negative
         image, label = self.dataset[index]
         return step, image, label, index
 
@@ -285,69 +340,3 @@ def cosine(step: int, steps: int, first: float, last: float, warmup: int = 0) ->
         return first * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
-
-
-class Run:
-    """A folder with the options, the log and the last checkpoint of one training."""
-
-    def __init__(self, folder: Path, options: dict[str, Any], *, resume: bool, main: bool):
-        self.folder, self.options, self.main = folder, options, main
-        self.checkpoint = self._load(resume)
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "options.json", (json.dumps(options, indent=2) + "\n").encode())
-            # What was logged after the checkpoint will be logged again.
-            lines = [row for row in self.log_rows() if self.checkpoint and row["step"] <= self.checkpoint["step"]]
-            write_atomically(folder / LOG, "".join(json.dumps(row) + "\n" for row in lines).encode())
-
-    def log(self, row: dict[str, float]) -> None:
-        if self.main:
-            with open(self.folder / LOG, "a") as log:
-                log.write(json.dumps(row) + "\n")
-
-    def log_rows(self) -> list[dict[str, float]]:
-        path = self.folder / LOG
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-
-    def save(self, step: int, **states: Any) -> None:
-        """A checkpoint after ``step`` steps; the one before stays until this one is on the disk."""
-        if self.main:
-            save_atomically(self.folder / CHECKPOINT, {"step": step, "options": self.options, **states})
-
-    def _load(self, resume: bool) -> dict[str, Any] | None:
-        path = self.folder / CHECKPOINT
-        if not resume or not path.exists():
-            return None
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        old = checkpoint["options"]
-        changed = sorted(name for name in old.keys() | self.options.keys() if old.get(name) != self.options.get(name))
-        if changed:
-            was = ", ".join(f"{name} {old.get(name)!r} (now {self.options.get(name)!r})" for name in changed)
-            raise SystemExit(f"--resume: {path} was trained with other options: {was}")
-        return checkpoint
-
-
-def save_atomically(path: Path, content: Any) -> None:
-    """As ``torch.save``."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of it or nothing: a crash at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)

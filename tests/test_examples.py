@@ -88,7 +88,8 @@ SMALL = {
     "amp": "none",
 }
 RECONSTRUCTION = {**{key: value for key, value in SMALL.items() if key not in ("layer", "local-size")}, "r2-images": 72}
-BESIDE = ("training.py", "ssl_methods.py")
+SHARED = ("training.py", "training_options.py", "run_folder.py", "sealed_files.py", "shown_names.py", "surviving.py")
+BESIDE = (*SHARED, "ssl_methods.py")
 IPIRM = {
     "model": "test_resnet",
     "image-size": 32,
@@ -337,7 +338,7 @@ def test_the_whole_vipriors_recipe(small_images, tmp_path):
         "stage1-epochs": 2,
         "stage1-images": 24,
     }
-    where = {"folder": tmp_path, "beside": ("training.py", "ipirm_pretrain.py")}
+    where = {"folder": tmp_path, "beside": (*SHARED, "ipirm_pretrain.py")}
     output = run("distill.py", *flags(small, data=small_images), **where)
     students = ("KL, logits", "KL, features", "OFD, several layers", "OFD, last layer", "CRD")
     for name in ("from scratch", "fine-tuned (the teacher)", "fine-tuned, another seed", *students):

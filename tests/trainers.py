@@ -1,0 +1,333 @@
+"""Small trainings, each in a process of its own: to kill them, or to fill their disk."""
+
+import argparse
+import errno
+import importlib
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STEPS = 24  # 6 epochs of 4 batches
+
+
+def only_loopback():
+    """Sockets reach this machine alone."""
+
+    class Loopback(socket.socket):
+        def connect(self, address):
+            if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+                raise AssertionError(f"a connection to {address}")
+            return super().connect(address)
+
+        connect_ex = connect
+
+    lookup = socket.getaddrinfo
+
+    def local_lookup(host, *arguments, **options):
+        if host not in (None, "127.0.0.1", "::1", "localhost", socket.gethostname()):
+            raise AssertionError(f"a look-up of {host}")
+        return lookup(host, *arguments, **options)
+
+    socket.socket, socket.getaddrinfo = Loopback, local_lookup
+
+
+if os.environ.get("EQUIREG_TRAINERS"):  # in the process that the others are forked from
+    sys.path.insert(0, str(EXAMPLES))
+    only_loopback()
+    torch.set_num_threads(1)
+    for name in ("training", "ssl_methods", "ser_pretrain", "reconstruction_pretrain", "ipirm_pretrain", "distill"):
+        importlib.import_module(name)
+
+
+def start(job, *arguments, output, **options):
+    """A process that does ``job`` of this module; what it says goes into the file ``output``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.trainers"])
+    if multiprocessing.forkserver._forkserver._forkserver_pid is None:
+        root = str(EXAMPLES.parent)
+        extra = {"EQUIREG_TRAINERS": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+        extra["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        before = dict(os.environ)
+        os.environ.update(extra)
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+    process = context.Process(target=_child, args=(job, str(output), arguments, options))
+    process.start()
+    return process
+
+
+def run(job, *arguments, output, **options):
+    """Exit code and words of a process that does ``job``."""
+    process = start(job, *arguments, output=output, **options)
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"{job} hangs: {Path(output).read_text()}")
+    return process.exitcode, Path(output).read_text(errors="surrogateescape")
+
+
+def _child(job, output, arguments, options):
+    words = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(words, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # of those that load images
+    import surviving
+
+    surviving.as_program(lambda: globals()[job](*arguments, **options))
+
+
+# --------------------------------------------------------------------------------------------------- a small training
+
+
+def make_images(folder, classes=("cat", "dog", "eel", "fox"), count=8, size=(8, 8)):
+    """Noise, in the folders train and test."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "test"):
+        for name in classes:
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def options_of(data, out, **changes):
+    """What ``parse`` gives."""
+    chosen = {"data": Path(data), "out": Path(out), "resume": False, "method": "small", "seed": 3, "images": 32}
+    chosen |= {"batch_size": 8, "epochs": 6, "warmup_epochs": 1, "lr": 1e-2, "weight_decay": 0.05, "amp": "none"}
+    chosen |= {"workers": 0, "save_every": 3, "max_skipped": 10, "worker_timeout": 60, "allow_data_change": False}
+    return argparse.Namespace(**{**chosen, "evaluate_on": "test", "image_size": 8, **changes})
+
+
+class Small(nn.Module):
+    """All that a checkpoint must hold: buffers, dropout, a teacher that follows, random numbers of both kinds."""
+
+    clip = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.student = nn.Sequential(
+            nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8)
+        )
+        self.teacher = nn.Linear(192, 8).requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(()))
+
+    @property
+    def method(self):
+        return self
+
+    def forward(self, images):
+        self.seen += images.sum()
+        loss = (self.student(images) - self.teacher(images.flatten(1))).square().mean() * (1 + random.random())  # noqa: S311
+        return loss, {"part": loss.detach()}
+
+    def before_step(self, epoch):
+        pass
+
+    @torch.no_grad()
+    def update(self, step, steps):
+        self.teacher.bias.lerp_(self.student[-1].bias, 0.01)
+
+
+class Noisy:
+    """Images of 8 pixels with noise."""
+
+    def __init__(self, options, rank):
+        self.options, self.rank = options, rank
+
+    def __call__(self, samples):
+        import training
+
+        with torch.random.fork_rng(devices=[]):
+            training.seed_everything(self.options.seed, samples[0][0], self.rank)
+            plain = training.plain_transform(self.options)
+            return (torch.stack([plain(sample[1]) + 0.1 * torch.randn(3, 8, 8) for sample in samples]),)
+
+
+class Slow(Noisy):
+    """Step 5 takes minutes."""
+
+    def __call__(self, samples):
+        if samples[0][0] == 4:
+            time.sleep(600)
+        return super().__call__(samples)
+
+
+class Killed(Noisy):
+    """The process is killed in step 5, as where memory ends."""
+
+    def __call__(self, samples):
+        if samples[0][0] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(samples)
+
+
+def small_training(data, out, *, objective=Small, collate=Noisy, fault=None, breaks=None, group=False, **changes):
+    """``fault`` is (what, when, label, which time); see ``Faults``. ``group``: of processes of its own."""
+    import training
+
+    torch.set_num_threads(1)
+    options, folder = options_of(data, out, **changes), Path(out) / "small"
+    if group:
+        os.setpgid(0, 0)
+    if fault is not None:
+        Faults(folder, *fault)
+    if breaks == "reader":  # of a pipe
+        reading, writing = os.pipe()
+        os.close(reading)
+        for stream in (1, 2):
+            os.dup2(writing, stream)
+    elif breaks == "terminal":
+        sys.stdout = sys.stderr = None
+    elif breaks == "log":
+        before = training.StepBatches.__init__
+
+        def then_break(self, *arguments, **options):  # after the log is there, and before its first line
+            before(self, *arguments, **options)
+            (folder / "log.jsonl").unlink()
+            (folder / "log.jsonl").symlink_to("/dev/full")
+
+        training.StepBatches.__init__ = then_break
+
+    def measure(trained, device):
+        return {"sum": sum(float(value.double().sum()) for value in trained.state_dict().values())}
+
+    training.run_training(options, {}, folder, "", objective, lambda rank: collate(options, rank), measure)
+
+
+def limited(data, out, size):
+    """Where no file may have more bytes than that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    small_training(data, out)
+
+
+def two_processes(data, out, rank, port, **changes):
+    """One of two."""
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **addresses})
+    small_training(data, out, **changes)
+
+
+def outcome(folder):
+    """All that a training left, for comparison bit for bit."""
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    states = [checkpoint[name] for name in ("step", "objective", "optimizer", "scaler", "skipped")]
+    return [plain(state) for state in states], (folder / "log.jsonl").read_text(), (folder / "results.json").read_text()
+
+
+def plain(state):
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [plain(value) for value in state]
+    return state.tolist() if isinstance(state, torch.Tensor) else state
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+class Faults:
+    """Calls of the operating system in ``folder``, by name, such as "fsync .checkpoint.pt"; one of them goes wrong.
+
+    ``what`` is "die" (SIGKILL) or "full" (the disk is); ``when`` before the call, or after it; "die", "half" is in the
+    middle of a write. ``None`` writes the names into the file calls.json beside the folder.
+    """
+
+    def __init__(self, folder, what, when="", label="", time=0):
+        self.folder, self.what, self.when, self.label, self.time = str(folder), what, when, label, time
+        self.paths, self.calls = {}, []
+        for name in ("open", "write", "fsync", "fchmod", "replace", "ftruncate", "close"):
+            setattr(os, name, self.watched(name, getattr(os, name)))
+        fdopen = os.fdopen
+        os.fdopen = lambda descriptor, mode: Watched(self, descriptor, fdopen(descriptor, mode))
+
+    def name_of(self, path):
+        name = Path(path).name
+        if str(path) == self.folder:
+            return "folder"
+        return name.rsplit(".", 2)[0] if name.endswith(".tmp") else name  # without its random part
+
+    def watched(self, name, call):
+        def watch(first, *rest, **options):
+            path = self.paths.get(first) if isinstance(first, int) else os.fspath(first)
+            if path is None or not path.startswith(self.folder):
+                return call(first, *rest, **options)
+            shown = [path, *(rest[:1] if name == "replace" else [])]
+            label = " ".join([name, *(self.name_of(part) for part in shown)])
+            self.reach(label, "before")
+            if name == "write":
+                self.half(label, lambda: call(first, rest[0][: len(rest[0]) // 2]))
+            value = call(first, *rest, **options)
+            if name == "open":
+                self.paths[value] = path
+            elif name == "close":
+                self.paths.pop(first, None)
+            self.reach(label, "after")
+            return value
+
+        return watch
+
+    def half(self, label, write):
+        if (self.when, self.label) == ("half", label) and self.calls.count(label) == self.time:
+            write()
+            if self.what == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def reach(self, label, when):
+        if when == "before":
+            self.calls.append(label)
+            if self.what is None:
+                Path(self.folder).with_name("calls.json").write_text(json.dumps(self.calls))
+        if (self.label, self.when, self.time) == (label, when, self.calls.count(label)):
+            if self.what == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.what == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Watched:
+    """A file whose writes are watched."""
+
+    def __init__(self, faults, descriptor, file):
+        self.faults, self.file = faults, file
+        self.label = f"write {faults.name_of(faults.paths.get(descriptor, ''))}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        def half():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+
+        self.faults.reach(self.label, "before")
+        self.faults.half(self.label, half)
+        self.file.write(data)
+        self.faults.reach(self.label, "after")
