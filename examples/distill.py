@@ -296,12 +296,17 @@ def test_images(options: argparse.Namespace) -> Dataset:
 
 
 def augmentations(
-    model: nn.Module, test: Dataset, options: argparse.Namespace, name: str, device: torch.device
+    model: nn.Module,
+    test: Dataset,
+    options: argparse.Namespace,
+    name: str,
+    device: torch.device,
+    merges: Iterable[str] = ("mean", "gmean", "tsharpen"),
 ) -> dict[str, float]:
     """Accuracy of one model for every kind of test-time augmentation."""
     rows = {f"{name}, one view": accuracy(*predictions(model, test, options, device))}
     for crops in ("flip", "five", "ten"):
-        for merge in ("mean", "gmean", "tsharpen"):
+        for merge in merges:
             found = predictions(model, test, options, device, crops=crops, merge=merge)
             rows[f"{name}, {crops}, {merge}"] = accuracy(*found)
     return rows

@@ -230,8 +230,8 @@ def parse(
     for name, value in recipe.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args(arguments)
-    plain = getattr(options, "layout", "folders") == "folders"  # another reader says itself what is missing
-    if plain and not ((Path(options.data) / "train").is_dir() and test_folder(options).is_dir()):
+    by_split = getattr(options, "layout", "folders") == "folders"
+    if by_split and not ((Path(options.data) / "train").is_dir() and test_folder(options).is_dir()):
         parser.error(f"--data {options.data} must hold the folders train and {options.evaluate_on} (or val)")
     if options.amp == "auto":  # where the device multiplies bf16 in hardware
         cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -28,9 +28,11 @@ def create(options: argparse.Namespace, encoder: Path | None = None, num_classes
 
     The class token of a vision transformer enters behind ``--late-class-token`` blocks, by hooks on these.
     """
-    vit = {"img_size": options.image_size, "patch_size": options.patch_size, "dynamic_img_size": True}
-    model = timm.create_model(options.model, num_classes=0, **(vit if is_vit(options) else {}))
-    if options.late_class_token:
+    sizes = {}
+    if is_vit(options):
+        sizes = {"img_size": options.image_size, "patch_size": options.patch_size, "dynamic_img_size": True}
+    model = timm.create_model(options.model, num_classes=0, **sizes)
+    if getattr(options, "late_class_token", 0):
         LateClassToken(model, options.late_class_token)
     if encoder is not None:
         check_same(encoder, options)
@@ -44,7 +46,7 @@ def check_same(encoder: Path, options: argparse.Namespace) -> None:
     """Another patch size changes what the weights mean, and another place of the class token no shape tells."""
     beside = encoder.with_name("options.json")
     old = json.loads(beside.read_text()) if beside.exists() else {}
-    changed = [name for name in SAME if name in old and old[name] != getattr(options, name)]
+    changed = [name for name in SAME if name in old and old[name] != getattr(options, name, old[name])]
     if changed:
         was = ", ".join(f"{name} {old[name]!r} (now {getattr(options, name)!r})" for name in changed)
         raise SystemExit(f"{encoder} was trained with other options: {was}")

@@ -17,6 +17,7 @@ FINE_TUNED, DISTILLED = "fine-tuned", "distilled"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-folder", type=Path, help="of a fine-tuning; default: that of Step 3 in --out")
+    parser.add_argument("--merge", choices=("mean", "gmean", "tsharpen"), default="gmean", help="of flips and crops")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = fine_tuned(options, source, len(test.classes)).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     trained = {FINE_TUNED: measure(model, val, test, options, device, folder)}
-    merged = augmentations(model, test, options, FINE_TUNED, device)
+    merged = augmentations(model, test, options, FINE_TUNED, device, merges=(options.merge,))
     distilled = options.out / "distill"
     if (distilled / "results.json").exists():
         trained[DISTILLED] = json.loads((distilled / "results.json").read_text())
