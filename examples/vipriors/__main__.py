@@ -30,16 +30,16 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # of training.py and what else is shared
 
-import distillation  # noqa: E402
-import environments  # noqa: E402
-import finetune  # noqa: E402
-import images  # noqa: E402
-import presets  # noqa: E402
-import pretrain  # noqa: E402
-import test_time  # noqa: E402
-import torch  # noqa: E402
-from curves import draw_curves  # noqa: E402
-from training import parse, start_processes, write_atomically  # noqa: E402
+import distillation
+import environments
+import finetune
+import images
+import presets
+import pretrain
+import test_time
+import torch
+from curves import draw_curves
+from training import parse, start_processes, write_atomically
 
 STEPS = {
     "pretrain": pretrain,
@@ -109,7 +109,9 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_all(arguments: list[str]) -> None:
     """One step after the other, and what came out of all in ``recipe.json``."""
-    parser = argparse.ArgumentParser(prog="vipriors all", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="vipriors all", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="leave out the optional ones")
     chosen, rest = parser.parse_known_args(arguments)
     shared, own = sort_flags(rest)

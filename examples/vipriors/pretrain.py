@@ -56,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", choices=STRIDES, default="layer2", help="of a ResNet, for SER")
     parser.add_argument("--reconstruction", type=float, default=0.0, help="its weight, 1 in its paper; 0: without")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--unlabelled", choices=("train", "train+val"), default="train+val", help="images to learn from")
+    parser.add_argument(
+        "--unlabelled", choices=("train", "train+val"), default="train+val", help="images to learn from"
+    )
 
 
 def unlabelled(options: argparse.Namespace) -> Dataset:
