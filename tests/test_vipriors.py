@@ -219,7 +219,7 @@ def test_flags_of_a_step_carry_its_name(recipe):
         (["pretrain", "--preset", "vipriors30"], "invalid choice: 'vipriors30'"),
         (["train"], "no step 'train'; choose from pretrain, environments, finetune, distill, test, all"),
         (["test"], "run Step 3 (finetune) first"),
-        (["pretrain", *flags(VIT)[:0], "--model", "test_vit", "--ser", "0.5"], "needs --late-class-token"),
+        (["pretrain", "--model", "test_vit", "--ser", "0.5"], "needs --late-class-token"),
     ],
 )
 def test_mistakes_show_before_any_work(arguments, message, recipe, data, tmp_path, capsys):  # T11, T16
@@ -243,12 +243,12 @@ def options_of(recipe, step, data, table, *more):
 
 @pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])
 def test_what_each_regularizer_reaches(backbone, recipe, data):
-    """SER trains the layers up to the tapped one, reconstruction all of them, and the method its part of the features."""
+    """SER trains the layers up to the tapped one, reconstruction all; the method has its part of the features."""
     pretrain = import_module("pretrain")
     options = options_of(recipe, "pretrain", data, backbone, "--ser", "0.5", "--reconstruction", "1", "--ratio", "0.5")
     images = pretrain.unlabelled(options)
     objective = pretrain.Objective(options, images)
-    first, second, indices, turned = pretrain.Views(options, 0)([(0, *images[i], i) for i in range(8)])
+    first, _, _, turned = pretrain.Views(options, 0)([(0, *images[i], i) for i in range(8)])
     assert (len(first), len(turned[0]), turned[2].tolist()) == (4, 4, [4, 5, 6, 7])
     net, encoder = objective.method.backbone.net, objective.method.backbone
     early, late = ("layer2", "layer3") if backbone is RESNET else ("blocks.1", "blocks.2")
