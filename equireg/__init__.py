@@ -2,14 +2,18 @@
 
 from equireg.class_risks import ClassRisks, class_wise_risks
 from equireg.class_similarity import adjusted_similarity
+from equireg.color_bias import ColorBias
 from equireg.contrastive_distillation import ContrastiveDistillation
-from equireg.datasets import WithIndex
+from equireg.datasets import WithIndex, k_shot
 from equireg.decoupled import AugSelfLoss, EquiModLoss
 from equireg.distillation import DistillationLoss, FeatureDistillation, OverhaulDistillation
+from equireg.domains import read_domains
 from equireg.environments import Environments
 from equireg.eqinv import ClassWiseIRM, FeatureMask
 from equireg.features import extract_features, extract_two_views, extract_view_features
 from equireg.grid import GridTransform
+from equireg.image_files import ImageFiles
+from equireg.image_folders import read_image_folder, read_vipriors
 from equireg.inference import ensemble, fit_ensemble_weights, predict_tta
 from equireg.info_nce import soft_info_nce
 from equireg.intermediate_views import IntermediateViews
@@ -17,6 +21,7 @@ from equireg.invariance import irmv1_penalty, rex_penalty
 from equireg.ipirm import IPIRMLoss, mix_images
 from equireg.ipirm_methods import MoCoIPIRMLoss, SimSiamIPIRMLoss
 from equireg.late_class_token import LateClassToken
+from equireg.nico import read_nico
 from equireg.partitions import PartitionReport, PartitionUpdater
 from equireg.probes import (
     equivariance_score,
@@ -37,6 +42,7 @@ __all__ = [
     "AugSelfLoss",
     "ClassRisks",
     "ClassWiseIRM",
+    "ColorBias",
     "ContrastiveDistillation",
     "DistillationLoss",
     "Environments",
@@ -46,6 +52,7 @@ __all__ = [
     "FeatureMask",
     "GridTransform",
     "IPIRMLoss",
+    "ImageFiles",
     "IntermediateReconstructionHead",
     "IntermediateViews",
     "LateClassToken",
@@ -66,6 +73,7 @@ __all__ = [
     "extract_view_features",
     "fit_ensemble_weights",
     "irmv1_penalty",
+    "k_shot",
     "knn_accuracy",
     "linear_probe",
     "mix_images",
@@ -73,6 +81,10 @@ __all__ = [
     "pair_lse",
     "patch_nt_xent",
     "predict_tta",
+    "read_domains",
+    "read_image_folder",
+    "read_nico",
+    "read_vipriors",
     "rex_penalty",
     "soft_info_nce",
     "split_batch",

@@ -4,8 +4,8 @@
     python examples/report.py --page-only                    # writes it anew from docs/results.json
 
 ``folder`` holds cifar10/, tiny-vipriors64/ and pacs64/. The runs lie in runs/report/<scale>, a folder each, and a
-stopped report goes on where it was. The page is docs/results.md, with a picture for each question and the figures of all
-runs in docs/results.json. ``--scale cpu`` takes two hours on two cores; ``--scale gpu`` is bigger.
+stopped report goes on where it was. The page is docs/results.md, with a picture for each question, and docs/results.json
+holds the figures of all runs. ``--scale cpu`` takes two hours on two cores; ``--scale gpu`` is bigger.
 """
 
 from __future__ import annotations

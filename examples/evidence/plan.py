@@ -28,9 +28,9 @@ SCALES = {
     # Two hours on two CPU cores: small networks on images of 32 pixels.
     "cpu": Scale(
         seeds=5,
-        ser={"model": "test_vit", "depth": 6, "images": 2000, "epochs": 10, "batch-size": 128, "lr": 1e-3, "layer": 2},
-        reconstruction={"depth": 4, "images": 2000, "epochs": 14},
-        ipirm={"model": "resnet10t", "images": 2500, "epochs": 12, "update-every": 4, "batch-size": 125},
+        ser={"model": "test_vit", "depth": 6, "images": 2000, "epochs": 8, "batch-size": 128, "lr": 1e-3, "layer": 2},
+        reconstruction={"depth": 4, "images": 2000, "epochs": 10},
+        ipirm={"model": "resnet10t", "images": 2500, "epochs": 10, "update-every": 3, "batch-size": 125},
         finetuning={"model": "resnet10t", "image-size": 32, "batch-size": 100},
         epochs={"vipriors-10": 24, "vipriors-20": 12, "vipriors-50": 6, "cifar10-20": 40, "pacs": 10},
         digits_epochs=40,
@@ -62,11 +62,15 @@ SCALES = {
 
 
 class Arm(NamedTuple):
-    """One way to train; ``choices`` are values of a flag, of which the best on validation images is taken."""
+    """One way to train; ``choices`` are values of a flag, of which the best on validation images is taken.
+
+    An ablation takes what was chosen for the arm that it is ``like``.
+    """
 
     train: Callable[..., dict[str, Any]]  # (seed, folder, probes, **chosen)
     flag: str = ""
     choices: tuple[Any, ...] = ()
+    like: str = ""
 
 
 class Group(NamedTuple):
@@ -124,7 +128,7 @@ def plan(scale: Scale, data: Path, runs: Path) -> dict[str, Group]:
         "reconstruction": Group(
             {
                 "off": Arm(pretraining("reconstruction", rebuild, "CIFAR-10", 0)),
-                "one": Arm(pretraining("reconstruction", rebuild, "CIFAR-10", 1), "weight", (1.0, 5.0)),
+                "one": Arm(pretraining("reconstruction", rebuild, "CIFAR-10", 1), like="two"),
                 "two": Arm(pretraining("reconstruction", rebuild, "CIFAR-10", 2), "weight", (1.0, 5.0)),
             }
         ),
@@ -141,8 +145,8 @@ def plan(scale: Scale, data: Path, runs: Path) -> dict[str, Group]:
             "on": Arm(finetuning(name, where, "adjusted"), *weights),
         }
         if name in ("vipriors-20", "pacs"):
-            arms["plain"] = Arm(finetuning(name, where, "plain"), *weights)
-            arms["random"] = Arm(finetuning(name, where, "random"), *weights)
+            arms["plain"] = Arm(finetuning(name, where, "plain"), like="on")
+            arms["random"] = Arm(finetuning(name, where, "random"), like="on")
             arms["open"] = Arm(finetuning(name, where, "adjusted", open=True), "weight", (0.1, 1.0, 10.0))
         groups[name] = Group(arms, needs=("ipirm",))
     groups["digits"] = Group(

@@ -85,6 +85,7 @@ def choose(scale: str, data: Path, runs: Path, name: str, group: Group) -> dict[
         value = accuracy.get("val", mean(accuracy.values()))
         if value > best.get(job.arm, -1.0):
             best[job.arm], chosen[job.arm] = value, job.chosen
+    chosen |= {arm: chosen[kind.like] for arm, kind in group.arms.items() if kind.like}
     folder = runs / name
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CHOSEN, (json.dumps(chosen, indent=1) + "\n").encode())

@@ -195,10 +195,9 @@ def fine_tune(
     """A classifier from few labels, by cross entropy or with EqInv on environments of the encoder's features."""
     options = finetuning_options(flags, seed)
     if similarity is not None:
-        options.environments = folder / "environments.pt"
-        if not options.environments.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_atomically(options.environments, environments(options, similarity).state_dict())
+        options.environments = str(folder / "environments.pt")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_atomically(folder / "environments.pt", environments(options, similarity).state_dict())
     images = recipe_images.read(options, "train")
 
     def evaluate(objective: nn.Module, device: torch.device) -> dict[str, Any]:

@@ -37,8 +37,8 @@ PENALTIES = ("off", "rex", "irmv1")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", type=Path, help="encoder.pt of Step 1, of the same --model; none: from scratch")
-    parser.add_argument("--environments", type=Path, help="environments.pt of Step 2; none: found in each batch")
+    parser.add_argument("--encoder", help="encoder.pt of Step 1, of the same --model; none: from scratch")
+    parser.add_argument("--environments", help="environments.pt of Step 2; none: found in each batch")
     parser.add_argument("--penalty", choices=PENALTIES, default="rex", help="off: cross entropy alone")
     parser.add_argument(
         "--weight", type=float, default=10.0, help="of the penalty; the paper: 2, 10, 100 for 10, 20, 50"
@@ -171,7 +171,7 @@ def train(options: argparse.Namespace, folder: Path, name: str = "") -> dict[str
     images = read(options, "train")
     return run_training(
         options,
-        {"encoder": str(options.encoder), "environments": str(options.environments)},
+        {},
         folder,
         name,
         make_objective=partial(Objective, options, len(images.classes)),

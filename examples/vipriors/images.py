@@ -29,7 +29,8 @@ def read(options: argparse.Namespace, split: str) -> ImageFiles:
     if options.layout == "nico":
         images = read_nico(options.data, split)
     elif options.layout == "domains":
-        images = read_domains(options.data, split, bias=options.bias)
+        seed, shots = max(0, options.draw), options.shots or None
+        return read_domains(options.data, split, bias=options.bias, held_out=0.3, shots=shots, seed=seed)
     else:
         images = read_folders(Path(options.data), split)
     if split == "train" and options.shots:
