@@ -219,7 +219,7 @@ def test_flags_of_a_step_carry_its_name(recipe):
         (["pretrain", "--preset", "vipriors30"], "invalid choice: 'vipriors30'"),
         (["train"], "no step 'train'; choose from pretrain, environments, finetune, distill, test, all"),
         (["test"], "run Step 3 (finetune) first"),
-        (["pretrain", "--model", "test_vit", "--ser", "0.5"], "needs --late-class-token"),
+        (["pretrain", "--shots", "6", "--model", "test_vit", "--ser", "0.5"], "needs --late-class-token"),
     ],
 )
 def test_mistakes_show_before_any_work(arguments, message, recipe, data, tmp_path, capsys):  # T11, T16

@@ -100,9 +100,9 @@ def run_step(step: str, options: argparse.Namespace) -> dict[str, Any]:
 def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
     """Step 3, with what Steps 1 and 2 left in ``--out`` where nothing else is given."""
     for name, step in (("encoder", "pretrain"), ("environments", "environments")):
-        path = options.out / step / f"{name}.pt"
-        if getattr(options, name) is None and path.exists():
-            setattr(options, name, path)
+        path = getattr(options, name) or options.out / step / f"{name}.pt"
+        given = getattr(options, name) is not None or path.exists()
+        setattr(options, name, str(path) if given else None)
     options.method = "cross entropy" if options.penalty == "off" else f"EqInv ({options.penalty})"
     return finetune.train(options, options.out / "finetune")
 

@@ -23,7 +23,7 @@ def is_vit(options: argparse.Namespace) -> bool:
     return timm.model_entrypoint(options.model).__module__.endswith(("vision_transformer", "deit"))
 
 
-def create(options: argparse.Namespace, encoder: Path | None = None, num_classes: int = 0) -> nn.Module:
+def create(options: argparse.Namespace, encoder: Path | str | None = None, num_classes: int = 0) -> nn.Module:
     """The model, with the weights of an encoder where one is given, and an output for each class.
 
     The class token of a vision transformer enters behind ``--late-class-token`` blocks, by hooks on these.
@@ -35,7 +35,7 @@ def create(options: argparse.Namespace, encoder: Path | None = None, num_classes
     if getattr(options, "late_class_token", 0):
         LateClassToken(model, options.late_class_token)
     if encoder is not None:
-        check_same(encoder, options)
+        check_same(Path(encoder), options)
         model.load_state_dict(torch.load(encoder, map_location="cpu", weights_only=True))
     if num_classes:
         model.reset_classifier(num_classes)
