@@ -4,8 +4,8 @@
     python examples/report.py --page-only                    # writes it anew from docs/results.json
 
 ``folder`` holds cifar10/, tiny-vipriors64/ and pacs64/. The runs lie in runs/report/<scale>, a folder each, and a
-stopped report goes on where it was. The page is docs/results.md, with a picture for each question, and docs/results.json
-holds the figures of all runs. ``--scale cpu`` takes two hours on two cores; ``--scale gpu`` is bigger.
+stopped report goes on where it was. The page is docs/results.md, with a picture for each question;
+docs/results.json holds the figures of all runs. ``--scale cpu`` takes two hours on two cores; ``gpu`` is bigger.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "hours": sum(run["seconds"] for group in found.values() for arm in group.values() for run in arm.values())
             / 3600,
-            "step_seconds": step_times(options.scale, data, runs),
+            "step_seconds": step_times(options.scale, data, runs, set(found)),
             "runs": found,
         }
         write_atomically(saved, (json.dumps(results, indent=1) + "\n").encode())

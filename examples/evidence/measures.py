@@ -58,7 +58,7 @@ def few_shot_accuracies(
         x_test = encode(features, held_out)
         for count in shots:
             x, y = labelled(features, folder, size, count, draw)
-            found[f"{name}-{count}"] = 100 * float((probe(x, y).predict(x_test) == truth.numpy()).mean())
+            found[f"{name}, {count} per class"] = 100 * float((probe(x, y).predict(x_test) == truth.numpy()).mean())
         found[f"{name}, k-NN"] = 100 * knn_accuracy(x, y, x_test, truth)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +15,7 @@ Rows = dict[str, dict[str, list[float]]]  # measure, arm: a value for each seed
 
 
 def measures(found: dict[str, Any], comparison: Comparison) -> tuple[Rows, Rows]:
-    """Accuracies in percent, and what has no unit; only seeds that all arms have, so that every difference is paired."""
+    """Accuracies in percent, and what has no unit; only seeds that all arms have: differences are paired."""
     group = found.get(comparison.group, {})
     arms = [comparison.base, *comparison.arms]
     if not all(arm in group for arm in arms):
@@ -71,10 +72,13 @@ def sentence(rows: Rows, comparison: Comparison, arm: str) -> str:
     said: dict[str, list[str]] = {}
     for measure, arms in rows.items():
         said.setdefault(paired(arms[arm], arms[comparison.base]).verdict, []).append(measure)
-    parts = [f"{verdict} on {', '.join(said[verdict])}" for verdict in ("higher", "lower") if verdict in said]
-    if "no difference told" in said:
-        parts.append(f"no difference that these seeds can tell on {', '.join(said['no difference told'])}")
-    return f"**{comparison.arms[arm]}**: {'; '.join(parts)}."
+    words = {
+        "higher": "higher on",
+        "lower": "lower on",
+        "no difference told": "no difference that these seeds can tell on",
+    }
+    parts = [f"{text} {'; '.join(said[verdict])}" for verdict, text in words.items() if verdict in said]
+    return f"**{comparison.arms[arm]}**: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
 
 
 def answer(
@@ -170,8 +174,16 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     if corrupted:
         lines += [CORRUPTIONS, *corrupted, ""]
     path = folder / "results.md"
-    path.write_text("\n".join(lines).rstrip() + "\n")
+    path.write_text("\n".join(wrapped(line) for line in "\n".join(lines).splitlines()).rstrip() + "\n")
     return path
+
+
+def wrapped(line: str) -> str:
+    """Prose at 125 columns; tables, pictures and code as they are."""
+    if line.startswith(("|", "!", "    ")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 125, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def picture(shown: list[tuple[Comparison, Rows, Rows]], path: Path) -> None:
@@ -218,24 +230,26 @@ def picture(shown: list[tuple[Comparison, Rows, Rows]], path: Path) -> None:
 INTRODUCTION = """\
 # Results: does it help?
 
-Every method without and with its regularizer, {seeds} seeds each, on test images that no setting was chosen on. A cell is
-the mean over the seeds; in brackets stand the mean of the paired differences from the first column (same seed: same first
-weights, images and order) and its 95% interval by Student's t. Bold: the interval does not hold 0. With so many cells one
-in twenty is bold by chance. The settings named below were chosen by accuracy on validation images, with a seed that is not
-among the reported ones; everything else is the same for all arms of a table.
+Every method without and with its regularizer, {seeds} seeds each, on test images that no setting was chosen on. \
+A cell is the mean over the seeds; in brackets stand the mean of the paired differences from the first column \
+(same seed: same first weights, images and order) and its 95% interval by Student's t. Bold: the interval does \
+not hold 0. With so many cells one in twenty is bold by chance. The settings named below were chosen by accuracy \
+on validation images, with a seed that is not among the reported ones; everything else is the same for all arms \
+of a table.
 
     python examples/report.py --scale {scale}        # trains what is missing, then writes this page and its pictures
 
-{machine}, PyTorch {torch}, {date}; {hours:.1f} core hours of training. This is the *{scale}* scale of the report: networks,
-images and trainings far smaller than the papers', so a difference here says whether a regularizer helps in little, not what
-the papers' settings would give. *VIPriors* is a small one: 50 classes of Tiny ImageNet, 32 pixels. The equivariance score
-is the mean cosine of turned token maps with those of turned images, less the same with another image.
+{machine}, PyTorch {torch}, {date}; {hours:.1f} core hours of training. This is the *{scale}* scale of the \
+report: networks, images and trainings far smaller than the papers', so a difference here says whether a \
+regularizer helps in little, not what the papers' settings would give. *VIPriors* is a small one: 50 classes of \
+Tiny ImageNet. The equivariance score is the mean cosine of turned token maps with those of turned images, less \
+the same with another image.
 """
 
 CORRUPTIONS = """\
 ## Do they make features more robust?
 
-Accuracy in percent under each of the fifteen corruptions of ImageNet-C at severity 3 (by imagecorruptions-imaug): of a
-linear probe on the frozen features, with the most labels that were tried, and of the fine-tuned classifier. No network was
-trained with corrupted images.
+Accuracy in percent under each of the fifteen corruptions of ImageNet-C at severity 3 (by \
+imagecorruptions-imaug): of a linear probe on the frozen features, with the most labels that were tried, and of \
+the fine-tuned classifier. No network was trained with corrupted images.
 """

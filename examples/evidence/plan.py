@@ -32,7 +32,7 @@ SCALES = {
         reconstruction={"depth": 4, "images": 2000, "epochs": 10},
         ipirm={"model": "resnet10t", "images": 2500, "epochs": 10, "update-every": 3, "batch-size": 125},
         finetuning={"model": "resnet10t", "image-size": 32, "batch-size": 100},
-        epochs={"vipriors-10": 24, "vipriors-20": 12, "vipriors-50": 6, "cifar10-20": 40, "pacs": 10},
+        epochs={"vipriors-10": 16, "vipriors-20": 10, "vipriors-50": 5, "cifar10-20": 30, "pacs": 8},
         digits_epochs=40,
         probe_images=300,
     ),

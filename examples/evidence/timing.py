@@ -24,11 +24,14 @@ VARIANTS = {
 }
 
 
-def step_times(scale: str, data: Path, folder: Path, repeats: int = 15) -> dict[str, dict[str, float]]:
+def step_times(
+    scale: str, data: Path, folder: Path, groups: set[str], repeats: int = 15
+) -> dict[str, dict[str, float]]:
     """Median seconds of a step: group, arm. The arms take turns, so that a busy machine is busy for all of them."""
     torch.set_num_threads(1)
     sizes, found = SCALES[scale], {}
-    for trainer, variants in VARIANTS.items():
+    for trainer in sorted(VARIANTS.keys() & groups):
+        variants = VARIANTS[trainer]
         own = {**getattr(sizes, trainer), "data": data / "cifar10", "amp": "none"}
         options = options_of(trainer, own, 0, folder)
         kind = PRETRAININGS[trainer]
@@ -43,7 +46,8 @@ def step_times(scale: str, data: Path, folder: Path, repeats: int = 15) -> dict[
             collate = kind.make_collate(options, variant)(0)
             steps[arm] = step_of(objective, collate, training_images(options), options)
         found[trainer] = by_turns(steps, repeats)
-    found["vipriors-20"] = by_turns(finetuning_steps(scale, data), repeats)
+    if "vipriors-20" in groups:
+        found["vipriors-20"] = by_turns(finetuning_steps(scale, data), repeats)
     return found
 
 
