@@ -348,7 +348,9 @@ def report(trained: dict[str, dict[str, float]], merged: dict[str, float], path:
             axes.plot(value, place, "o", color=color)
             axes.annotate(f"{value:.1f}", (value, place), (6, -3), textcoords="offset points", fontsize=8)
         axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
-        axes.set(xlabel="test accuracy, %", xlim=(0.97 * min(rows.values()), 1.03 * max(rows.values())))
+        low, high = min(rows.values()), max(rows.values())
+        room = max(high - low, 1)  # for the numbers beside the points
+        axes.set(xlabel="test accuracy, %", xlim=(low - 0.08 * room, high + 0.16 * room))
         axes.grid(axis="y", alpha=0.3)
     left.set_title("fine-tuning and distillation")
     right.set_title("test-time augmentation and ensembles")

@@ -148,6 +148,10 @@ def test_all_goes_on_where_it_was_killed(recipe, data, tmp_path, monkeypatch):  
     before = [path.stat().st_mtime_ns for path in files]
     recipe.main([*arguments, "--out", str(out), "--resume"])
     assert [path.stat().st_mtime_ns for path in files] == before
+    for step, change in (("environments", "plain"), ("pretrain", "groups")):  # T7
+        value = ["3"] if change == "groups" else []
+        with pytest.raises(SystemExit, match=f"other options: {change}"):
+            recipe.main([*arguments, "--out", str(out), "--resume", f"--{step}-{change}", *value])
     for step in ("pretrain", "environments", "finetune"):
         assert read(out / step / "results.json") == read(tmp_path / "whole" / step / "results.json")
     states = [torch.load(root / "finetune" / "model.pt", weights_only=True) for root in (tmp_path / "whole", out)]
@@ -156,7 +160,7 @@ def test_all_goes_on_where_it_was_killed(recipe, data, tmp_path, monkeypatch):  
 
 def test_it_runs_where_it_was_copied(tmp_path, data):
     """The folder and the files that its help names; the step before is asked for, without a traceback."""
-    for source in [*RECIPE.glob("*.py"), *(EXAMPLES / name for name in BESIDE)]:
+    for source in [*RECIPE.glob("*.py"), *with_imports(BESIDE)]:
         target = tmp_path / source.relative_to(EXAMPLES)
         target.parent.mkdir(exist_ok=True)
         target.write_text(source.read_text())
@@ -169,6 +173,18 @@ def test_it_runs_where_it_was_copied(tmp_path, data):
 
 
 BESIDE = ("training.py", "ipirm_pretrain.py", "distill.py")
+
+
+def with_imports(names):
+    """These examples and those that they import."""
+    found, left = set(), [EXAMPLES / name for name in names]
+    while left:
+        path = left.pop()
+        if path.exists() and path not in found:
+            found.add(path)
+            modules = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.M)
+            left += [EXAMPLES / f"{module}.py" for module in modules]
+    return found
 
 
 def test_help_names_the_files_to_copy(recipe):
@@ -332,14 +348,15 @@ def test_names_on_the_sheet(recipe, data, tmp_path):  # S9, S12
     assert environments.names_of(options, ["n02", "n01", "n03"]) == ["tench", "$\\frac{$", "n03"]
 
 
-def test_all_four(data, tmp_path):
+def test_all_four(recipe, data, tmp_path, monkeypatch, capsys):
     """A table of two trainings, and a picture; each line can be left out."""
-    call = [sys.executable, str(EXAMPLES / "all_four.py"), "--data", str(data), "--epochs", "3", "--warmup", "1"]
-    call += ["--batch-size", "16", "--image-size", "16", "--out", str(tmp_path / "a.png"), "--without", "ipirm"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    result = subprocess.run(call, capture_output=True, text=True, env=environment)  # noqa: S603
-    assert result.returncode == 0, result.stderr
+    call = ["all_four.py", "--data", str(data), "--epochs", "3", "--warmup", "1", "--without", "ipirm"]
+    call += ["--batch-size", "16", "--image-size", "16", "--out", str(tmp_path / "a.png")]
+    monkeypatch.setattr(sys, "argv", call)
+    import_module("all_four").main()
     assert re.search(
-        r"^cross entropy +[\d.]+\ncross entropy \+ eqinv \+ ser \+ reconstruction +[\d.]+$", result.stdout, re.M
+        r"^cross entropy +[\d.]+\ncross entropy \+ eqinv \+ ser \+ reconstruction +[\d.]+$",
+        capsys.readouterr().out,
+        re.M,
     )
     assert is_picture(tmp_path / "a.png")

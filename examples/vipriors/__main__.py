@@ -15,7 +15,7 @@ step's name: ``--finetune-epochs 10``. ``--preset vipriors10`` (or 20, 50) takes
 default; or 20, 50) some for 64 pixels and a CPU. A killed run goes on with ``--resume``, and leaves out the steps that
 are done. Several processes: ``torchrun --nproc-per-node 8 examples/vipriors all ...``.
 
-To take it elsewhere, copy this folder, and training.py, ipirm_pretrain.py and distill.py beside it.
+To take it elsewhere, copy this folder, and beside it training.py, ipirm_pretrain.py, distill.py and what these import.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import presets
 import pretrain
 import test_time
 import torch
+from backbone import as_json
 from curves import draw_curves
 from training import parse, start_processes, write_atomically
 
@@ -89,12 +90,24 @@ def run_step(step: str, options: argparse.Namespace) -> dict[str, Any]:
         if rank == 0:
             draw_curves(options.out / step, results)
         return results
-    done, results = options.out / step / "results.json", {}
+    results: dict[str, Any] = {}
     if rank == 0:
-        results = json.loads(done.read_text()) if options.resume and done.exists() else STEPS[step].run(options)
+        results = done_before(options, options.out / step) or STEPS[step].run(options)
     if world > 1:
         torch.distributed.barrier()
     return results
+
+
+def done_before(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    """The results of a step without training, where it is to go on and was done with the same options."""
+    if not (options.resume and (folder / "results.json").exists()):
+        return None
+    old, new = (json.loads(text) for text in ((folder / "options.json").read_text(), as_json(options)))
+    changed = [name for name in new if old.get(name) != new[name] and name not in ("resume", "out", "workers")]
+    if changed:
+        was = ", ".join(f"{name} {old.get(name)!r} (now {new[name]!r})" for name in changed)
+        raise SystemExit(f"--resume: {folder} was made with other options: {was}")
+    return json.loads((folder / "results.json").read_text())
 
 
 def fine_tune(options: argparse.Namespace) -> dict[str, Any]:

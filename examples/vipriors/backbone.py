@@ -52,6 +52,10 @@ def check_same(encoder: Path, options: argparse.Namespace) -> None:
         raise SystemExit(f"{encoder} was trained with other options: {was}")
 
 
+def as_json(options: argparse.Namespace) -> str:
+    return json.dumps(vars(options), indent=2, default=str) + "\n"
+
+
 def frozen_features(
     model: nn.Module, images: Dataset, options: argparse.Namespace, device: torch.device
 ) -> tuple[Tensor, Tensor]:

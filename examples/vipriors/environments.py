@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import create, frozen_features
+from backbone import as_json, create, frozen_features
 from images import read
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     images.transform = None
     draw_sheet(environments, images, labels, names_of(options, images.classes), options, folder / "contact-sheet.png")
-    write_atomically(folder / "options.json", (json.dumps(vars(options), indent=2, default=str) + "\n").encode())
+    write_atomically(folder / "options.json", as_json(options).encode())
     write_atomically(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from backbone import as_json
 from distill import augmentations, ensembles, measure, report
 from distillation import fine_tuned
 from images import read
@@ -39,6 +40,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         merged.update(ensembles({FINE_TUNED: folder, DISTILLED: distilled}))
     report(trained, merged, folder / "test.png")
     results = {"models": trained, "merged": merged}
-    write_atomically(folder / "options.json", (json.dumps(vars(options), indent=2, default=str) + "\n").encode())
+    write_atomically(folder / "options.json", as_json(options).encode())
     write_atomically(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
