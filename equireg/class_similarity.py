@@ -35,7 +35,7 @@ def adjusted_similarity(features: Tensor, labels: Tensor, num_classes: int, *, a
     Args:
         features: [N, D], floating point; normalised inside, gradients do not pass.
         labels: [N], whole numbers in 0 .. ``num_classes`` - 1.
-        num_classes: C.
+        num_classes: how many there are, C.
         adjust: True subtracts the mean of each class, as the paper; ``"median"`` its median, so that every class is
             split evenly even where its similarities are skewed; False leaves the plain similarity :math:`s^+`.
 

@@ -69,7 +69,9 @@ class ColorBias(Dataset[tuple[Any, ...]]):
         args.below("the dataset's labels", self.labels, num_classes, "num_classes")
         if colors is None:
             colors = [colorsys.hsv_to_rgb(color / num_classes, 0.8, 1.0) for color in range(num_classes)]
-        self.colors = args.features("colors", torch.as_tensor(colors, dtype=torch.float32).cpu(), "K 3").clone()
+        self.colors = torch.as_tensor(colors, dtype=torch.float32).detach().cpu().clone()
+        if self.colors.dim() != 2 or self.colors.shape[1] != 3:
+            args.refuse("colors", "[K, 3]", list(self.colors.shape))
         if len(self.colors) < num_classes:
             args.refuse("colors", f"of {num_classes} rows or more, one for each class", len(self.colors))
         if not ((self.colors >= 0) & (self.colors <= 1)).all():

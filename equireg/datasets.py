@@ -76,7 +76,7 @@ def k_shot(dataset: Dataset[Any], shots: int, *, seed: int | None = None) -> Ima
     """So many samples of each class, in the order of the data set.
 
     Args:
-        dataset: an `ImageFiles`, or any data set with its labels in ``labels`` or ``targets``, a `TensorDataset` with
+        dataset: an `ImageFiles`, or any data set with its labels in ``labels`` or ``targets``, a ``TensorDataset`` with
             them as its second tensor, or a subset, a concatenation or a `WithIndex` of such. Samples with a negative
             label belong to no class.
         shots: how many of each class.
@@ -140,7 +140,8 @@ def labels_of(args: Arguments, dataset: Dataset[Any]) -> Tensor:
             labels = getattr(dataset, "targets", None)
     if labels is None:
         args.refuse_type("dataset", "a data set with its labels in .labels or .targets", type(dataset).__name__)
-    labels = args.integers("the dataset's labels", torch.as_tensor(labels), "N").cpu()
+    # Each part of a concatenation has its own N.
+    labels = Arguments(args.function).integers("the dataset's labels", torch.as_tensor(labels), "N").cpu()
     if len(labels) != len(dataset):  # type: ignore[arg-type]
         args.refuse("dataset", f"one with {len(labels)} samples for its labels", len(dataset))  # type: ignore[arg-type]
     return labels  # type: ignore[no-any-return]

@@ -117,7 +117,8 @@ def read_domains(
     for label, name in enumerate(classes):
         for context, domain in enumerate(domains):
             if (label, context) not in cells:
-                args.refuse(f"folder {domain + '/' + name!r}", "one with images that can be decoded", "none")
+                path = os.path.join(folder.path, domain, name)
+                args.refuse(f"folder {path!r}", "one with images that can be decoded", "none")
     left_out = None if test_domain is None else domains.index(test_domain)
     if split == "test" and left_out is not None:
         chosen = [index for (_, context), cell in cells.items() if context == left_out for index in cell]
@@ -131,25 +132,33 @@ def read_domains(
     for (label, context), cell in cells.items():
         count = max(1, int(held_out * len(cell if bias is None else smallest)))
         if len(cell) <= parts * count:
-            name = f"{domains[context]}/{classes[label]}"
-            args.refuse(f"folder {name!r}", f"one of more than {parts * count} images", len(cell))
+            path = os.path.join(folder.path, domains[context], classes[label])
+            args.refuse(f"folder {path!r}", f"one of more than {parts * count} images", len(cell))
         if split == "train":
             cells[label, context] = cell[parts * count :]
         else:
             chosen += cell[:count] if split == "val" else cell[count : 2 * count]
     if split != "train":
         return files.take(sorted(chosen))
-    for label, name in enumerate(classes):
-        own = [cells[label, context] for context in seen]
-        if bias is None:
-            together = sorted(index for cell in own for index in cell)
-            order = drawn_order([f"train {name} {place}" for place in range(len(together))], seed)
-            if shots is not None and shots > len(together):
-                args.refuse("shots", f"at most {len(together)}, the training images of class {name!r}", shots)
-            chosen += [together[place] for place in order[:shots]]
-    if bias is not None:
+    if bias is None:
+        chosen = _unbiased(args, cells, classes, shots, seed)
+    else:
         chosen = _biased(args, cells, len(classes), seen, bias, shots, seed)
     return files.take(sorted(chosen))
+
+
+def _unbiased(
+    args: Arguments, cells: dict[tuple[int, int], list[int]], classes: list[str], shots: int | None, seed: int
+) -> list[int]:
+    """The training images: of each class ``shots``, whatever their context."""
+    chosen = []
+    for label, name in enumerate(classes):
+        together = sorted(index for pair, cell in cells.items() if pair[0] == label for index in cell)
+        if shots is not None and shots > len(together):
+            args.refuse("shots", f"at most {len(together)}, the training images of class {name!r}", shots)
+        order = drawn_order([f"train {name} {place}" for place in range(len(together))], seed)
+        chosen += [together[place] for place in order[:shots]]
+    return chosen
 
 
 def _biased(

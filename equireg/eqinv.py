@@ -32,7 +32,7 @@ class FeatureMask(nn.Module):
     EqInv (Wang et al., 2022), Section 4, Step 3. The vector starts uniform in [0, 1).
 
     Args:
-        num_features: D.
+        num_features: width D of the features.
         scale: None for the masked features as they are (the paper). A number gives ``scale · normalize(σ(m) ∘ x)``;
             the released code classifies with ``scale=10``.
 
@@ -80,7 +80,7 @@ class ClassWiseIRM(nn.Module):
 
     Args:
         num_features: width D of the backbone's features.
-        num_classes: C.
+        num_classes: how many there are, C.
         weight: λ, at least 0. The paper uses 2, 10 and 100 at 10, 20 and 50 images per class.
         penalty: ``"rex"`` or ``"irmv1"``.
         temperature: of the cosine similarities, above 0.

@@ -56,7 +56,8 @@ class Folder:
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                 if real not in above:  # a link to a folder above it would never end
                     deeper += self._images_below(entry.path, (*above, real))
-            elif entry.name.lower().endswith(_ENDINGS) or (entry.is_file() and _begins_as_image(entry.path)):
+            # A link that leads nowhere is a broken image, a pipe is none.
+            elif (entry.is_file() or entry.is_symlink()) and _is_image(entry):
                 files.append(entry.path)
         return files + deeper
 
@@ -123,9 +124,11 @@ def refuse_emptied(args: Arguments, files: ImageFiles) -> None:
         args.refuse(f"class {files.classes[empty[0]]!r}", "one with images that can be decoded", got)
 
 
-def _begins_as_image(path: str) -> bool:
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    if entry.name.lower().endswith(_ENDINGS):
+        return True
     try:
-        with open(path, "rb") as file:
+        with open(entry.path, "rb") as file:
             start = file.read(12)
     except OSError:
         return False

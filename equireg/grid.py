@@ -93,7 +93,7 @@ class GridTransform:
         odd also for each image where both grids are square, and once for the batch where it swaps the sides.
 
         Args:
-            batch_size: B.
+            batch_size: how many elements, B.
             grid: (h, w), the source grid.
             scale: lowest and highest factor of the area, above 0.
             ratio: lowest and highest factor of width over height, above 0.

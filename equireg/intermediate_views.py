@@ -44,7 +44,7 @@ class IntermediateViews:
 
     Args:
         kind: what the view undergoes.
-        num_intermediate: n. Two were best, one was poor, three gained nothing (the paper's Table 7).
+        num_intermediate: how many, n. Two were best, one was poor, three gained nothing (the paper's Table 7).
         reconstruct: a kind, or several; None for all of ``kind``.
         degrees: lowest and highest angle, or one number for minus to plus. Up to a quarter turn, as SIE: near a half
             turn, opposite paths end in the same view.
@@ -115,7 +115,7 @@ class IntermediateViews:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The columns of the parameters: of angle (degrees), dx, dy (pixels), brightness, ... those that are used."""
+        """The columns of the parameters, those that are used of angle (degrees), dx, dy (pixels), brightness ..."""
         return tuple(name for part in self.parts for name in _PARAMETERS[part])
 
     @property

@@ -53,8 +53,9 @@ class LateClassToken(nn.Module):
         check = Arguments("LateClassToken")
         check_plain(check, "vit", vit)
         check.count("layer", layer, least=0)
-        blocks, prefix = _blocks(vit), prefix_tokens(vit)
+        blocks = _blocks(vit)
         _check_supported(check, vit, blocks)
+        prefix = max(prefix_tokens(vit), 1)  # older releases of timm do not count the class token of CaiT or XCiT
         if layer >= len(blocks):
             check.refuse("layer", f"in 0 .. {len(blocks) - 1} for {len(blocks)} blocks", layer)
         if any(isinstance(hook, (_Strip, _Keep)) for block in blocks for hook in block._forward_pre_hooks.values()):

@@ -158,7 +158,7 @@ def _plain(folder: Folder) -> list[tuple[str, str, str]]:
 def _released(
     folder: Folder, split: str
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]], list[tuple[str, str, str]]]:
-    """The same of one split of CaaM's release; its files whose names are of another form, with the reason; all splits."""
+    """The same of one split of CaaM's release; its files with names of another form, and why; and all splits."""
     classes = _numbered(folder, "Animal_name2label.json")
     contexts = _numbered(folder, "Context_name2label.json")
     images = folder.inside("multi_classification")

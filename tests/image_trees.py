@@ -1,5 +1,6 @@
 """Small folders of images for the tests of the readers."""
 
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -20,5 +21,5 @@ def make_cells(root, cells):
         folder = Path(root) / first / second
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            (folder / f"{number:03}.png").touch()
+            os.close(os.open(folder / f"{number:03}.png", os.O_CREAT))
     return Path(root)

@@ -2,9 +2,11 @@ import pickle
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
-from equireg import WithIndex
+from equireg import ImageFiles, WithIndex, k_shot
 
 
 def test_items_carry_their_index():
@@ -61,3 +63,77 @@ def test_real_images(real_images):
     assert (label, index) == (folder.samples[777][1], 777)
     assert image.size == (32, 32)
     assert dataset.class_to_idx == folder.class_to_idx
+
+
+# --------------------------------------------------------------------------------------------------------------- k_shot
+
+
+def labelled(labels):
+    return TensorDataset(torch.arange(len(labels)), torch.tensor(labels))
+
+
+def test_the_first_of_each_class():
+    assert k_shot(labelled([0, 0, 1, 0, 2, 1, 2, 2]), 2).indices == [0, 1, 2, 4, 5, 6]
+    assert k_shot(labelled([5, -1, 9, 5, -1]), 1).indices == [0, 2]  # -1 belongs to no class
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.none() | st.integers(0, 99), st.data())
+def test_k_shot(labels, seed, data):
+    shots = data.draw(st.integers(1, min(labels.count(label) for label in set(labels))))
+    chosen = k_shot(labelled(labels), shots, seed=seed).indices
+    assert chosen == sorted(set(chosen)) == k_shot(labelled(labels), shots, seed=seed).indices
+    for label in set(labels):
+        found = [index for index in chosen if labels[index] == label]
+        assert len(found) == shots
+        if seed is None:
+            assert found == [index for index, other in enumerate(labels) if other == label][:shots]
+    if shots > 1:
+        assert set(k_shot(labelled(labels), shots - 1, seed=seed).indices) <= set(chosen)
+
+
+def test_seeds_draw_each_sample_as_often():
+    """500 draws of 3 of 10: each is drawn 150 times, with a standard deviation of 10."""
+    counts = torch.zeros(10)
+    for seed in range(500):
+        counts[k_shot(labelled([0] * 10), 3, seed=seed).indices] += 1
+    assert counts.sum() == 1500
+    assert ((counts - 150).abs() < 45).all()
+
+
+def test_labels_of_any_data_set():
+    class Targets(list):
+        targets = (0, 1, 0, 1)
+
+    inner = labelled([0, 1, 0, 1])
+    assert k_shot(Targets("abcd"), 1).indices == [0, 1]
+    assert k_shot(WithIndex(inner), 1).indices == [0, 1]
+    assert k_shot(Subset(inner, [3, 2, 1]), 1).indices == [0, 1]
+    assert k_shot(WithIndex(Subset(inner, [3, 1, 0])), 1).indices == [0, 2]
+    assert k_shot(ConcatDataset([labelled([0]), inner]), 2).indices == [0, 1, 2, 4]
+    files = ImageFiles(list("abcd"), [1, 0, 1, 0], ["x", "y"], contexts=[0, 1, 0, 1], context_names=["p", "q"])
+    few = k_shot(files, 1)
+    assert isinstance(few, ImageFiles)
+    assert (few.paths, few.targets, few.contexts.tolist()) == (["a", "b"], [1, 0], [0, 1])
+
+
+def test_what_k_shot_refuses():
+    files = ImageFiles(list("abc"), [0, 1, 1], ["cat", "dog", "elk"])
+    for dataset, shots, error, message in [
+        (files, 2, ValueError, "shots must be at most 1, the samples of class 'cat', got 2"),
+        (files.take([1, 2]), 1, ValueError, "shots must be at most 0, the samples of class 'cat', got 1"),
+        (labelled([3, 3]), 3, ValueError, "the samples of class 3, got 3"),
+        (labelled([0]), 0, ValueError, "shots must be at least 1, got 0"),
+        (labelled([-1]), 1, ValueError, "a data set with labelled samples, got none"),
+        (["a"], 1, TypeError, r"its labels in \.labels or \.targets, got list"),
+    ]:
+        with pytest.raises(error, match="k_shot: .*" + message):
+            k_shot(dataset, shots)
+
+
+def test_k_shot_of_real_images(real_images):
+    from torchvision.datasets import ImageFolder
+
+    folder = ImageFolder(str(real_images / "cifar10" / "train"))
+    few = k_shot(folder, 5, seed=1)
+    assert torch.tensor(folder.targets)[few.indices].bincount().tolist() == [5] * 10
+    assert few.indices != k_shot(folder, 5).indices != list(range(50))

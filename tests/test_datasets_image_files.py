@@ -337,10 +337,7 @@ def test_through_a_loader_with_workers(tmp_path, workers):
     for number, name in enumerate(names):
         make_images(tmp_path, name, color=(number, 0, 0))
     files = ImageFiles([tmp_path / name for name in names], range(7), names, transform=pil_to_tensor)
-    loader = DataLoader(
-        WithIndex(files), batch_size=3, num_workers=workers, multiprocessing_context="spawn" if workers else None
-    )
-    batches = list(loader)
+    batches = list(DataLoader(WithIndex(files), batch_size=3, num_workers=workers))
     assert torch.cat([images[:, 0, 0, 0] for images, _, _ in batches]).tolist() == list(range(7))
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == list(range(7))
 

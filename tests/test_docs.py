@@ -1,0 +1,269 @@
+"""What the README and the site show, runs; and the site builds without a warning or a network."""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zlib
+from functools import lru_cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import equireg
+
+ROOT = Path(__file__).parent.parent
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+SITE = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+PAGES = [README, ROOT / "CONTRIBUTING.md", *SITE]
+OPTIONAL = ("accelerate", "lightly", "matplotlib", "pytorch_lightning", "sklearn", "timm")  # of the extras
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def skip_without(code):
+    """Where a package of the extras that the code imports is not installed."""
+    for node in ast.walk(ast.parse(code)):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for package in {str(module).split(".")[0] for module in modules} & set(OPTIONAL):
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"needs {package}, of the dev extra")
+
+
+# ------------------------------------------------------------------------------------------------- the blocks run
+
+
+def test_readme_blocks_run_each_by_itself():
+    assert blocks(README, "python")
+    for block in blocks(README, "python"):
+        skip_without(block)
+        names = {}
+        exec(compile(block, str(README), "exec"), names)  # noqa: S102
+        assert names["loss"].isfinite()
+
+
+WITH_PYTHON = [page for page in SITE if blocks(page, "python")]
+
+
+@pytest.mark.filterwarnings("default")  # those of other packages are not ours to mend
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    """In one namespace and an empty folder; where the page runs them by torchrun, by that."""
+    code = "\n".join(blocks(page, "python"))
+    skip_without(code)
+    monkeypatch.chdir(tmp_path)
+    launch = re.search(r"^torchrun (.*) train\.py$", page.read_text(), re.M)
+    if launch:
+        (tmp_path / "train.py").write_text(code)
+        call = [sys.executable, "-m", "torch.distributed.run", *launch[1].split(), "train.py"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(call, capture_output=True, text=True, env=environment)  # noqa: S603
+        assert result.returncode == 0, result.stderr
+        first, *others = re.findall(r"^process \d: (\S+)$", result.stdout, re.M)
+        assert others == [first], "both processes report, and the same"
+        return
+    # The backend that generates code takes a minute of compiling.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    names = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        exec(compile(block, name(page), "exec"), names)  # noqa: S102
+    if "loss" in names:
+        assert names["loss"].isfinite()
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_code_is_no_wider_than_the_page(page):
+    for line in "\n".join(blocks(page, "python")).splitlines():
+        assert len(line) <= 100, line
+
+
+# ------------------------------------------------------------------------------------------ the commands are right
+
+
+def commands():
+    for page in PAGES:
+        for language in ("bash", "sh", "console"):
+            for block in blocks(page, language):
+                yield from ((page, part) for line in block.splitlines() for part in line.split(" && ") if part)
+
+
+@lru_cache
+def help_of(*call):
+    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(  # noqa: S603
+        [sys.executable, *call, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def check_command(page, command):
+    """Files exist, options are those of ``--help``, extras are declared. Nothing here is run for long."""
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    program, *rest = words
+    if program == "torchrun":
+        rest = rest[next(i for i, word in enumerate(rest) if word.endswith(".py")) :]
+        program = "python"
+    if Path(program).name in ("pip", "ruff", "mypy", "sphinx-build", "pre-commit", ".ci/run", "run"):
+        check_extras(command)
+        return
+    assert Path(program).name in ("python", "python3"), command
+    if rest[:2] in (["-m", "pip"], ["-m", "venv"]):
+        check_extras(command)
+        return
+    if rest[0] == "-m":
+        module, options, call = rest[1], rest[2:], rest[:2]
+        if module == "pytest":
+            assert all((ROOT / word).exists() for word in options if word.startswith("tests/")), command
+            return
+        assert importlib.util.find_spec(module), command
+    else:
+        script, options, call = rest[0], rest[1:], rest[:1]
+        if script == "train.py":
+            return  # the page's own blocks
+        assert (ROOT / script).is_file(), command
+        if script.startswith("docs/"):
+            return
+    options = [word for word in options if word.startswith("--")]
+    if options:
+        known = help_of(*call)
+        for option in options:
+            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", known), f"{name(page)}: {command}: {option}"
+
+
+def check_extras(command):
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    declared = re.findall(r"^(\w+) = \[", section, re.M)  # Python 3.10 has no tomllib
+    for extras in re.findall(r"\.\[([\w,]+)\]", command):
+        assert set(extras.split(",")) <= set(declared), command
+
+
+def test_commands_exist_and_take_their_options():
+    found = list(commands())
+    assert len(found) > 10
+    for page, command in found:
+        skip_without("import matplotlib, timm, lightly, sklearn")
+        check_command(page, command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python examples/no_such_file.py",
+        "python examples/quickstart.py --no-such-option 1",
+        'python3 -m pip install ".[no_such_extra]"',
+        "make everything",
+    ],
+)
+def test_a_wrong_command_is_seen(command):
+    with pytest.raises(AssertionError):
+        check_command(README, command)
+
+
+def test_commands_are_one_line_each():
+    """The checks of a clean checkout take the test command from here."""
+    lines = [line for line in README.read_text().splitlines() if line.startswith("python3 -m venv")]
+    assert len(lines) == 2
+    assert lines[0].endswith(".venv/bin/python examples/quickstart.py")
+    assert " && .venv/bin/python -m pytest" in lines[1]
+
+
+# -------------------------------------------------------------------------------------------------- links and pictures
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    """On GitHub too, where nobody builds the site."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.filterwarnings("default")
+def test_pictures_of_the_ideas_are_drawn_anew(tmp_path):
+    """By the committed script, all that pages show, and each small enough for a page."""
+    pytest.importorskip("matplotlib", reason="needs the examples extra")
+    pytest.importorskip("sklearn", reason="needs the examples extra")
+    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, str(DOCS / "pictures.py"), str(tmp_path)]
+    subprocess.run(call, check=True, env=environment)  # noqa: S603
+    shown = {found for page in SITE for found in re.findall(r"\]\(([\w-]+-idea\.png)\)", page.read_text())}
+    assert {path.name for path in tmp_path.iterdir()} == shown == {path.name for path in DOCS.glob("*-idea.png")}
+    for path in tmp_path.iterdir():
+        assert 20_000 < path.stat().st_size < 150_000, path.name
+
+
+# ------------------------------------------------------------------------------------------------------ the site builds
+
+
+def sphinx(source, target):
+    """A build that refuses the network and takes warnings, references without a target among them, for errors."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise OSError('the build asked for the network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from sphinx.cmd.build import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    call = [sys.executable, "-c", code, "-q", "-W", "--keep-going", "-n", "-c", str(DOCS), str(source), str(target)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(call, capture_output=True, text=True, env=environment)  # noqa: S603
+
+
+def skip_without_sphinx():
+    for package in ("sphinx", "myst_parser", "furo", "latex2mathml"):
+        pytest.importorskip(package, reason="needs the docs extra")
+
+
+@pytest.mark.filterwarnings("default")
+def test_site_builds(tmp_path):  # S8, S15
+    skip_without_sphinx()
+    result = sphinx(DOCS, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+    # Nothing is fetched from elsewhere when a page is read; links may lead there.
+    for page in tmp_path.rglob("*.html"):
+        text = page.read_text()
+        assert not re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=[\"']?(?:https?:)?//", text), page
+        assert not re.findall(r"<link[^>]*href=[\"'](?:https?:)?//[^>]*>", text), page
+    for sheet in tmp_path.rglob("*.css"):
+        assert not re.findall(r"(?:@import\s+|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
+
+    # Every public name has a place to link to, and what links to it is there.
+    inventory = zlib.decompress((tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    documented = re.findall(r"^equireg\.(\w+) py:(?:class|function) \d+ (\S+)#\S* ", inventory, re.M)
+    assert {place for place, _ in documented} == set(equireg.__all__)
+    assert all((tmp_path / page).exists() and page.startswith("api/") for _, page in documented)
+    assert "<math" in (tmp_path / "eqinv.html").read_text()
+
+
+def test_every_public_name_is_documented_once():
+    found = re.findall(r"^\.\. auto(?:class|function):: (\w+)$", "\n".join(p.read_text() for p in SITE), re.M)
+    assert sorted(found) == equireg.__all__
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_fault_stops_the_build(tmp_path):
+    """Each of these alone would be a warning that nobody reads."""
+    skip_without_sphinx()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "index.md").write_text(
+        "# A page\n\n[nowhere](nowhere.md), $\\nosuchmacro$ and {py:func}`equireg.no_such_name`\n"
+    )
+    (source / "alone.md").write_text("# In no table of contents\n")
+    result = sphinx(source, tmp_path / "built")
+    assert result.returncode != 0
+    for fault in ("nowhere.md", "nosuchmacro", "no_such_name", "toctree"):
+        assert fault in result.stderr
