@@ -143,10 +143,12 @@ class Student(nn.Module):
 
     clip = 5.0  # largest norm of the gradient
 
-    def __init__(self, options: argparse.Namespace, kind: str, encoder: Path | None, teacher: nn.Module | None):
+    def __init__(
+        self, options: argparse.Namespace, kind: str, model: nn.Module, teacher: nn.Module | None, images: Dataset
+    ):
         super().__init__()
         self.options, self.kind, self.of_teacher = options, kind, [teacher]  # in a list: no part of this module
-        self.model = classifier(options, encoder, strict=False)  # an encoder has no classes yet
+        self.model = model
         self.classify = DistillationLoss(beta=0.0) if kind != "logits" else DistillationLoss()
         channels = [stage["num_chs"] for stage in self.model.feature_info][-4:]
         width = self.model.num_features
@@ -156,17 +158,16 @@ class Student(nn.Module):
         elif self.stages:
             dims = [channels[stage - 1] for stage in self.stages]
             self.distill = OverhaulDistillation(dims, dims)
-            self.distill.fit_margins(self._teachers_maps())
+            self.distill.fit_margins(self._teachers_maps(images))
         elif kind == "crd":
-            self.distill = ContrastiveDistillation(width, width, len(training_images(options)))
+            self.distill = ContrastiveDistillation(width, width, len(images))
 
     @property
     def method(self) -> Student:
         return self
 
-    def _teachers_maps(self) -> Iterable[list[Tensor]]:
-        images = Transformed(training_images(self.options), normalized_transform(self.options))
-        for batch, _ in DataLoader(images, batch_size=256):
+    def _teachers_maps(self, images: Dataset) -> Iterable[list[Tensor]]:
+        for batch, _ in DataLoader(Transformed(images, normalized_transform(self.options)), batch_size=256):
             with torch.no_grad():
                 yield run(self.of_teacher[0].cpu(), batch, self.stages)[2]
 
@@ -193,6 +194,11 @@ class Student(nn.Module):
 
     def update(self, step: int, steps: int) -> None:
         """After each step of the optimizer."""
+
+
+def student(options: argparse.Namespace, kind: str, encoder: Path | None, teacher: nn.Module | None) -> Student:
+    model = classifier(options, encoder, strict=False)  # an encoder has no classes yet
+    return Student(options, kind, model, teacher, training_images(options))
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -273,24 +279,40 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def evaluate(objective: Student, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Accuracies, and the predictions for what comes after."""
-    test = evenly(folder_images(test_folder(options), options), options.probe_images)
+    """Accuracies, the predictions for what comes after, and the model."""
+    found = measure(objective.model, validation_images(options), test_images(options), options, device, folder)
+    save_atomically(folder / "model.pt", objective.model.state_dict())
+    return found
+
+
+def measure(
+    model: nn.Module, val: Dataset, test: Dataset, options: argparse.Namespace, device: torch.device, folder: Path
+) -> dict[str, float]:
+    """Accuracies of one view and of ten crops, and the predictions in a file."""
     saved = {}
-    for name, images in (("val", validation_images(options)), ("test", test)):
+    for name, images in (("val", val), ("test", test)):
         for how, tta in (("plain", {}), ("ten", {"crops": "ten", "merge": "gmean"})):
-            saved[f"{name} {how}"], saved[name] = predictions(objective.model, images, options, device, **tta)
-    for name, content in (("predictions.pt", saved), ("model.pt", objective.model.state_dict())):
-        save_atomically(folder / name, content)
+            saved[f"{name} {how}"], saved[name] = predictions(model, images, options, device, **tta)
+    save_atomically(folder / "predictions.pt", saved)
     return {name: accuracy(saved[name], saved[name.split()[0]]) for name in saved if " " in name}
 
 
-def augmentations(options: argparse.Namespace, folder: Path, name: str, device: torch.device) -> dict[str, float]:
+def test_images(options: argparse.Namespace) -> Dataset:
+    return evenly(folder_images(test_folder(options), options), options.probe_images)
+
+
+def augmentations(
+    model: nn.Module,
+    test: Dataset,
+    options: argparse.Namespace,
+    name: str,
+    device: torch.device,
+    merges: Iterable[str] = ("mean", "gmean", "tsharpen"),
+) -> dict[str, float]:
     """Accuracy of one model for every kind of test-time augmentation."""
-    model = classifier(options, folder / "model.pt").eval().to(device)
-    test = evenly(folder_images(test_folder(options), options), options.probe_images)
     rows = {f"{name}, one view": accuracy(*predictions(model, test, options, device))}
     for crops in ("flip", "five", "ten"):
-        for merge in ("mean", "gmean", "tsharpen"):
+        for merge in merges:
             found = predictions(model, test, options, device, crops=crops, merge=merge)
             rows[f"{name}, {crops}, {merge}"] = accuracy(*found)
     return rows
@@ -332,7 +354,9 @@ def report(trained: dict[str, dict[str, float]], merged: dict[str, float], path:
             axes.plot(value, place, "o", color=color)
             axes.annotate(f"{value:.1f}", (value, place), (6, -3), textcoords="offset points", fontsize=8)
         axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
-        axes.set(xlabel="test accuracy, %", xlim=(0.97 * min(rows.values()), 1.03 * max(rows.values())))
+        low, high = min(rows.values()), max(rows.values())
+        room = max(high - low, 1)  # for the numbers beside the points
+        axes.set(xlabel="test accuracy, %", xlim=(low - 0.08 * room, high + 0.16 * room))
         axes.grid(axis="y", alpha=0.3)
     left.set_title("fine-tuning and distillation")
     right.set_title("test-time augmentation and ensembles")
@@ -380,7 +404,7 @@ def main() -> None:
         own = argparse.Namespace(**{**vars(options), "seed": seed, "method": name})
         folders[name] = folder = options.out / f"{kind}-{seed}"
         variant = {"kind": kind, "encoder": start and hash_of(start), "students": options.method}
-        make = partial(Student, own, kind, start, teacher)
+        make = partial(student, own, kind, start, teacher)
         measure = partial(evaluate, options=own, folder=folder)
         trained[name] = run_training(own, variant, folder, "", make, partial(Augmented, own), measure)
         return trained[name]
@@ -397,7 +421,8 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         pretrained = {name: folder for name, folder in folders.items() if name != SCRATCH}
         best = max(pretrained, key=lambda name: trained[name]["val plain"])
-        merged = {**augmentations(options, folders[best], best, device), **ensembles(pretrained)}
+        model = classifier(options, folders[best] / "model.pt").eval().to(device)
+        merged = {**augmentations(model, test_images(options), options, best, device), **ensembles(pretrained)}
         report(trained, merged, options.out / "distill.png")
         write_atomically(options.out / "merged.json", (json.dumps(merged, indent=2) + "\n").encode())
     if torch.distributed.is_initialized():

@@ -157,15 +157,28 @@ class Pairs(Dataset):
 
 
 class Method(nn.Module):
-    """A backbone, its head, and the invariant form of the method's loss."""
+    """A backbone, its head, and the invariant form of the method's loss.
+
+    Without ``backbone`` it is the one that the options name, and without ``images`` they are those of ``--data``.
+    """
 
     clip = 0.0  # largest norm of the gradient; 0 for any
 
-    def __init__(self, options: argparse.Namespace, partitions: PartitionUpdater, partition: bool):
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        partitions: PartitionUpdater,
+        partition: bool,
+        *,
+        backbone: nn.Module | None = None,
+        images: Dataset | None = None,
+    ):
         super().__init__()
         self.options, self.partitions, self.partition = options, partitions, partition
         shared = {"weight": options.weight if partition else 0.0, "gather_distributed": True}
-        self.backbone = timm.create_model(options.model, num_classes=0).to(memory_format=torch.channels_last)
+        backbone = timm.create_model(options.model, num_classes=0) if backbone is None else backbone
+        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self.images = training_images(options) if images is None else images
         sizes = self.backbone.num_features, options.hidden_dim, options.output_dim
         self.head: nn.Module = SimCLRProjectionHead(*sizes)
         if options.method == "simclr":
@@ -215,7 +228,7 @@ class Method(nn.Module):
         """On two views of all training images, of which each process takes its share."""
         rank, world, _ = start_processes()
         seed_everything(self.options.seed, -1 - epochs, rank)
-        pairs = WithIndex(Pairs(training_images(self.options), augmentation(self.options)))
+        pairs = WithIndex(Pairs(self.images, augmentation(self.options)))
         loader = DataLoader(Subset(pairs, range(rank, len(pairs), world)), batch_size=self.options.batch_size)
         encoder = nn.Sequential(Channels(), self.backbone, self.head)
         self.partitions.update(loader, encoder=encoder, progress=rank == 0)

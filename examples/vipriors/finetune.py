@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
+from backbone import create
 from images import read
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -51,11 +51,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 class Classifier(nn.Module):
     """Images to logits, through the mask where there is one; its state holds no environments."""
 
-    def __init__(self, model: str, num_classes: int, mask: bool, mask_scale: float):
+    def __init__(self, options: argparse.Namespace, num_classes: int, encoder: Path | None = None):
         super().__init__()
-        self.backbone = timm.create_model(model, num_classes=0)
+        self.backbone = create(options, encoder)
         width = self.backbone.num_features
-        self.mask = FeatureMask(width, scale=mask_scale or None) if mask else nn.Identity()
+        with_mask = options.penalty != "off"
+        self.mask = FeatureMask(width, scale=options.mask_scale or None) if with_mask else nn.Identity()
         self.head = weight_norm(nn.Linear(width, num_classes))
 
     def features(self, images: Tensor) -> Tensor:
@@ -73,13 +74,8 @@ class Objective(nn.Module):
     def __init__(self, options: argparse.Namespace, num_classes: int):
         super().__init__()
         self.options = options
-        with_penalty = options.penalty != "off"
-        self.model = Classifier(options.model, num_classes, with_penalty, options.mask_scale)
-        if options.encoder is not None:
-            state = torch.load(options.encoder, map_location="cpu", weights_only=True)
-            self.model.backbone.load_state_dict(state)
-        self.model.to(memory_format=torch.channels_last)
-        if with_penalty:
+        self.model = Classifier(options, num_classes, options.encoder)
+        if options.penalty != "off":
             self.irm = ClassWiseIRM(
                 self.model.backbone.num_features,
                 num_classes,

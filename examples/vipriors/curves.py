@@ -1,0 +1,49 @@
+"""A picture of a training from its log: every part of the loss, and the accuracies at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+
+def draw_curves(folder: Path, results: dict[str, Any]) -> None:
+    """``curves.png`` in the folder of a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    log = read_log(folder)
+    steps = [row["step"] for row in log if "loss" in row]
+    shares = {name: value for name, value in results.items() if isinstance(value, float)}
+    curves = [name for name in log[-1] if name != "step"]
+    count = len(curves) + bool(shares)
+    figure, places = plt.subplots(1, count, figsize=(3.2 * count, 2.8), squeeze=False)
+    for axes, name in zip(places[0], curves):
+        values = [row[name] for row in log if "loss" in row]
+        smooth = values if name in ("lr", "partitions") else averaged(values)
+        axes.plot(steps, values, alpha=0.25)
+        axes.plot(steps, smooth, "C0")
+        axes.set_title({"lr": "learning rate"}.get(name, name), fontsize=10)
+        axes.set_xlabel("step")
+    if shares:
+        bars = places[0, -1].bar(range(len(shares)), shares.values(), 0.6, color="C1")
+        places[0, -1].bar_label(bars, fmt="%.1f", fontsize=8)
+        places[0, -1].set_xticks(range(len(shares)), [name.replace(" ", "\n") for name in shares], fontsize=8)
+        places[0, -1].margins(y=0.12)
+        places[0, -1].set_title("accuracy at the end, %", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def averaged(values: list[float], span: int = 10) -> list[float]:
+    """The mean of the last few steps."""
+    return [mean(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]

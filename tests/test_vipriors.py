@@ -1,0 +1,362 @@
+"""The VIPriors recipe and the example with all four: each step on small images, as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module, util
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPE = EXAMPLES / "vipriors"
+for name in ("timm", "lightly", "matplotlib"):
+    pytest.importorskip(name, reason="needs the examples extra")
+
+RESNET = {"model": "test_resnet", "image-size": 32, "late-class-token": 0}
+VIT = {"model": "test_vit", "image-size": 32, "patch-size": 8, "late-class-token": 2}
+SMALL = {
+    "shots": 6,
+    "amp": "none",
+    "probe-images": 40,
+    "save-every": 2,
+    "pretrain-hidden-dim": 32,
+    "pretrain-output-dim": 16,
+    "pretrain-queue-size": 16,
+    "pretrain-epochs": 2,
+    "pretrain-warmup-epochs": 1,
+    "pretrain-update-every": 1,
+    "pretrain-batch-size": 16,
+    "finetune-epochs": 2,
+    "finetune-batch-size": 8,
+    "distill-epochs": 2,
+    "distill-warmup-epochs": 1,
+    "distill-batch-size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The module behind ``python examples/vipriors``; its own are found as there."""
+    before = list(sys.path)
+    sys.path[:0] = [str(RECIPE), str(EXAMPLES)]
+    spec = util.spec_from_file_location("vipriors_main", RECIPE / "__main__.py")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four classes of noise, each with a colour of its own; one has a name that must not be taken for markup."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 8), ("val", 4), ("test", 4)):
+        for label, name in enumerate(("ant", "bee", r"$\frac{x", "<b>cat")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(100, (34, 30, 3), generator=generator)
+                pixels[..., label % 3] += 100 * (1 + label // 3) // 2
+                image.fromarray(pixels.to(torch.uint8).numpy()).save(root / part / name / f"{i}.png")
+    return root
+
+
+def flags(*tables, **changes):
+    chosen = {**SMALL, **{key: value for table in tables for key, value in table.items()}}
+    chosen.update({key.replace("_", "-"): value for key, value in changes.items()})
+    return [str(part) for key, value in chosen.items() for part in (f"--{key}", value)]
+
+
+def is_picture(path):
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------- the whole recipe
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method", "parts"),
+    [
+        (RESNET, "mocov2", {"loss", "ssl", "ssl_b2", "equivariance", "reconstruction", "partitions"}),
+        (VIT, "simclr", {"loss", "ssl", "ssl_b2", "equivariance", "reconstruction", "partitions"}),
+    ],
+    ids=["resnet", "vit"],
+)
+def test_all_leaves_a_folder_for_each_step(backbone, method, parts, recipe, data, tmp_path, capsys):
+    arguments = flags(backbone, data=data, out=tmp_path, pretrain_method=method)
+    recipe.main(["all", *arguments, "--pretrain-ser", "0.5", "--pretrain-reconstruction", "1"])
+    for step, names in {
+        "pretrain": ("options.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "curves.png"),
+        "environments": ("options.json", "environments.pt", "contact-sheet.png"),
+        "finetune": ("options.json", "log.jsonl", "checkpoint.pt", "model.pt", "curves.png"),
+        "distill": ("options.json", "log.jsonl", "checkpoint.pt", "model.pt", "curves.png", "predictions.pt"),
+        "test": ("options.json", "test.png", "predictions.pt"),
+    }.items():
+        assert {*names, "results.json"} <= {path.name for path in (tmp_path / step).iterdir()}, step
+        assert all(is_picture(path) for path in (tmp_path / step).glob("*.png"))
+    # 6 of the 8 training images of each class and all of val, 16 of the 40 a step.
+    log = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert parts <= set(log[0])
+    assert [row["partitions"] for row in log] == [1, 1, 2, 2]
+    log = [json.loads(line) for line in (tmp_path / "finetune" / "log.jsonl").read_text().splitlines()]
+    assert {"classification", "irm"} <= set(log[0])
+    options = read(tmp_path / "finetune" / "options.json")
+    assert options["encoder"].endswith("pretrain/encoder.pt")
+    assert options["environments"].endswith("environments/environments.pt")
+    assert read(tmp_path / "environments" / "results.json")["samples"] == 24
+    found = read(tmp_path / "recipe.json")
+    assert list(found) == ["pretrain", "environments", "finetune", "distill", "test"]
+    assert found["test"]["models"]["fine-tuned"]["test plain"] == pytest.approx(found["finetune"]["test"])
+    assert any(row.startswith("ensemble") for row in found["test"]["merged"])
+    assert re.search(r"^finetune: [\d.]+ s, val [\d.]+%, test [\d.]+%$", capsys.readouterr().out, re.M)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_all_goes_on_where_it_was_killed(recipe, data, tmp_path, monkeypatch):  # T1
+    """Killed in Step 3: Steps 1 and 2 are not done again, and what comes out is that of a run that was not killed."""
+    arguments = ["all", *flags(RESNET, data=data), "--steps", "pretrain", "environments", "finetune"]
+    recipe.main([*arguments, "--out", str(tmp_path / "whole")])
+    out = tmp_path / "killed"
+    finetune = import_module("finetune")
+    forward, calls = finetune.Objective.forward, []
+
+    def killed(*given):
+        calls.append(0)
+        if len(calls) == 4:
+            raise Killed
+        return forward(*given)
+
+    monkeypatch.setattr(finetune.Objective, "forward", killed)
+    with pytest.raises(Killed):
+        recipe.main([*arguments, "--out", str(out)])
+    monkeypatch.setattr(finetune.Objective, "forward", forward)
+    assert not (out / "finetune" / "results.json").exists()
+    files = [out / "pretrain" / "encoder.pt", out / "environments" / "environments.pt"]
+    before = [path.stat().st_mtime_ns for path in files]
+    recipe.main([*arguments, "--out", str(out), "--resume"])
+    assert [path.stat().st_mtime_ns for path in files] == before
+    for step, change in (("environments", "plain"), ("pretrain", "groups")):  # T7
+        value = ["3"] if change == "groups" else []
+        with pytest.raises(SystemExit, match=f"other options: {change}"):
+            recipe.main([*arguments, "--out", str(out), "--resume", f"--{step}-{change}", *value])
+    for step in ("pretrain", "environments", "finetune"):
+        assert read(out / step / "results.json") == read(tmp_path / "whole" / step / "results.json")
+    states = [torch.load(root / "finetune" / "model.pt", weights_only=True) for root in (tmp_path / "whole", out)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_it_runs_where_it_was_copied(tmp_path, data):
+    """The folder and the files that its help names; the step before is asked for, without a traceback."""
+    for source in [*RECIPE.glob("*.py"), *with_imports(BESIDE)]:
+        target = tmp_path / source.relative_to(EXAMPLES)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(source.read_text())
+    call = [sys.executable, str(tmp_path / "vipriors"), "environments", "--data", str(data)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)  # noqa: S603
+    assert result.returncode != 0
+    assert result.stderr.endswith("encoder.pt: no such file; run Step 1 (pretrain) first, or give --encoder\n")
+    assert "Traceback" not in result.stderr
+
+
+BESIDE = ("training.py", "ipirm_pretrain.py", "distill.py")
+
+
+def with_imports(names):
+    """These examples and those that they import."""
+    found, left = set(), [EXAMPLES / name for name in names]
+    while left:
+        path = left.pop()
+        if path.exists() and path not in found:
+            found.add(path)
+            modules = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.M)
+            left += [EXAMPLES / f"{module}.py" for module in modules]
+    return found
+
+
+def test_help_names_the_files_to_copy(recipe):
+    assert set(re.findall(r"\w+\.py", recipe.__doc__.split("copy this folder")[1])) == set(BESIDE)
+
+
+# ------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize(("shots", "penalty"), [(10, 2), (20, 10), (50, 100)])
+def test_presets_are_the_papers(shots, penalty, recipe, data):
+    """EqInv, Section 5.2 and supplementary B; IP-IRM, Section 4.2."""
+    options = {
+        step: recipe.options_of(step, ["--preset", f"vipriors{shots}", "--data", str(data)]) for step in recipe.STEPS
+    }
+    assert {(o.model, o.image_size, o.shots) for o in options.values()} == {("resnet50", 224, shots)}
+    one = options["pretrain"]
+    assert (one.epochs, one.queue_size, one.unlabelled) == (800, 16384, "train+val")
+    assert (one.lr, one.output_dim, one.weight, one.update_every) == (1e-3, 128, 0.2, 50)
+    three = options["finetune"]
+    assert (three.epochs, three.lr, three.batch_size, three.weight_decay) == (50, 0.05, 128, 1e-4)
+    assert (three.weight, three.penalty, three.open) == (penalty, "rex", False)
+    rates = [import_module("finetune").steps_down(10 * epoch, 10, three) for epoch in (0, 29, 30, 39, 40, 49)]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
+    assert (options["distill"].epochs, options["distill"].warmup_epochs) == (100, 10)
+    assert options["distill"].lr / options["distill"].batch_size == pytest.approx(0.1 / 160)
+
+
+@pytest.mark.parametrize(("method", "rate"), [("mocov2", 0.03), ("simsiam", 0.05)])
+def test_published_settings_of_the_other_methods(method, rate, recipe, data):
+    chosen = ["--preset", "vipriors20", "--method", method, "--data", str(data)]
+    options = recipe.options_of("pretrain", chosen)
+    assert (options.optimizer, options.lr, options.batch_size) == ("sgd", rate, 256)
+    assert recipe.options_of("pretrain", [*chosen, "--lr", "0.5"]).lr == 0.5  # flags change the parts
+
+
+def test_flags_of_a_step_carry_its_name(recipe):
+    shared, own = recipe.sort_flags(["--seed", "3", "--finetune-epochs", "5", "--finetune-open", "--draw", "-1"])
+    assert shared == ["--seed", "3", "--draw", "-1"]
+    assert own["finetune"] == ["--epochs", "5", "--open"]
+    assert not own["pretrain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["all", "--distill-epoch-count", "5"], "unrecognized arguments: --epoch-count 5"),
+        (["pretrain", "--preset", "vipriors30"], "invalid choice: 'vipriors30'"),
+        (["train"], "no step 'train'; choose from pretrain, environments, finetune, distill, test, all"),
+        (["test"], "run Step 3 (finetune) first"),
+        (["pretrain", "--shots", "6", "--model", "test_vit", "--ser", "0.5"], "needs --late-class-token"),
+    ],
+)
+def test_mistakes_show_before_any_work(arguments, message, recipe, data, tmp_path, capsys):  # T11, T16
+    where = ["--data", str(data), "--out", str(tmp_path / "out"), "--image-size", "32", "--batch-size", "8"]
+    where = where[:4] if arguments[0] in ("all", "test") else where
+    with pytest.raises(SystemExit) as refusal:
+        recipe.main([*arguments, *where])
+    assert message in f"{refusal.value} {capsys.readouterr().err}"
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# ---------------------------------------------------------------------------------------------------------- the pieces
+
+
+def options_of(recipe, step, data, table, *more):
+    chosen = {key.removeprefix(f"{step}-"): value for key, value in {**SMALL, **table}.items()}
+    others = tuple(f"{other}-" for other in recipe.STEPS if other != step)
+    pairs = [(f"--{key}", str(value)) for key, value in chosen.items() if not key.startswith(others)]
+    return recipe.options_of(step, ["--data", str(data), *(part for pair in pairs for part in pair), *more])
+
+
+@pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])
+def test_what_each_regularizer_reaches(backbone, recipe, data):
+    """SER trains the layers up to the tapped one, reconstruction all; the method has its part of the features."""
+    pretrain = import_module("pretrain")
+    options = options_of(recipe, "pretrain", data, backbone, "--ser", "0.5", "--reconstruction", "1", "--ratio", "0.5")
+    images = pretrain.unlabelled(options)
+    objective = pretrain.Objective(options, images)
+    first, _, _, turned = pretrain.Views(options, 0)([(0, *images[i], i) for i in range(8)])
+    assert (len(first), len(turned[0]), turned[2].tolist()) == (4, 4, [4, 5, 6, 7])
+    net, encoder = objective.method.backbone.net, objective.method.backbone
+    early, late = ("layer2", "layer3") if backbone is RESNET else ("blocks.1", "blocks.2")
+
+    def reached(loss):
+        objective.zero_grad()
+        loss.backward()
+        grads = {name: [p.grad for p in net.get_submodule(name).parameters()] for name in (early, late)}
+        return {name: any(g is not None and g.abs().sum() > 0 for g in parts) for name, parts in grads.items()}
+
+    assert reached(objective.equivariance(*turned)[1]) == {early: True, late: False}
+    with encoder.recording() as maps:
+        encoder(first)
+    assert reached(objective.reconstruction(first, maps[0][1])) == {early: True, late: True}
+    assert encoder.maps is None
+    features = net.eval()(first)
+    assert torch.equal(encoder(first), features[:, : features.shape[1] // 2])
+
+
+@pytest.mark.parametrize("method", ["simsiam", "simclr"])
+def test_pretraining_without_any_regularizer(method, recipe, data, tmp_path):
+    options = options_of(recipe, "pretrain", data, RESNET, "--method", method, "--weight", "0", "--epochs", "1")
+    options.out = tmp_path
+    results = recipe.run_step("pretrain", options)
+    assert results["partitions"] == []
+    log = json.loads((tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "ssl", "lr"} == set(log) - {"skipped"}
+    assert log["loss"] == log["ssl"]
+
+
+def test_encoder_of_another_class_token_is_refused(recipe, data, tmp_path):  # T7
+    """No shape of a weight tells where the class token enters."""
+    backbone = import_module("backbone")
+    options = options_of(recipe, "environments", data, VIT)
+    torch.save(backbone.create(options).state_dict(), tmp_path / "encoder.pt")
+    (tmp_path / "options.json").write_text(json.dumps({"model": "test_vit", "patch_size": 8, "late_class_token": 0}))
+    with pytest.raises(SystemExit, match=r"other options: late_class_token 0 \(now 2\)"):
+        backbone.create(options, tmp_path / "encoder.pt")
+
+
+@pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])
+@pytest.mark.parametrize("scale", [0.0, 10.0])
+def test_teacher_is_the_fine_tuned_model(backbone, scale, recipe, data):
+    finetune, distillation = import_module("finetune"), import_module("distillation")
+    options = options_of(recipe, "finetune", data, backbone, "--mask-scale", str(scale))
+    classifier = finetune.Classifier(options, 4).eval()
+    images = torch.rand(3, 3, 32, 32)
+    expected = classifier(images)
+    teacher = distillation.in_one(classifier)
+    logits, features, _ = import_module("distill").run(teacher, images)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(teacher(images), expected)
+    assert features.shape[1] == classifier.head.in_features
+
+
+def test_shares_of_the_environments(recipe):
+    """By a loop over classes and images."""
+    environments, Environments = import_module("environments"), import_module("equireg").Environments
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(5)[torch.randperm(20, generator=generator)]
+    split = Environments.split(torch.randn(20, 6, generator=generator), labels, 4)
+    expected = []
+    for k in range(4):
+        first = set(split.members(k)[0].tolist())
+        for other in range(4):
+            if other != k:
+                own = [i for i in range(20) if labels[i] == other]
+                expected.append(sum(i in first for i in own) / len(own))
+    assert environments.shares_in_first(split, labels).tolist() == pytest.approx(expected)
+
+
+def test_names_on_the_sheet(recipe, data, tmp_path):  # S9, S12
+    """Control characters, broken names and long ones are written out; a formula is drawn as it stands."""
+    environments = import_module("environments")
+    assert environments.shown("a\x1b[31m\nb") == r"a\x1b[31m\nb"
+    assert environments.shown("caf\udce9") == r"caf\udce9"
+    assert environments.shown("x" * 40) == "x" * 17 + "…"
+    (tmp_path / "classes.txt").write_text("n01\t$\\frac{$\nn02\ttench\n")
+    options = options_of(recipe, "environments", data, RESNET)
+    options.data = str(tmp_path)
+    assert environments.names_of(options, ["n02", "n01", "n03"]) == ["tench", "$\\frac{$", "n03"]
+
+
+def test_all_four(recipe, data, tmp_path, monkeypatch, capsys):
+    """A table of two trainings, and a picture; each line can be left out."""
+    call = ["all_four.py", "--data", str(data), "--epochs", "3", "--warmup", "1", "--without", "ipirm"]
+    call += ["--batch-size", "16", "--image-size", "16", "--out", str(tmp_path / "a.png")]
+    monkeypatch.setattr(sys, "argv", call)
+    import_module("all_four").main()
+    assert re.search(
+        r"^cross entropy +[\d.]+\ncross entropy \+ eqinv \+ ser \+ reconstruction +[\d.]+$",
+        capsys.readouterr().out,
+        re.M,
+    )
+    assert is_picture(tmp_path / "a.png")
