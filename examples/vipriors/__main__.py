@@ -57,9 +57,8 @@ def options_of(step: str, arguments: list[str]) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=presets.PRESETS, default=presets.PRESETS[0])
     first.add_argument("--method")
-    preset = first.parse_known_args(arguments)[0].preset
-    method = first.parse_known_args(arguments)[0].method
-    values = presets.values(preset, step, method)
+    known = first.parse_known_args(arguments)[0]
+    preset, values = known.preset, presets.values(known.preset, step, known.method)
     scratch = argparse.ArgumentParser(add_help=False)
     add_flags(scratch, step, preset)
     declared = vars(scratch.parse_args([]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,25 +21,30 @@ def draw_curves(folder: Path, results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = read_log(folder)
-    steps = [row["step"] for row in log if "loss" in row]
+    log = [row for row in read_log(folder) if "loss" in row]
+    steps = [row["step"] for row in log]
     shares = {name: value for name, value in results.items() if isinstance(value, float)}
-    curves = [name for name in log[-1] if name != "step"]
+    curves = [name for name in log[0] if name != "step"] if log else []
     count = len(curves) + bool(shares)
-    figure, places = plt.subplots(1, count, figsize=(3.2 * count, 2.8), squeeze=False)
-    for axes, name in zip(places[0], curves):
-        values = [row[name] for row in log if "loss" in row]
+    columns, rows = min(4, count), math.ceil(count / 4)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False)
+    places = grid.flatten()
+    for axes in places[count:]:
+        axes.axis("off")
+    for axes, name in zip(places, curves):
+        values = [row[name] for row in log]
         smooth = values if name in ("lr", "partitions") else averaged(values)
         axes.plot(steps, values, alpha=0.25)
         axes.plot(steps, smooth, "C0")
         axes.set_title({"lr": "learning rate"}.get(name, name), fontsize=10)
         axes.set_xlabel("step")
     if shares:
-        bars = places[0, -1].bar(range(len(shares)), shares.values(), 0.6, color="C1")
-        places[0, -1].bar_label(bars, fmt="%.1f", fontsize=8)
-        places[0, -1].set_xticks(range(len(shares)), [name.replace(" ", "\n") for name in shares], fontsize=8)
-        places[0, -1].margins(y=0.12)
-        places[0, -1].set_title("accuracy at the end, %", fontsize=10)
+        last = places[count - 1]
+        bars = last.bar(range(len(shares)), shares.values(), 0.6, color="C1")
+        last.bar_label(bars, fmt="%.1f", fontsize=8)
+        last.set_xticks(range(len(shares)), [name.replace(" ", "\n") for name in shares], fontsize=8)
+        last.margins(y=0.12)
+        last.set_title("accuracy at the end, %", fontsize=10)
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
