@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from backbone import as_json, create, frozen_features
 from images import read
+from shown_names import visible
 from torch import Tensor
 from torch.utils.data import Dataset
 from training import normalized_transform, save_atomically, start_processes, write_atomically
@@ -79,12 +80,11 @@ def names_of(options: argparse.Namespace, classes: list[str]) -> list[str]:
     path = Path(options.data) / "classes.txt"
     rows = path.read_text(errors="backslashreplace").splitlines() if path.is_file() else []
     named = dict(row.split("\t", 1) for row in rows if "\t" in row)
-    return [shown(named.get(name, name)) for name in classes]
+    return [named.get(name, name) for name in classes]
 
 
-def shown(name: str, most: int = 18) -> str:
-    """A name as it may be drawn: no control characters, no broken ones, and not too long."""  # S9, S12
-    whole = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+def short(name: str, most: int) -> str:
+    whole = visible(name)
     return whole if len(whole) <= most else whole[: most - 1] + "…"
 
 
@@ -112,14 +112,14 @@ def draw_sheet(
     for row, k in enumerate(anchors):
         first, second = environments.members(k)
         of_class = (labels == k).nonzero().squeeze(1)
-        axes.text(-0.15, row * step + 0.5, names[k], ha="right", va="center", fontsize=9, **plain)
+        axes.text(-0.15, row * step + 0.5, short(names[k], 18), ha="right", va="center", fontsize=9, **plain)
         for start, members in zip(starts, (of_class[:own], first[: options.each], second.flip(0)[: options.each])):
             for place, index in enumerate(members.tolist()):
                 x, y = start + place, row * step
                 tile = images[index][0].convert("RGB").resize((96, 96))
                 axes.imshow(tile, extent=(x + 0.02, x + 0.98, y + 1, y))
                 if start:
-                    name = shown(names[labels[index]], 11)
+                    name = short(names[labels[index]], 11)
                     axes.text(x + 0.5, y + 1.03, name, ha="center", va="top", fontsize=5, **plain)
     similarity = "plain" if options.plain else "adjusted"
     titles = ("the class", f"most similar, of Env#1 ({similarity} similarity)", "least similar, of Env#2")

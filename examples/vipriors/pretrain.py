@@ -24,13 +24,14 @@ from finetune import sgd
 from images import read
 from ipirm_pretrain import Method, TwoViews
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from training import MEAN, STD, adamw, normalized_transform, precision, run_training, save_atomically
 
 from equireg import (
     EquivariantViews,
     GridTransform,
+    ImageFiles,
     IntermediateReconstructionHead,
     IntermediateViews,
     PartitionUpdater,
@@ -61,9 +62,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def unlabelled(options: argparse.Namespace) -> Dataset:
+def unlabelled(options: argparse.Namespace) -> ImageFiles:
     parts = [read(options, split) for split in options.unlabelled.split("+")]
-    return ConcatDataset(parts)
+    paths = [path for part in parts for path in part.paths]
+    return ImageFiles(paths, torch.cat([part.labels for part in parts]), parts[0].classes)
 
 
 # ---------------------------------------------------------------------------------------------------------- the views
