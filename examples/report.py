@@ -27,7 +27,7 @@ from evidence.page import write_page
 from evidence.plan import SCALES, plan
 from evidence.runs import collect, run_all
 from evidence.timing import step_times
-from training import write_atomically
+from training import as_program, write_atomically
 
 
 def main() -> None:
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

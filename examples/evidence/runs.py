@@ -104,7 +104,7 @@ def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
                 failed.append(f"{futures[future].folder}: {type(error).__name__}: {error}")
                 tqdm.write(failed[-1])
     if failed:
-        raise SystemExit(
+        raise ValueError(
             f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and a new start repeats these"
         )
 

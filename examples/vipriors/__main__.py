@@ -25,6 +25,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ import test_time
 import torch
 from backbone import as_json
 from curves import draw_curves
-from training import parse, start_processes, write_atomically
+from training import as_program, parse, start_processes, write_atomically
 
 STEPS = {
     "pretrain": pretrain,
@@ -105,7 +106,7 @@ def done_before(options: argparse.Namespace, folder: Path) -> dict[str, Any] | N
     changed = [name for name in new if old.get(name) != new[name] and name not in ("resume", "out", "workers")]
     if changed:
         was = ", ".join(f"{name} {old.get(name)!r} (now {new[name]!r})" for name in changed)
-        raise SystemExit(f"--resume: {folder} was made with other options: {was}")
+        raise ValueError(f"--resume: {folder} was made with other options: {was}")
     return json.loads((folder / "results.json").read_text())
 
 
@@ -172,10 +173,10 @@ def main(arguments: list[str]) -> None:
         if results:
             print(f"{command}: {summary(results)}")
     else:
-        raise SystemExit(f"vipriors: no step {command!r}; choose from {', '.join(STEPS)}, all")
+        raise ValueError(f"no step {command!r}; choose from {', '.join(STEPS)}, all")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_program(partial(main, sys.argv[1:]))

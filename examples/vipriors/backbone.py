@@ -9,6 +9,7 @@ from pathlib import Path
 import timm
 import torch
 from ipirm_pretrain import Channels
+from sealed_files import load_safely
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from training import evenly, precision
@@ -36,7 +37,8 @@ def create(options: argparse.Namespace, encoder: Path | str | None = None, num_c
         LateClassToken(model, options.late_class_token)
     if encoder is not None:
         check_same(Path(encoder), options)
-        model.load_state_dict(torch.load(encoder, map_location="cpu", weights_only=True))
+        ours = Path(encoder).with_name("options.json").exists()
+        model.load_state_dict(load_safely(Path(encoder), sealed=ours))
     if num_classes:
         model.reset_classifier(num_classes)
     return model.to(memory_format=torch.channels_last)
@@ -49,7 +51,7 @@ def check_same(encoder: Path, options: argparse.Namespace) -> None:
     changed = [name for name in SAME if name in old and old[name] != getattr(options, name, old[name])]
     if changed:
         was = ", ".join(f"{name} {old[name]!r} (now {getattr(options, name)!r})" for name in changed)
-        raise SystemExit(f"{encoder} was trained with other options: {was}")
+        raise ValueError(f"{encoder} was trained with other options: {was}")
 
 
 def as_json(options: argparse.Namespace) -> str:

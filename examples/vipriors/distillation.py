@@ -19,6 +19,7 @@ from distill import STUDENTS, Augmented, Student, measure
 from finetune import Classifier
 from images import read
 from pretrain import OPTIMIZERS
+from sealed_files import load_safely
 from torch import nn
 from torch.utils.data import Dataset
 from training import run_training, save_atomically
@@ -35,11 +36,11 @@ def fine_tuned(options: argparse.Namespace, folder: Path, num_classes: int) -> C
     """The model of Step 3, frozen."""
     path = folder / "model.pt"
     if not path.exists():
-        raise SystemExit(f"{path}: no such file; run Step 3 (finetune) first")
+        raise ValueError(f"{path}: no such file; run Step 3 (finetune) first")
     own = json.loads((folder / "options.json").read_text())
     kind = {name: own.get(name) for name in ("penalty", "mask_scale")}
     classifier = Classifier(argparse.Namespace(**{**vars(options), **kind}), num_classes)
-    classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    classifier.load_state_dict(load_safely(path))
     return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -66,7 +67,7 @@ def evaluate(student: Student, device: torch.device, options: argparse.Namespace
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One student, into the folder ``distill``."""
     if options.method.startswith("ofd") and is_vit(options):
-        raise SystemExit(f"--method {options.method} compares the stages of a ResNet, got --model {options.model}")
+        raise ValueError(f"--method {options.method} compares the stages of a ResNet, got --model {options.model}")
     images, folder = read(options, "train"), options.out / "distill"
     from_step_one = options.out / "pretrain" / "encoder.pt"
     encoder = options.encoder or (from_step_one if from_step_one.exists() else None)

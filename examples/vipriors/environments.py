@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.out / "environments"
     encoder = options.encoder or options.out / "pretrain" / "encoder.pt"
     if not encoder.exists():
-        raise SystemExit(f"{encoder}: no such file; run Step 1 (pretrain) first, or give --encoder")
+        raise ValueError(f"{encoder}: no such file; run Step 1 (pretrain) first, or give --encoder")
     _, _, device = start_processes()
     images = read(options, "train")
     images.transform = normalized_transform(options)

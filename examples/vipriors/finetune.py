@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from backbone import create
 from images import read
+from sealed_files import load_safely
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset
@@ -88,7 +89,7 @@ class Objective(nn.Module):
             self.irm.mask = self.model.mask
             if options.environments is not None:
                 self.irm.environments = Environments()
-                self.irm.environments.load_state_dict(torch.load(options.environments, weights_only=True))
+                self.irm.environments.load_state_dict(load_safely(Path(options.environments)))
 
     @property
     def method(self) -> Objective:

@@ -132,7 +132,7 @@ class Objective(nn.Module):
         self.options = options
         net, vit = create(options), is_vit(options)
         if vit and options.ser and not options.late_class_token:
-            raise SystemExit("--ser on a vision transformer needs --late-class-token, such as 3 of 12 blocks")
+            raise ValueError("--ser on a vision transformer needs --late-class-token, such as 3 of 12 blocks")
         early = f"blocks.{max(0, options.late_class_token - 1)}" if vit else options.layer
         widths = {stage["module"]: stage["num_chs"] for stage in net.feature_info}
         self.ser = SERLoss(widths[early], token_norm=vit, gather_distributed=True) if options.ser else None
@@ -203,7 +203,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One pretraining, into the folder ``pretrain``."""
     if options.mixup and (options.method != "simclr" or options.reconstruction):
-        raise SystemExit("--mixup is SimCLR's, and mixes what --reconstruction would rebuild; leave one of them out")
+        raise ValueError("--mixup is SimCLR's, and mixes what --reconstruction would rebuild; leave one of them out")
     images, folder = unlabelled(options), options.out / "pretrain"
     return run_training(
         options,
