@@ -195,14 +195,14 @@ def fine_tune(
     """A classifier from few labels, by cross entropy or with EqInv on environments of the encoder's features."""
     options = finetuning_options(flags, seed)
     if similarity is not None:
-        options.environments = str(folder / "environments.pt")
+        options.environments = folder / "environments.pt"
         folder.mkdir(parents=True, exist_ok=True)
         save_atomically(folder / "environments.pt", environments(options, similarity).state_dict())
-    images = recipe_images.read(options, "train")
 
-    def evaluate(objective: nn.Module, device: torch.device) -> dict[str, Any]:
-        results = finetune.evaluate(objective, device, options, folder)
-        found: dict[str, Any] = {"accuracy": {"val": results["val"], "test": results["test"]}}
+    def measured(
+        objective: nn.Module, device: torch.device, options: argparse.Namespace, folder: Path
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {"accuracy": finetune.evaluate(objective, device, options, folder)}
         if probes is not None:
             model = objective.model.eval()
             size, (place, _) = options.image_size, probes.data[probes.robust]
@@ -213,18 +213,7 @@ def fine_tune(
             found["corrupted"] = corrupted_accuracies(predict, place, size, probes.images)
         return found
 
-    return run_training(
-        options,
-        {"similarity": similarity},
-        folder,
-        "",
-        make_objective=partial(finetune.Objective, options, len(images.classes)),
-        make_collate=partial(finetune.TwoViews, options),
-        evaluate=evaluate,
-        make_optimizer=finetune.sgd,
-        learning_rate=finetune.steps_down,
-        images=images,
-    )
+    return finetune.train(options, folder, measure=measured)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
     for name, step in (("encoder", "pretrain"), ("environments", "environments")):
         path = getattr(options, name) or options.out / step / f"{name}.pt"
         given = getattr(options, name) is not None or path.exists()
-        setattr(options, name, str(path) if given else None)
+        setattr(options, name, path if given else None)
     options.method = "cross entropy" if options.penalty == "off" else f"EqInv ({options.penalty})"
     return finetune.train(options, options.out / "finetune")
 

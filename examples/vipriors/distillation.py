@@ -19,7 +19,7 @@ from distill import STUDENTS, Augmented, Student, measure
 from finetune import Classifier
 from images import read
 from pretrain import OPTIMIZERS
-from sealed_files import load_safely
+from sealed_files import hash_of, load_safely
 from torch import nn
 from torch.utils.data import Dataset
 from training import run_training, save_atomically
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     teacher = in_one(fine_tuned(options, from_step_three, len(images.classes)))
     return run_training(
         options,
-        {"encoder": str(encoder), "teacher": str(from_step_three)},
+        {"encoder": encoder and hash_of(encoder), "teacher": hash_of(from_step_three / "model.pt")},
         folder,
         "distillation",
         make_objective=partial(make_student, options, encoder, teacher, images, len(images.classes)),

@@ -9,6 +9,7 @@ at 80% of the epochs (Wang et al., ECCV 2022, Sections 4 and 5.2).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from backbone import create
 from images import read
-from sealed_files import load_safely
+from sealed_files import hash_of, load_safely
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset
@@ -38,8 +39,8 @@ PENALTIES = ("off", "rex", "irmv1")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", help="encoder.pt of Step 1, of the same --model; none: from scratch")
-    parser.add_argument("--environments", help="environments.pt of Step 2; none: found in each batch")
+    parser.add_argument("--encoder", type=Path, help="encoder.pt of Step 1, of the same --model; none: from scratch")
+    parser.add_argument("--environments", type=Path, help="environments.pt of Step 2; none: found in each batch")
     parser.add_argument("--penalty", choices=PENALTIES, default="rex", help="off: cross entropy alone")
     parser.add_argument(
         "--weight", type=float, default=10.0, help="of the penalty; the paper: 2, 10, 100 for 10, 20, 50"
@@ -89,7 +90,7 @@ class Objective(nn.Module):
             self.irm.mask = self.model.mask
             if options.environments is not None:
                 self.irm.environments = Environments()
-                self.irm.environments.load_state_dict(load_safely(Path(options.environments)))
+                self.irm.environments.load_state_dict(load_safely(options.environments))
 
     @property
     def method(self) -> Objective:
@@ -167,17 +168,20 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     return results
 
 
-def train(options: argparse.Namespace, folder: Path, name: str = "") -> dict[str, Any]:
+def train(
+    options: argparse.Namespace, folder: Path, name: str = "", measure: Callable[..., dict[str, Any]] = evaluate
+) -> dict[str, Any]:
     """One fine-tuning, into ``folder``."""
     images = read(options, "train")
+    sources = {name: getattr(options, name) for name in ("encoder", "environments")}
     return run_training(
         options,
-        {},
+        {name: path and hash_of(path) for name, path in sources.items()},
         folder,
         name,
         make_objective=partial(Objective, options, len(images.classes)),
         make_collate=partial(TwoViews, options),
-        evaluate=partial(evaluate, options=options, folder=folder),
+        evaluate=partial(measure, options=options, folder=folder),
         make_optimizer=sgd,
         learning_rate=steps_down,
         images=images,
