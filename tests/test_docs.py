@@ -10,6 +10,7 @@ import sys
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     # The backend that generates code takes a minute of compiling.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    names = {"__name__": "page"}
+    module = ModuleType("page_of_the_site")  # torch.compile of PyTorch 2.6 imports the module a function is from
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names = vars(module)
     for block in blocks(page, "python"):
         exec(compile(block, name(page), "exec"), names)  # noqa: S102
     if "loss" in names:
