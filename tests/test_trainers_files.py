@@ -132,7 +132,12 @@ def test_other_versions(tmp_path, capsys):  # T7
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):  # T3
     """/dev/full in the place of the new file."""
     real = os.fdopen
-    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: (os.close(descriptor), Path("/dev/full").open(mode))[1])
+
+    def full(descriptor, mode):
+        os.close(descriptor)
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(os, "fdopen", full)
     with pytest.raises(OSError, match=rf"No space left on device: the 100000 bytes of {saved} cannot") as found:
         write_atomically(saved, b"x" * 100_000)
     assert found.value.errno == errno.ENOSPC
