@@ -421,3 +421,9 @@ def test_what_no_code_does(path):  # S1, S3, S7, S10, S11, S15
             assert options["weights_only"] == "True", f"line {node.lineno}"
         if isinstance(node, ast.Call):
             assert all(option.arg != "shell" for option in node.keywords), f"line {node.lineno}"
+
+
+def test_no_step_asks_what_time_it_is():  # T15
+    """So a clock that jumps changes nothing; the bar alone shows times."""
+    for name in ("training", "training_options", "run_folder", "sealed_files", "surviving"):
+        assert not {"time", "datetime"} & {part for part, _ in calls_and_names(EXAMPLES / f"{name}.py")}
