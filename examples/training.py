@@ -214,8 +214,10 @@ def train(
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            learned = [p for p in objective.parameters() if p.requires_grad]
-            norm = nn.utils.clip_grad_norm_(learned, method.clip or math.inf)
+            learned = [p for p in objective.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in learned])
+            if method.clip:
+                nn.utils.clip_grads_with_norm_(learned, method.clip, norm)
             failed, asked = agreed([not (loss.isfinite() and norm.isfinite()), stop.signal], device, batches.world)
             if failed:
                 for buffer, value in zip(objective.buffers(), before):  # statistics of a batch norm would stay NaN

@@ -132,7 +132,12 @@ def test_other_versions(tmp_path, capsys):  # T7
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):  # T3
     """/dev/full in the place of the new file."""
     real = os.fdopen
-    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: (os.close(descriptor), Path("/dev/full").open(mode))[1])  # noqa: SIM115
+
+    def full(descriptor, mode):
+        os.close(descriptor)
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(os, "fdopen", full)
     with pytest.raises(OSError, match=rf"No space left on device: the 100000 bytes of {saved} cannot") as found:
         write_atomically(saved, b"x" * 100_000)
     assert found.value.errno == errno.ENOSPC
@@ -416,3 +421,9 @@ def test_what_no_code_does(path):  # S1, S3, S7, S10, S11, S15
             assert options["weights_only"] == "True", f"line {node.lineno}"
         if isinstance(node, ast.Call):
             assert all(option.arg != "shell" for option in node.keywords), f"line {node.lineno}"
+
+
+def test_no_step_asks_what_time_it_is():  # T15
+    """So a clock that jumps changes nothing; the bar alone shows times."""
+    for name in ("training", "training_options", "run_folder", "sealed_files", "surviving"):
+        assert not {"time", "datetime"} & {part for part, _ in calls_and_names(EXAMPLES / f"{name}.py")}

@@ -339,11 +339,11 @@ def test_shares_of_the_environments(recipe):
 
 
 def test_names_on_the_sheet(recipe, data, tmp_path):  # S9, S12
-    """Control characters, broken names and long ones are written out; a formula is drawn as it stands."""
+    """Control characters and broken names are written out, long ones cut; a formula is drawn as it stands."""
     environments = import_module("environments")
-    assert environments.shown("a\x1b[31m\nb") == r"a\x1b[31m\nb"
-    assert environments.shown("caf\udce9") == r"caf\udce9"
-    assert environments.shown("x" * 40) == "x" * 17 + "…"
+    assert environments.short("a\x1b[31m\nb", 18) == r"a\x1b[31m\nb"
+    assert environments.short("caf\udce9", 18) == r"caf\udce9"
+    assert environments.short("x" * 40, 18) == "x" * 17 + "…"
     (tmp_path / "classes.txt").write_text("n01\t$\\frac{$\nn02\ttench\n")
     options = options_of(recipe, "environments", data, RESNET)
     options.data = str(tmp_path)

@@ -162,6 +162,31 @@ class Noisy:
             return (torch.stack([plain(sample[1]) + 0.1 * torch.randn(3, 8, 8) for sample in samples]),)
 
 
+class PoisonedLoss(Small):
+    """In steps 5 and 6 the images are NaN."""
+
+    def forward(self, images):
+        step = self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(images * float("nan") if step in (5, 6) else images)
+
+
+class PoisonedGradient(PoisonedLoss):
+    """In steps 5 and 6 the gradient of a finite loss is infinite."""
+
+    def forward(self, images):
+        loss, parts = Small.forward(self, images)
+        step = self.calls = getattr(self, "calls", 0) + 1
+        if step in (5, 6):
+            weight = self.student[-1].weight
+            loss = loss + (weight - weight.detach()).abs().sum().sqrt()
+        return loss, parts
+
+
+class Unreadable(Noisy):
+    def __call__(self, samples):
+        raise ValueError("images/cat\x1b[2J.png cannot be read")
+
+
 class Slow(Noisy):
     """Step 5 takes minutes."""
 
@@ -180,7 +205,9 @@ class Killed(Noisy):
         return super().__call__(samples)
 
 
-def small_training(data, out, *, objective=Small, collate=Noisy, fault=None, breaks=None, group=False, **changes):
+def small_training(
+    data, out, *, objective=Small, collate=Noisy, fault=None, breaks=None, group=False, shown=False, **changes
+):
     """``fault`` is (what, when, label, which time); see ``Faults``. ``group``: of processes of its own."""
     import training
 
@@ -188,6 +215,8 @@ def small_training(data, out, *, objective=Small, collate=Noisy, fault=None, bre
     options, folder = options_of(data, out, **changes), Path(out) / "small"
     if group:
         os.setpgid(0, 0)
+    if shown:
+        sys.argv.append("--traceback")
     if fault is not None:
         Faults(folder, *fault)
     if breaks == "reader":  # of a pipe
@@ -224,6 +253,138 @@ def two_processes(data, out, rank, port, **changes):
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **addresses})
     small_training(data, out, **changes)
+
+
+def options(data, out, arguments, forbidden=False):
+    """Those of an example."""
+    import ipirm_pretrain
+    import training
+
+    if forbidden:
+        Path.iterdir = refuse
+    sys.argv = ["ipirm_pretrain.py", *arguments]
+    training.parse("What it does.", ipirm_pretrain.RECIPES, ipirm_pretrain.add_options)
+
+
+def refuse(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def say_names(data, out):
+    from run_folder import say
+
+    say("caf\udce9")
+    print("a\nb".replace("\n", " "))
+
+
+def connect(data, out):
+    socket.socket().connect(("192.0.2.1", 80))
+
+
+TINY = {"depth": 0, "image_size": 16, "patch_size": 4, "local_size": 8, "images": 16, "batch_size": 8, "epochs": 4}
+TINY |= {"warmup_epochs": 1, "hidden_dim": 32, "output_dim": 64, "layer": 2, "probe_images": 32, "amp": "none"}
+TINY |= {"update_every": 1, "queue_size": 16, "r2_images": 36, "stage1_epochs": 1}
+
+
+def options_of_example(name, data, out, **changes):
+    module = importlib.import_module(name)
+    import training
+
+    known = next(iter(module.RECIPES.values())).keys() | {"probe_images", "amp", "r2_images", "stage1_epochs"}
+    model = "test_resnet" if name in ("ipirm_pretrain", "distill") else "test_vit"
+    chosen = {"model": model, **{key: value for key, value in TINY.items() if key in known}, **changes}
+    chosen = {key: value for key, value in chosen.items() if name == "reconstruction_pretrain" or key != "r2_images"}
+    chosen = {key: value for key, value in chosen.items() if name == "distill" or key != "stage1_epochs"}
+    if model == "test_resnet":
+        chosen["image_size"] = 32
+    flags = [part for key, value in chosen.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    sys.argv = [f"{name}.py", "--data", str(data), "--out", str(out), *flags]
+    return module, training.parse("", module.RECIPES, module.add_options)
+
+
+def example(data, out, name):
+    """All of it."""
+    module, _ = options_of_example(name, data, out, ser="on")
+    module.main()
+
+
+# ------------------------------------------------------------------------------------------------- what lasts in it
+
+
+class Unregistered(Small):
+    def __init__(self):
+        super().__init__()
+        self.count, self.average, self.generator = 0, torch.zeros(1), torch.Generator()
+
+    def forward(self, images):
+        self.count += 1
+        self.average = self.average + torch.rand(1, generator=self.generator)
+        return super().forward(images)
+
+
+def walk(data, out, example, method):
+    """Print what changes in steps and is not in the ``state_dict``."""
+    import training
+
+    torch.set_num_threads(1)
+    if example == "unregistered":
+        options = options_of(data, out)
+        objective, collate = Unregistered(), Noisy(options, 0)
+    else:
+        chosen = {} if example == "distill" else {"method": method}
+        module, options = options_of_example(example, data, out, **chosen)
+        if example == "distill":
+            teacher = module.classifier(options, None).eval().requires_grad_(False)
+            objective, collate = module.Student(options, method, None, teacher), module.Augmented(options, 0)
+        elif example == "ipirm_pretrain":
+            objective, collate = module.Objective(options, True), module.TwoViews(options, 0)
+        elif example == "reconstruction_pretrain":
+            objective, collate = module.Objective(options, 2), module.Crops(options, 0)
+        else:
+            objective, collate = module.Objective(options, True), module.Views(options, True, 0)
+    images, optimizer = training.training_images(options), training.adamw(objective, options)
+    found = []
+    for step in range(4):
+        loss, _ = objective(*collate([(step, *images[i], i) for i in range(8)]))
+        optimizer.zero_grad()
+        loss.backward()
+        objective.method.before_step(step)
+        optimizer.step()
+        objective.method.update(step, 8)
+        saved = {value.untyped_storage().data_ptr() for value in objective.state_dict().values() if is_tensor(value)}
+        found.append(dict(leaves(objective, "", saved, set())))
+    first, last = found[1], found[-1]
+    print(json.dumps(sorted(name for name in first.keys() | last.keys() if first.get(name) != last.get(name))))
+
+
+def is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+def leaves(thing, name, saved, seen):
+    """Name and value of all numbers, tensors and generators that can be reached, but for those in ``saved``."""
+    if thing is None or isinstance(thing, (bool, int, float, str)):
+        yield name, thing
+    elif isinstance(thing, torch.Tensor):
+        if thing.untyped_storage().data_ptr() not in saved:
+            yield name, repr(thing.tolist())
+    elif isinstance(thing, torch.Generator):
+        yield name, repr(thing.get_state().tolist())
+    elif isinstance(thing, random.Random):
+        yield name, repr(thing.getstate())
+    elif id(thing) not in seen and not isinstance(thing, type(importlib)):
+        seen.add(id(thing))
+        if isinstance(thing, dict):
+            parts = [(f"{name}[{key!r}]", value) for key, value in thing.items()]
+        elif isinstance(thing, (list, tuple, set)):
+            parts = [(f"{name}[{i}]", value) for i, value in enumerate(thing)]
+        else:
+            parts = [(f"{name}.{key}", value) for key, value in getattr(thing, "__dict__", {}).items()]
+        for part, value in parts:
+            yield from leaves(value, part, saved, seen)
+
+
+# ----------------------------------------------------------------------------------------------------- what it leaves
 
 
 def outcome(folder):
