@@ -55,8 +55,9 @@ def workers_may_die(folder: Path) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler raises anew for each that ends
         for child in multiprocessing.active_children():  # Python would wait for one that hangs
             child.kill()
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
-            reason = str(error).splitlines()[0]
+        lost = isinstance(error, (ConnectionError, EOFError))  # it ended while it was handing over a batch
+        if lost or (isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")):
+            reason = f"DataLoader worker is gone: {error}" if lost else str(error).splitlines()[0]
             raise Trouble(f"{reason}; --resume goes on from the last checkpoint in {folder}") from error
         raise
 

@@ -201,7 +201,9 @@ def test_one_training_at_a_time(data, whole, tmp_path):  # T5
     goes_on(data, tmp_path, whole)
 
 
-@pytest.mark.parametrize("fate", ["is killed by signal: Killed|exited unexpectedly", "timed out after 1 seconds"])
+@pytest.mark.parametrize(
+    "fate", ["is killed by signal: Killed|exited unexpectedly|is gone", "timed out after 1 seconds"]
+)
 def test_a_process_that_loads_images_is_lost(fate, data, whole, tmp_path):  # T14
     collate = trainers.Killed if "killed" in fate else trainers.Slow
     lost = {"collate": collate, "workers": 2, "worker_timeout": 1 if "timed" in fate else 60}
