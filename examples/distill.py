@@ -9,7 +9,7 @@ fine-tunes it on ``--images`` labelled ones, and takes that for the teacher of s
 
 with each loss of Stage II. Then it merges predictions over flips and crops, and over the models, with weights fitted
 on images that no model was trained on. A table, and a picture in runs/distill. A killed run goes on with ``--resume``.
-Copy ipirm_pretrain.py and training.py along with this file, and those that training.py names.
+Copy ipirm_pretrain.py and the folder training along with this file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 import ipirm_pretrain
 import timm
 import torch
-from sealed_files import hash_of, load_safely
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -35,6 +34,8 @@ from training import (
     as_program,
     evenly,
     folder_images,
+    hash_of,
+    load_safely,
     normalized_transform,
     parse,
     precision,

@@ -13,8 +13,8 @@ that is still entangled. Run it with
 which trains a ResNet-18 twice, without and with partitions, and compares them: k-NN and linear accuracy, what was
 found, and what samples of each group look like; a table, and two pictures in runs/ipirm. ``--partition on`` trains
 once. Several processes: ``torchrun --nproc-per-node 2 examples/ipirm_pretrain.py ...``. The paper's setting:
-``--recipe vipriors-resnet50``. A killed run goes on with ``--resume``, its partitions with it. Copy training.py
-along with this file, and those that it names.
+``--recipe vipriors-resnet50``. A killed run goes on with ``--resume``, its partitions with it. Copy the folder
+training along with this file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from lightly.models.modules.heads import (
     SimSiamProjectionHead,
 )
 from lightly.models.utils import update_momentum
-from sealed_files import load_safely
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
@@ -46,6 +45,7 @@ from training import (
     as_program,
     evenly,
     folder_images,
+    load_safely,
     normalized_transform,
     parse,
     precision,

@@ -13,7 +13,7 @@ which trains a ViT-Tiny three times, without the head and with 1 and 2 intermedi
 each parameter of the transformation is read off the frozen features (R²), k-NN and linear accuracy; a table, and two
 pictures in runs/reconstruction. ``--head 2`` trains once. Several processes: ``torchrun --nproc-per-node 2
 examples/reconstruction_pretrain.py ...``. The paper's setting: ``--recipe imagenet-vits16``. A killed run goes on with
-``--resume``. Copy ssl_methods.py and training.py along with this file, and those that training.py names.
+``--resume``. Copy ssl_methods.py and the folder training along with this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Any
 import timm
 import torch
 from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
-from sealed_files import load_safely
 from ssl_methods import METHODS
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
@@ -39,6 +38,7 @@ from training import (
     as_program,
     evenly,
     folder_images,
+    load_safely,
     parse,
     plain_transform,
     precision,

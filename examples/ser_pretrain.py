@@ -11,8 +11,7 @@ where ``b2`` is a small part of the batch, seen by flips, quarter turns and scal
 which trains a ViT-Tiny twice, without and with SER, and compares them: k-NN and linear accuracy, and how far the
 token maps turn with the image; a table, and a picture in runs/ser. ``--ser on`` trains once. Several processes:
 ``torchrun --nproc-per-node 2 examples/ser_pretrain.py ...``. The paper's setting: ``--recipe imagenet-vits16``.
-A killed run goes on with ``--resume``. Copy ssl_methods.py and
-training.py along with this file, and those that training.py names.
+A killed run goes on with ``--resume``. Copy ssl_methods.py and the folder training along with this file.
 """
 
 from __future__ import annotations

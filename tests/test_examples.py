@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def command(name, *arguments, folder, beside=(), launcher=()):
     """How to run an example as a file copied out of the repository, with the files that belong ``beside`` it."""
     for file in (name, *beside):
+        (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text((EXAMPLES / file).read_text())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "MPLCONFIGDIR": str(folder)}
     call = [sys.executable, *launcher, str(folder / name), *map(str, arguments)]
@@ -88,7 +89,7 @@ SMALL = {
     "amp": "none",
 }
 RECONSTRUCTION = {**{key: value for key, value in SMALL.items() if key not in ("layer", "local-size")}, "r2-images": 72}
-SHARED = ("training.py", "training_options.py", "run_folder.py", "sealed_files.py", "shown_names.py", "surviving.py")
+SHARED = tuple(f"training/{path.name}" for path in sorted((EXAMPLES / "training").glob("*.py")))
 BESIDE = (*SHARED, "ssl_methods.py")
 IPIRM = {
     "model": "test_resnet",

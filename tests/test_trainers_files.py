@@ -2,9 +2,7 @@
 
 import ast
 import contextlib
-import csv
 import errno
-import html.parser
 import io
 import os
 import pickle
@@ -20,10 +18,8 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("tqdm", reason="needs the examples extra")
 sys.path.insert(0, str(EXAMPLES))
-import run_folder  # noqa: E402
-import sealed_files  # noqa: E402
-import shown_names  # noqa: E402
-from sealed_files import Damaged, load_safely, save_atomically, write_atomically  # noqa: E402
+from training import run_folder, sealed_files, shown_names  # noqa: E402
+from training.sealed_files import Damaged, load_safely, save_atomically, write_atomically  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
 
@@ -306,29 +302,15 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
-def test_names_are_shown(name, tmp_path):  # S8, S9, S12
+def test_names_are_shown(name):  # S8, S9, S12
     line = shown_names.visible(name)
     assert line.isprintable()
     line.encode()  # it is text
-
-    page = shown_names.as_html(name)
-    found, parser = [], html.parser.HTMLParser()
-    parser.handle_data, parser.handle_starttag = found.append, lambda *tag: pytest.fail(str(tag))
-    parser.feed(f"<p>{page}</p>".removeprefix("<p>").removesuffix("</p>"))
-    parser.close()
-    assert "".join(found) == line
-    assert not set("<>\"'") & set(page)
 
     markdown = shown_names.as_markdown(name)
     assert not set("<>\"'") & set(markdown)
     for mark in "`*_[]()!|$#:":
         assert markdown.count(mark) == markdown.count("\\" + mark) + html_entities(markdown).count(mark), mark
-
-    cell = shown_names.as_csv(name)
-    table = io.StringIO()
-    csv.writer(table).writerow([cell, "x"])
-    assert next(csv.reader(io.StringIO(table.getvalue()))) == [cell, "x"]
-    assert cell.lstrip()[:1] not in tuple("=+-@")
 
 
 def html_entities(text):
@@ -344,7 +326,7 @@ def test_names_in_a_picture(tmp_path):  # S9
     figure = Figure()
     FigureCanvasAgg(figure)
     for name in HOSTILE:
-        text = figure.text(0, 0, shown_names.as_text(name))
+        text = figure.text(0, 0, shown_names.visible(name), parse_math=False)
         shown, formula = text._preprocess_math(text.get_text())
         assert not formula
         assert shown == shown_names.visible(name)
@@ -359,22 +341,19 @@ REFUSED += [" a", "c:", "a*", "\x1b[m", "caf\udce9", "é" * 150]
 
 
 @pytest.mark.parametrize("name", REFUSED, ids=ascii)
-def test_names_that_no_folder_gets(name, tmp_path):  # S5
+def test_names_that_no_folder_gets(name):  # S5
     with pytest.raises(
         ValueError, match="safe_name: name must be one that a folder can have on every system, got"
     ) as e:
-        shown_names.path_in(tmp_path, name)
+        shown_names.safe_name(name)
     assert str(e.value).isprintable()
     assert len(str(e.value)) < 1000
 
 
 def test_names_that_a_folder_gets(tmp_path):  # S5
     for name in ("polar bear", "n01440764", "a.b-c_d", "日本", "console", "..a", "x" * 200):
-        assert shown_names.path_in(tmp_path, name) == tmp_path / name
-    (tmp_path / "inside").mkdir()
-    (tmp_path / "inside" / "link").symlink_to("/etc")
-    with pytest.raises(ValueError, match="must lie in its folder, got a link to /etc"):
-        shown_names.path_in(tmp_path / "inside", "link")
+        assert shown_names.safe_name(name) == name
+        (tmp_path / name).mkdir()
 
 
 # --------------------------------------------------------------------------------------------- what no code here does
@@ -407,6 +386,7 @@ FORBIDDEN = {
 FORBIDDEN |= {"eval()", "exec()", "__import__()", "compile()", ".extractall()", ".extract()", ".unpack_archive()"}  # S7
 FORBIDDEN |= {"subprocess", ".system()", ".popen()"}  # S10
 FORBIDDEN |= {"requests", "urllib", "http", "socket"}  # S15
+FORBIDDEN |= {"csv"}  # S9: a cell that begins with = would be a formula
 
 
 @pytest.mark.parametrize(
@@ -425,5 +405,7 @@ def test_what_no_code_does(path):  # S1, S3, S7, S10, S11, S15
 
 def test_no_step_asks_what_time_it_is():  # T15
     """So a clock that jumps changes nothing; the bar alone shows times."""
-    for name in ("training", "training_options", "run_folder", "sealed_files", "surviving"):
-        assert not {"time", "datetime"} & {part for part, _ in calls_and_names(EXAMPLES / f"{name}.py")}
+    paths = list((EXAMPLES / "training").glob("*.py"))
+    assert paths
+    for path in paths:
+        assert not {"time", "datetime"} & {part for part, _ in calls_and_names(path)}

@@ -87,7 +87,7 @@ def _child(job, output, arguments, options):
         os.dup2(words, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # of those that load images
-    import surviving
+    from training import surviving
 
     surviving.as_program(lambda: globals()[job](*arguments, **options))
 
@@ -227,14 +227,14 @@ def small_training(
     elif breaks == "terminal":
         sys.stdout = sys.stderr = None
     elif breaks == "log":
-        before = training.StepBatches.__init__
+        before = training.loop.StepBatches.__init__
 
         def then_break(self, *arguments, **options):  # after the log is there, and before its first line
             before(self, *arguments, **options)
             (folder / "log.jsonl").unlink()
             (folder / "log.jsonl").symlink_to("/dev/full")
 
-        training.StepBatches.__init__ = then_break
+        training.loop.StepBatches.__init__ = then_break
 
     def measure(trained, device):
         return {"sum": sum(float(value.double().sum()) for value in trained.state_dict().values())}
@@ -271,7 +271,7 @@ def refuse(path):
 
 
 def say_names(data, out):
-    from run_folder import say
+    from training.run_folder import say
 
     say("caf\udce9")
     print("a\nb".replace("\n", " "))

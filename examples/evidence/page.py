@@ -9,6 +9,7 @@ from typing import Any
 
 from evidence.intervals import Difference, paired
 from evidence.questions import QUESTIONS, Comparison, Question
+from training import as_markdown, visible
 
 R2 = {"rotation": "R², rotation", "translation": "R², translation", "color": "R², colour", "blur": "R², blur"}
 Rows = dict[str, dict[str, list[float]]]  # measure, arm: a value for each seed
@@ -59,19 +60,23 @@ def interval(difference: Difference, digits: int) -> str:
 
 def table(rows: Rows, comparison: Comparison, base_name: str, digits: int) -> list[str]:
     names = [base_name, *comparison.arms.values()]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = [row_of(["", *names]), row_of(["---"] * (len(names) + 1))]
     for measure, arms in rows.items():
         base = arms[comparison.base]
         cells = [cell(base, None, digits), *(cell(arms[arm], base, digits) for arm in comparison.arms)]
-        lines.append(f"| {measure} | " + " | ".join(cells) + " |")
+        lines.append(row_of([as_markdown(measure), *cells]))
     return lines
+
+
+def row_of(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def sentence(rows: Rows, comparison: Comparison, arm: str) -> str:
     """What the intervals of one arm's accuracies say, in words."""
     said: dict[str, list[str]] = {}
     for measure, arms in rows.items():
-        said.setdefault(paired(arms[arm], arms[comparison.base]).verdict, []).append(measure)
+        said.setdefault(paired(arms[arm], arms[comparison.base]).verdict, []).append(as_markdown(measure))
     words = {
         "higher": "higher on",
         "lower": "lower on",
@@ -147,9 +152,9 @@ def corruption_lines(found: dict[str, Any]) -> list[str]:
     if not columns:
         return []
     kinds = list(next(iter(columns.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [row_of(["", *columns]), row_of(["---"] * (len(columns) + 1))]
     for kind in kinds:
-        lines.append(f"| {kind.replace('_', ' ')} | " + " | ".join(column[kind] for column in columns.values()) + " |")
+        lines.append(row_of([as_markdown(kind.replace("_", " ")), *(column[kind] for column in columns.values())]))
     return lines
 
 
@@ -164,7 +169,7 @@ BASES = {
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
     """``results.md`` and ``results-<question>.png`` in ``folder``."""
-    lines = [INTRODUCTION.format(**found)]
+    lines = [INTRODUCTION.format(**{**found, "machine": as_markdown(found["machine"])})]
     for question in QUESTIONS:
         answered, shown = answer(found, question, BASES[question.key])
         lines += answered
@@ -216,7 +221,7 @@ def picture(shown: list[tuple[Comparison, Rows, Rows]], path: Path) -> None:
             axes.plot([difference.low, difference.high], [place, place], color=color, linewidth=2)
             axes.plot(difference.mean, place, "o", color=color, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks([mean(places) for places in ticks.values()], list(ticks), fontsize=8)
+        axes.set_yticks([mean(places) for places in ticks.values()], map(visible, ticks), fontsize=8, parse_math=False)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(f"difference from the base: {title}", fontsize=10)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from evidence.plan import SCALES, TUNING_SEED, Group, plan
 from tqdm.auto import tqdm
-from training import write_atomically
+from training import safe_name, write_atomically
 
 FOUND, CHOSEN = "found.json", "chosen.json"
 
@@ -32,7 +32,7 @@ class Job(NamedTuple):
     def folder(self) -> Path:
         """Of one run, ``group / arm / seed``; with the value that is tried where it is for validation."""
         tried = "".join(f", {flag} {value}" for flag, value in self.chosen.items()) if self.split == "val" else ""
-        return self.runs / self.group / f"{self.arm}{tried}" / str(self.seed)
+        return self.runs / safe_name(self.group) / safe_name(f"{self.arm}{tried}") / str(self.seed)
 
 
 def execute(job: Job) -> Path:

@@ -15,7 +15,7 @@ step's name: ``--finetune-epochs 10``. ``--preset vipriors10`` (or 20, 50) takes
 default; or 20, 50) some for 64 pixels and a CPU. A killed run goes on with ``--resume``, and leaves out the steps that
 are done. Several processes: ``torchrun --nproc-per-node 8 examples/vipriors all ...``.
 
-To take it elsewhere, copy this folder, and beside it training.py, ipirm_pretrain.py, distill.py and what these import.
+To take it elsewhere, copy this folder, and beside it ipirm_pretrain.py, distill.py and the folder training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # of training.py and what else is shared
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # what is shared
 
 import distillation
 import environments

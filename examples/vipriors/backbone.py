@@ -9,10 +9,13 @@ from pathlib import Path
 import timm
 import torch
 from ipirm_pretrain import Channels
-from sealed_files import load_safely
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from training import evenly, precision
+from training import (
+    evenly,
+    load_safely,
+    precision,
+)
 
 from equireg import LateClassToken, WithIndex, extract_features
 

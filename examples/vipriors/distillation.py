@@ -19,10 +19,14 @@ from distill import STUDENTS, Augmented, Student, measure
 from finetune import Classifier
 from images import read
 from pretrain import OPTIMIZERS
-from sealed_files import hash_of, load_safely
 from torch import nn
 from torch.utils.data import Dataset
-from training import run_training, save_atomically
+from training import (
+    hash_of,
+    load_safely,
+    run_training,
+    save_atomically,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

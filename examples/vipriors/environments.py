@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from backbone import as_json, create, frozen_features
 from images import read
-from shown_names import visible
 from torch import Tensor
 from torch.utils.data import Dataset
-from training import normalized_transform, save_atomically, start_processes, write_atomically
+from training import (
+    normalized_transform,
+    save_atomically,
+    start_processes,
+    visible,
+    write_atomically,
+)
 
 from equireg import Environments
 

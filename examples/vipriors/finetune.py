@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from backbone import create
 from images import read
-from sealed_files import hash_of, load_safely
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +25,8 @@ from torchvision.transforms import v2
 from training import (
     MEAN,
     STD,
+    hash_of,
+    load_safely,
     normalized_transform,
     precision,
     run_training,

@@ -1,7 +1,7 @@
 """The folder of one training: its options, its log and its checkpoints, which survive what happens to a machine.
 
-To be copied beside training.py. A checkpoint is on the disk in full before it takes the place of the one before, which
-is kept besides; a seal at its end tells whether a byte of it has changed.
+A checkpoint is on the disk in full before it takes the place of the one before, which is kept besides; a seal at its
+end tells whether a byte of it has changed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from sealed_files import Damaged, load_safely, save_atomically, write_atomically
-from shown_names import visible
 from tqdm.auto import tqdm
+
+from training.sealed_files import Damaged, load_safely, save_atomically, write_atomically
+from training.shown_names import visible
 
 CHECKPOINT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 OPTIONS, LOG, SKIPPED, LOCK, RESULTS = "options.json", "log.jsonl", "skipped.jsonl", "lock", "results.json"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and whose bytes are those that were written. To be copied beside run_folder.py."""
+"""Files that are whole or not there, and whose bytes are those that were written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a training, and the images that they name. To be copied beside training.py."""
+"""The options of a training, and the images that they name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shown_names import visible
 from torch import Tensor
 from torch.utils.data import Subset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from equireg import ImageFiles, read_image_folder
+from training.shown_names import visible
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 # How a training is run, not what it computes: these may change on the way.

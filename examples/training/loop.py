@@ -1,10 +1,4 @@
-"""What the example trainers share: a training that survives being killed.
-
-All randomness of a step follows from the seed, the step and the process, never from what ran before. So a run that was
-killed goes on bit for bit from its last checkpoint, on the same machine with the same number of processes and threads.
-To be copied beside them, with the files that it imports: training_options.py, run_folder.py, sealed_files.py,
-surviving.py and shown_names.py.
-"""
+"""The loop: from a checkpoint, if there is one, to the measures at the end."""
 
 from __future__ import annotations
 
@@ -22,52 +16,19 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
-from run_folder import CHECKPOINT, RESULTS, SKIPPED, Run, say
-from sealed_files import save_atomically, write_atomically
-from shown_names import visible
-from surviving import Stop, Trouble, Unbreakable, as_program, leave_signals_to_the_first, workers_may_die
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from training_options import (
-    MEAN,
-    STD,
-    evenly,
-    folder_images,
-    into_range,
+
+from training.options import (
     names_hash,
-    normalized_transform,
-    parse,
-    plain_transform,
-    test_folder,
     training_images,
     what_counts,
 )
-
-# What the examples take from here; some of it is at home in the files beside this one.
-__all__ = [
-    "MEAN",
-    "STD",
-    "Run",
-    "Trouble",
-    "as_program",
-    "cosine",
-    "evenly",
-    "folder_images",
-    "into_range",
-    "normalized_transform",
-    "parse",
-    "plain_transform",
-    "precision",
-    "run_training",
-    "save_atomically",
-    "seed_everything",
-    "start_processes",
-    "test_folder",
-    "to_device",
-    "training_images",
-    "write_atomically",
-]
+from training.run_folder import CHECKPOINT, RESULTS, SKIPPED, Run, say
+from training.sealed_files import write_atomically
+from training.shown_names import visible
+from training.surviving import Stop, Trouble, Unbreakable, leave_signals_to_the_first, workers_may_die
 
 
 def start_processes() -> tuple[int, int, torch.device]:

@@ -1,4 +1,4 @@
-"""What a training is told from outside: signals, lost processes, a terminal that went away. Copy beside training.py."""
+"""What a training is told from outside: signals, lost processes, a terminal that went away."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shown_names import visible
+from training.shown_names import visible
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -1,0 +1,61 @@
+"""What the example trainers share: a training that survives being killed. To be copied beside them, as a folder.
+
+All randomness of a step follows from the seed, the step and the process, never from what ran before. So a run that was
+killed goes on bit for bit from its last checkpoint, on the same machine with the same number of processes and threads.
+"""
+
+from training.loop import (
+    adamw,
+    cosine,
+    precision,
+    run_training,
+    seed_everything,
+    start_processes,
+    to_device,
+)
+from training.options import (
+    MEAN,
+    STD,
+    evenly,
+    folder_images,
+    into_range,
+    normalized_transform,
+    parse,
+    plain_transform,
+    test_folder,
+    training_images,
+)
+from training.run_folder import Run
+from training.sealed_files import hash_of, load_safely, save_atomically, write_atomically
+from training.shown_names import as_markdown, safe_name, visible
+from training.surviving import Trouble, as_program
+
+__all__ = [
+    "MEAN",
+    "STD",
+    "Run",
+    "Trouble",
+    "adamw",
+    "as_markdown",
+    "as_program",
+    "cosine",
+    "evenly",
+    "folder_images",
+    "hash_of",
+    "into_range",
+    "load_safely",
+    "normalized_transform",
+    "parse",
+    "plain_transform",
+    "precision",
+    "run_training",
+    "safe_name",
+    "save_atomically",
+    "seed_everything",
+    "start_processes",
+    "test_folder",
+    "to_device",
+    "training_images",
+    "visible",
+    "write_atomically",
+]
