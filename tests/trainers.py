@@ -114,6 +114,7 @@ def options_of(data, out, **changes):
     chosen = {"data": Path(data), "out": Path(out), "resume": False, "method": "small", "seed": 3, "images": 32}
     chosen |= {"batch_size": 8, "epochs": 6, "warmup_epochs": 1, "lr": 1e-2, "weight_decay": 0.05, "amp": "none"}
     chosen |= {"workers": 0, "save_every": 3, "max_skipped": 10, "worker_timeout": 60, "allow_data_change": False}
+    chosen |= {"broken": "raise", "max_bad": 0.01}
     return argparse.Namespace(**{**chosen, "evaluate_on": "test", "image_size": 8, **changes})
 
 
@@ -335,7 +336,7 @@ def walk(data, out, example, method):
         module, options = options_of_example(example, data, out, **chosen)
         if example == "distill":
             teacher = module.classifier(options, None).eval().requires_grad_(False)
-            objective, collate = module.Student(options, method, None, teacher), module.Augmented(options, 0)
+            objective, collate = module.student(options, method, None, teacher), module.Augmented(options, 0)
         elif example == "ipirm_pretrain":
             objective, collate = module.Objective(options, True), module.TwoViews(options, 0)
         elif example == "reconstruction_pretrain":
