@@ -100,24 +100,24 @@ def train(
             parts["cross entropy"] = F.cross_entropy(head(irm.mask(f) if "eqinv" in on else f), yy)
 
             if "eqinv" in on and epoch >= options.warmup:
-                parts["eqinv"] = 0.1 * irm(f, yy, i.repeat(2))
+                parts["eqinv"] = 0.03 * irm(f, yy, i.repeat(2))
 
             if "ser" in on:
                 _, b2 = split_batch(images[i], options.ratio)
                 turned1, turned2, g1, g2 = turn(b2)
                 with TokenTap(network, EARLY) as early:
                     early1, early2 = ((network(view), early.tokens)[1] for view in (turned1, turned2))
-                parts["ser"] = 0.1 * ser(early1, early2, g1, g2)
+                parts["ser"] = 0.03 * ser(early1, early2, g1, g2)
 
             if "reconstruction" in on:
                 view, targets, _ = halfway(x1)
                 with TokenTap(network, LAST) as last:
                     network(view)
                 e1, e2 = (rebuild.split(tokens)[1] for tokens in (tokens1, last.tokens))
-                parts["reconstruction"] = 5.0 * rebuild(e1, e2, targets)
+                parts["reconstruction"] = 1.0 * rebuild(e1, e2, targets)
 
             if "ipirm" in on:
-                parts["ipirm"] = 0.1 * ipirm(projector(f1), projector(f2), i)
+                parts["ipirm"] = 0.03 * ipirm(projector(f1), projector(f2), i)
 
             loss = sum(parts.values())
             optimizer.zero_grad()
