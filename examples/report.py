@@ -25,9 +25,14 @@ sys.path.append(str(HERE / "vipriors"))  # Step 3 of the recipe is what fine-tun
 
 from evidence.page import write_page
 from evidence.plan import SCALES, plan
-from evidence.runs import collect, run_all
+from evidence.runs import collect, hours_of, run_all
 from evidence.timing import step_times
 from training import as_program, write_atomically
+
+
+def machine() -> str:
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def main() -> None:
@@ -40,6 +45,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="groups to train, as ipirm ser pacs; default: all")
     parser.add_argument("--page-only", action="store_true", help="train nothing; write the page from results.json")
     options = parser.parse_args()
+    if options.scale == "test" and options.docs == parser.get_default("docs"):
+        parser.error("--scale test needs --docs, or it would write over the page")
     saved = options.docs / "results.json"
     if not options.page_only:
         if options.data is None:
@@ -56,11 +63,10 @@ def main() -> None:
         results = {
             "scale": options.scale,
             "seeds": SCALES[options.scale].seeds,
-            "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+            "machine": machine(),
             "torch": torch.__version__.split("+")[0],
             "date": datetime.date.today().isoformat(),
-            "hours": sum(run["seconds"] for group in found.values() for arm in group.values() for run in arm.values())
-            / 3600,
+            "hours": hours_of(runs),
             "step_seconds": step_times(options.scale, data, runs, set(found)),
             "runs": found,
         }

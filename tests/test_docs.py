@@ -136,7 +136,9 @@ def check_command(page, command):
         script, options, call = rest[0], rest[1:], rest[:1]
         if script == "train.py":
             return  # the page's own blocks
-        assert (ROOT / script).is_file(), command
+        assert (ROOT / script).is_file() or (ROOT / script / "__main__.py").is_file(), command
+        if (ROOT / script).is_dir():
+            options, call = options[1:], rest[:2]  # a step, with flags of its own
         if script.startswith("docs/"):
             return
     options = [word for word in options if word.startswith("--")]

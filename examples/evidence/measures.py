@@ -31,6 +31,11 @@ from equireg import (
 TRANSFORMATIONS = ("rotation", "translation", "color", "blur")
 
 
+def evenly_drawn(images: Tensor, count: int) -> Tensor:
+    """So many of them at even distances, as they are sorted by class."""
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()]
+
+
 @cache
 def images_of(folder: Path, size: int, split: str, shots: int = 0, draw: int | None = None) -> tuple[Tensor, Tensor]:
     """Pixels in 0 .. 1, [N, 3, size, size], and labels."""
@@ -44,8 +49,9 @@ def images_of(folder: Path, size: int, split: str, shots: int = 0, draw: int | N
 
 @torch.no_grad()
 def encode(features: nn.Module, images: Tensor) -> Tensor:
-    """[N, D] of pixels in 0 .. 1."""
-    return torch.cat([features(part).float() for part in images.split(250)])
+    """[N, D] of pixels in 0 .. 1; computed where the network is, returned on the CPU."""
+    device = next(features.parameters()).device
+    return torch.cat([features(part.to(device)).float().cpu() for part in images.split(250)])
 
 
 def few_shot_accuracies(
@@ -77,9 +83,8 @@ def probe(x: Tensor, y: Tensor) -> Any:
 @cache
 def corrupted_images(folder: Path, size: int, count: int, severity: int) -> tuple[dict[str, Tensor], Tensor]:
     """Some test images under each of the 15 kinds of ImageNet-C, and their labels."""
-    images, labels = images_of(folder, size, "test")
-    some = torch.linspace(0, len(images) - 1, count).round().long()
-    return {kind: corrupted(images[some], kind, severity, seed=0) for kind in KINDS}, labels[some]
+    images, labels = (evenly_drawn(part, count) for part in images_of(folder, size, "test"))
+    return {kind: corrupted(images, kind, severity, seed=0) for kind in KINDS}, labels
 
 
 def corrupted_accuracies(
@@ -93,8 +98,9 @@ def corrupted_accuracies(
 @torch.no_grad()
 def equivariance(model: nn.Module, layer: str, images: Tensor) -> float:
     """Mean cosine of turned (and flipped) token maps with those of turned images, less that with another image's."""
-    count = len(images)
-    none, turns = torch.zeros(count, dtype=torch.bool), 1 + torch.arange(count) % 3
+    images = images.to(next(model.parameters()).device)
+    turns = 1 + torch.arange(len(images), device=images.device) % 3
+    none = torch.zeros_like(turns, dtype=torch.bool)
 
     def tokens(views: Tensor) -> Tensor:
         with TokenTap(model, layer) as tap:

@@ -123,7 +123,7 @@ def answer(
             f"{comparison.title} {name}: {flag} {value:g}".strip()
             for comparison, _, _ in several
             for arm, name in comparison.arms.items()
-            for flag, value in found["runs"][comparison.group][arm]["0"]["chosen"].items()
+            for flag, value in next(iter(found["runs"][comparison.group][arm].values()))["chosen"].items()
         ]
         if picked:
             lines += [f"Chosen on validation images: {'; '.join(picked)}.", ""]
@@ -237,18 +237,20 @@ INTRODUCTION = """\
 
 Every method without and with its regularizer, {seeds} seeds each, on test images that no setting was chosen on. \
 A cell is the mean over the seeds; in brackets stand the mean of the paired differences from the first column \
-(same seed: same first weights, images and order) and its 95% interval by Student's t. Bold: the interval does \
-not hold 0. With so many cells one in twenty is bold by chance. The settings named below were chosen by accuracy \
-on validation images, with a seed that is not among the reported ones; everything else is the same for all arms \
-of a table.
+(same seed: same first weights of the backbone, same images and order) and its 95% interval by Student's t. \
+Bold: the interval does not hold 0. With so many cells one in twenty is bold by chance. A seed decides weights, \
+views and order, and on CIFAR-10 which images have labels; VIPriors and PACS have the same labelled images for \
+all seeds, so their intervals do not speak of other draws. The settings named below were chosen by accuracy on \
+validation images, with a seed that is not among the reported ones; everything else is the same for all arms of \
+a table.
 
     python examples/report.py --scale {scale}        # trains what is missing, then writes this page and its pictures
 
-{machine}, PyTorch {torch}, {date}; {hours:.1f} core hours of training. This is the *{scale}* scale of the \
-report: networks, images and trainings far smaller than the papers', so a difference here says whether a \
-regularizer helps in little, not what the papers' settings would give. *VIPriors* is a small one: 50 classes of \
-Tiny ImageNet. The equivariance score is the mean cosine of turned token maps with those of turned images, less \
-the same with another image.
+{machine}, PyTorch {torch}, {date}; about {hours:.1f} hours of runs, one thread each. This is the *{scale}* \
+scale of the report: networks, images and trainings far smaller than the papers', so a difference here says \
+whether a regularizer helps in little, not what the papers' settings would give. *VIPriors* is a small one: 50 \
+classes of Tiny ImageNet. The equivariance score is the mean cosine of turned token maps with those of turned \
+images, less the same with another image.
 """
 
 CORRUPTIONS = """\
@@ -256,5 +258,6 @@ CORRUPTIONS = """\
 
 Accuracy in percent under each of the fifteen corruptions of ImageNet-C at severity 3 (by \
 imagecorruptions-imaug): of a linear probe on the frozen features, with the most labels that were tried, and of \
-the fine-tuned classifier. No network was trained with corrupted images.
+the fine-tuned classifier. No network was trained with these corruptions, though the views of pretraining are \
+jittered in colour, and some of them blurred.
 """

@@ -21,9 +21,11 @@ class Scale(NamedTuple):
     finetuning: dict[str, Any]
     epochs: dict[str, int]  # of fine-tuning, for each group
     digits_epochs: int
-    probe_images: int
+    probe_images: int  # of each corruption
+    shots: dict[str, tuple[int, ...]]  # labels of each class that probes get
 
 
+SHOTS = {"CIFAR-10": (10, 50), "VIPriors": (10, 20, 50)}
 SCALES = {
     # Two hours on two CPU cores: small networks on images of 32 pixels.
     "cpu": Scale(
@@ -35,6 +37,7 @@ SCALES = {
         epochs={"vipriors-10": 16, "vipriors-20": 10, "vipriors-50": 5, "cifar10-20": 30, "pacs": 8},
         digits_epochs=40,
         probe_images=300,
+        shots=SHOTS,
     ),
     # Ten to twenty hours on one large GPU: ViT-Tiny and ResNet-18 on images of 64 pixels, trained ten times as long.
     "gpu": Scale(
@@ -46,6 +49,7 @@ SCALES = {
         epochs={"vipriors-10": 50, "vipriors-20": 50, "vipriors-50": 50, "cifar10-20": 100, "pacs": 50},
         digits_epochs=40,
         probe_images=1000,
+        shots=SHOTS,
     ),
     # Seconds: whether it runs.
     "test": Scale(
@@ -57,8 +61,18 @@ SCALES = {
         epochs=dict.fromkeys(("vipriors-10", "vipriors-20", "vipriors-50", "cifar10-20", "pacs"), 1),
         digits_epochs=2,
         probe_images=20,
+        shots={"CIFAR-10": (2, 4), "VIPriors": (2, 4)},
     ),
 }
+
+
+def settings_of(scale: Scale, group: str) -> dict[str, Any]:
+    """What decides the runs of a group, to tell runs of another plan from these."""
+    if group == "digits":
+        return {"epochs": scale.digits_epochs}
+    if group in scale.epochs:
+        return {**scale.finetuning, "epochs": scale.epochs[group], "encoder": scale.ipirm}
+    return {"ipirm": scale.ipirm, "ser": scale.ser, "reconstruction": scale.reconstruction}[group]
 
 
 class Arm(NamedTuple):
@@ -82,16 +96,15 @@ class Group(NamedTuple):
 
 def plan(scale: Scale, data: Path, runs: Path) -> dict[str, Group]:
     """Every group, by name."""
-    cifar, vipriors = {"CIFAR-10": (data / "cifar10", (10, 50))}, {"VIPriors": (data / "tiny-vipriors64", (10, 20, 50))}
+    folders = {"CIFAR-10": data / "cifar10", "VIPriors": data / "tiny-vipriors64"}
 
     def probes(robust: str, split: str) -> Probes:
-        return Probes({**cifar, **vipriors}, robust, split, scale.probe_images)
+        sets = {name: (folder, scale.shots[name]) for name, folder in folders.items()}
+        return Probes(sets, robust, split, scale.probe_images)
 
     def pretraining(trainer: str, own: dict[str, Any], robust: str, variant: Any, **more: Any) -> Callable[..., Any]:
-        images = (cifar | vipriors)[robust][0]
-
         def train(seed: int, folder: Path, split: str = "test", **chosen: Any) -> dict[str, Any]:
-            flags = {"data": images, "amp": "none", **own, **more, **chosen}
+            flags = {"data": folders[robust], "amp": "none", **own, **more, **chosen}
             return pretrain(trainer, flags, variant, seed, folder, probes(robust, split))
 
         return train

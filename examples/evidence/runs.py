@@ -11,11 +11,11 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from evidence.plan import SCALES, TUNING_SEED, Group, plan
+from evidence.plan import SCALES, TUNING_SEED, Group, plan, settings_of
 from tqdm.auto import tqdm
 from training import safe_name, write_atomically
 
-FOUND, CHOSEN = "found.json", "chosen.json"
+FOUND = "found.json"
 
 
 class Job(NamedTuple):
@@ -36,17 +36,33 @@ class Job(NamedTuple):
 
 
 def execute(job: Job) -> Path:
-    """Train, unless that is done."""
+    """Train, unless that is done.
+
+    Raises:
+        ValueError: it was done with other settings.
+    """
     done = job.folder / FOUND
-    if not done.exists():
-        torch.set_num_threads(1)
-        start = time.monotonic()
-        arm = plan(SCALES[job.scale], job.data, job.runs)[job.group].arms[job.arm]
-        results = arm.train(job.seed, job.folder, split=job.split, **job.chosen)
-        content = {**results, "chosen": job.chosen, "seconds": time.monotonic() - start}
-        job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(done, (json.dumps(content, indent=1) + "\n").encode())
+    if done.exists():
+        read_found(job)
+        return done
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    arm = plan(SCALES[job.scale], job.data, job.runs)[job.group].arms[job.arm]
+    results = arm.train(job.seed, job.folder, split=job.split, **job.chosen)
+    content = {**results, "settings": settings_of(SCALES[job.scale], job.group), "chosen": job.chosen}
+    content["seconds"] = time.monotonic() - start
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(done, (json.dumps(content, indent=1) + "\n").encode())
     return done
+
+
+def read_found(job: Job) -> dict[str, Any]:
+    """The results of a finished run of this plan."""
+    found = json.loads((job.folder / FOUND).read_text())
+    expected = json.loads(json.dumps([settings_of(SCALES[job.scale], job.group), job.chosen]))
+    if [found["settings"], found["chosen"]] != expected:
+        raise ValueError(f"{job.folder} was run with other settings; remove it, or give another --runs")
+    return found
 
 
 def run_all(scale: str, data: Path, runs: Path, only: list[str], processes: int) -> None:
@@ -58,12 +74,8 @@ def run_all(scale: str, data: Path, runs: Path, only: list[str], processes: int)
         for part in (first, later):
             tuned = [job for name, group in part.items() for job in tuning(scale, data, runs, name, group)]
             finish(pool, tuned, "on validation images")
-            final = []
-            for name, group in part.items():
-                chosen = choose(scale, data, runs, name, group)
-                for seed in range(SCALES[scale].seeds):
-                    final += [Job(scale, data, runs, name, arm, seed, "test", chosen[arm]) for arm in group.arms]
-            finish(pool, final, "on test images")
+            jobs = [job for name, group in part.items() for job in final(scale, data, runs, name, group)]
+            finish(pool, jobs, "on test images")
 
 
 def tuning(scale: str, data: Path, runs: Path, name: str, group: Group) -> list[Job]:
@@ -81,15 +93,18 @@ def choose(scale: str, data: Path, runs: Path, name: str, group: Group) -> dict[
     chosen: dict[str, dict[str, Any]] = {arm: {} for arm in group.arms}
     best: dict[str, float] = {}
     for job in tuning(scale, data, runs, name, group):
-        accuracy = json.loads((job.folder / FOUND).read_text())["accuracy"]
+        accuracy = read_found(job)["accuracy"]
         value = accuracy.get("val", mean(accuracy.values()))
         if value > best.get(job.arm, -1.0):
             best[job.arm], chosen[job.arm] = value, job.chosen
-    chosen |= {arm: chosen[kind.like] for arm, kind in group.arms.items() if kind.like}
-    folder = runs / name
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CHOSEN, (json.dumps(chosen, indent=1) + "\n").encode())
-    return chosen
+    return chosen | {arm: chosen[kind.like] for arm, kind in group.arms.items() if kind.like}
+
+
+def final(scale: str, data: Path, runs: Path, name: str, group: Group) -> list[Job]:
+    """Every arm with every seed, with the settings that were chosen for it."""
+    chosen = choose(scale, data, runs, name, group)
+    seeds = range(SCALES[scale].seeds)
+    return [Job(scale, data, runs, name, arm, seed, "test", chosen[arm]) for seed in seeds for arm in group.arms]
 
 
 def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
@@ -110,12 +125,19 @@ def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
 
 
 def collect(scale: str, data: Path, runs: Path) -> dict[str, Any]:
-    """The results of every finished run: group, arm, seed."""
+    """The results of every group that is finished: group, arm, seed."""
     found: dict[str, Any] = {}
     for name, group in plan(SCALES[scale], data, runs).items():
-        for arm in group.arms:
-            for seed in range(SCALES[scale].seeds):
-                path = runs / name / arm / str(seed) / FOUND
-                if path.exists():
-                    found.setdefault(name, {}).setdefault(arm, {})[str(seed)] = json.loads(path.read_text())
+        tuned = tuning(scale, data, runs, name, group)
+        if not all((job.folder / FOUND).exists() for job in tuned):
+            continue
+        jobs = final(scale, data, runs, name, group)
+        if all((job.folder / FOUND).exists() for job in jobs):
+            for job in jobs:
+                found.setdefault(name, {}).setdefault(job.arm, {})[str(job.seed)] = read_found(job)
     return found
+
+
+def hours_of(runs: Path) -> float:
+    """Of training and measuring, on validation images too; a run that was stopped counts from where it went on."""
+    return sum(json.loads(path.read_text())["seconds"] for path in runs.rglob(FOUND)) / 3600

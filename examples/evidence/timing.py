@@ -15,7 +15,7 @@ import torch
 from evidence.plan import SCALES
 from evidence.trainings import PRETRAININGS, environments, finetuning_options, options_of
 from torch import nn
-from training import training_images
+from training import start_processes, to_device, training_images
 
 VARIANTS = {
     "ser": {"off": False, "on": True},
@@ -29,35 +29,54 @@ def step_times(
 ) -> dict[str, dict[str, float]]:
     """Median seconds of a step: group, arm. The arms take turns, so that a busy machine is busy for all of them."""
     torch.set_num_threads(1)
-    sizes, found = SCALES[scale], {}
+    found = {}
     for trainer in sorted(VARIANTS.keys() & groups):
-        variants = VARIANTS[trainer]
-        own = {**getattr(sizes, trainer), "data": data / "cifar10", "amp": "none"}
+        own = {**getattr(SCALES[scale], trainer), "data": data / "cifar10", "amp": "none"}
         options = options_of(trainer, own, 0, folder)
-        kind = PRETRAININGS[trainer]
-        steps = {}
-        for arm, variant in variants.items():
-            objective = kind.make_objective(options, variant)
-            if trainer == "ipirm" and variant:  # as after the first update
-                partitions = objective.method.partitions
-                partitions.partitions = torch.cat(
-                    [partitions.partitions, torch.arange(partitions.num_samples)[None] % 2]
-                )
+        kind, images = PRETRAININGS[trainer], training_images(options)
+        steps, extra = {}, {}
+        for arm, variant in VARIANTS[trainer].items():
+            objective = kind.make_objective(options, variant).to(start_processes()[2])
+            if trainer == "ipirm" and variant:
+                extra[arm] = search_share(objective.method, options, len(images))
             collate = kind.make_collate(options, variant)(0)
-            steps[arm] = step_of(objective, collate, training_images(options), options)
+            if trainer == "reconstruction" and not variant:
+                objective = WithoutDecoders(objective)
+            steps[arm] = step_of(objective, collate, images, options)
         found[trainer] = by_turns(steps, repeats)
+        for arm, seconds in extra.items():
+            found[trainer][arm] += seconds
     if "vipriors-20" in groups:
         found["vipriors-20"] = by_turns(finetuning_steps(scale, data), repeats)
     return found
 
 
+class WithoutDecoders(nn.Module):
+    """VICReg alone: what the base of the comparison is but for the decoders that look on."""
+
+    def __init__(self, objective: nn.Module):
+        super().__init__()
+        self.method, self.views = objective.method, objective.views
+
+    def forward(self, first: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.method([first, self.views(first)[0]])[0], {}
+
+
+def search_share(method: nn.Module, options: argparse.Namespace, samples: int) -> float:
+    """Seconds of one search for a partition, which joins the loss, spread over the steps between two searches."""
+    start = time.perf_counter()
+    method.find_partition(0)
+    return (time.perf_counter() - start) / (options.update_every * (samples // options.batch_size))
+
+
 def finetuning_steps(scale: str, data: Path) -> dict[str, Callable[[], None]]:
     steps = {}
     for arm, penalty in (("off", "off"), ("on", "rex")):
-        where = {"data": data / "tiny-vipriors64", "shots": 20, "amp": "none", "penalty": penalty}
+        shots = min(20, max(SCALES[scale].shots["VIPriors"]))
+        where = {"data": data / "tiny-vipriors64", "shots": shots, "amp": "none", "penalty": penalty}
         options = finetuning_options({**SCALES[scale].finetuning, **where}, 0)
         images = recipe_images.read(options, "train")
-        objective = finetune.Objective(options, len(images.classes))
+        objective = finetune.Objective(options, len(images.classes)).to(start_processes()[2])
         if penalty != "off":
             objective.irm.environments = environments(options, "adjusted")
         steps[arm] = step_of(objective, finetune.TwoViews(options, 0), images, options)
@@ -68,6 +87,8 @@ def step_of(objective: nn.Module, collate: Any, images: Any, options: argparse.N
     """Forward, backward and the optimizer on one batch; loading it does not count."""
     count = min(options.batch_size, len(images))
     batch = collate([(0, *images[i], i) for i in torch.linspace(0, len(images) - 1, count).round().long().tolist()])
+    device = start_processes()[2]
+    batch = to_device(batch, device)
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1e-3)
 
     def step() -> None:
@@ -75,6 +96,8 @@ def step_of(objective: nn.Module, collate: Any, images: Any, options: argparse.N
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     return step
 

@@ -19,6 +19,7 @@ from evidence.measures import (
     corrupted_accuracies,
     encode,
     equivariance,
+    evenly_drawn,
     few_shot_accuracies,
     images_of,
     labelled,
@@ -41,7 +42,7 @@ class Probes(NamedTuple):
     data: dict[str, Any]  # name of a data set: its folder, and numbers of labels for each class
     robust: str  # the one of them whose test images are corrupted, with the largest number of labels
     split: str
-    images: int  # of corrupted ones of each kind, and of a quarter of the pairs for R²
+    images: int  # of corrupted ones of each kind
 
 
 class Encoder(NamedTuple):
@@ -60,13 +61,20 @@ def measure(encoder: Encoder, probes: Probes, seed: int) -> dict[str, Any]:
     if probes.split == "val":  # settings are chosen by accuracy
         return found
     folder, shots = probes.data[probes.robust]
-    some = images_of(folder, size, "test")[0][::4]
-    found["equivariance"] = equivariance(encoder.model, encoder.layer, NORMALIZE(some[:128]))
-    found["r2"] = r2(features, some[: 4 * probes.images], sigma=size / 32)
     classifier = probe(*labelled(features, folder, size, max(shots), seed))
-    predict = lambda pixels: torch.from_numpy(classifier.predict(encode(features, pixels)))  # noqa: E731
-    found["corrupted"] = corrupted_accuracies(predict, folder, size, probes.images)
-    return found
+
+    def predict(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(classifier.predict(encode(features, pixels)))
+
+    return {**found, **told(encoder, folder), "corrupted": corrupted_accuracies(predict, folder, size, probes.images)}
+
+
+def told(encoder: Encoder, folder: Path) -> dict[str, Any]:
+    """Equivariance and R², on a quarter of the test images."""
+    size = encoder.image_size
+    some = images_of(folder, size, "test")[0][::4]
+    score = equivariance(encoder.model, encoder.layer, NORMALIZE(evenly_drawn(some, 128)))
+    return {"equivariance": score, "r2": r2(encoder.features, some, sigma=size / 32)}
 
 
 # ------------------------------------------------------------------------------------------------- self-supervised
@@ -204,13 +212,14 @@ def fine_tune(
     ) -> dict[str, Any]:
         found: dict[str, Any] = {"accuracy": finetune.evaluate(objective, device, options, folder)}
         if probes is not None:
-            model = objective.model.eval()
-            size, (place, _) = options.image_size, probes.data[probes.robust]
-            some = images_of(place, size, "test")[0][::4]
-            found["equivariance"] = equivariance(model.backbone, "layer2", NORMALIZE(some[:128]))
-            found["r2"] = r2(Normalized(model.backbone), some[: 4 * probes.images], sigma=size / 32)
-            predict = lambda pixels: encode(Normalized(model), pixels).argmax(1)  # noqa: E731
-            found["corrupted"] = corrupted_accuracies(predict, place, size, probes.images)
+            model, place = objective.model.eval(), probes.data[probes.robust][0]
+            encoder = Encoder(Normalized(model.backbone), model.backbone, "layer2", options.image_size)
+
+            def predict(pixels: Tensor) -> Tensor:
+                return encode(Normalized(model), pixels).argmax(1)
+
+            found |= told(encoder, place)
+            found["corrupted"] = corrupted_accuracies(predict, place, options.image_size, probes.images)
         return found
 
     return finetune.train(options, folder, measure=measured)

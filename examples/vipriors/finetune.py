@@ -59,8 +59,8 @@ class Classifier(nn.Module):
         self.backbone = create(options, encoder)
         width = self.backbone.num_features
         with_mask = options.penalty != "off"
-        self.mask = FeatureMask(width, scale=options.mask_scale or None) if with_mask else nn.Identity()
         self.head = weight_norm(nn.Linear(width, num_classes))
+        self.mask = FeatureMask(width, scale=options.mask_scale or None) if with_mask else nn.Identity()
 
     def features(self, images: Tensor) -> Tensor:
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
