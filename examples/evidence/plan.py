@@ -61,7 +61,7 @@ SCALES = {
         epochs=dict.fromkeys(("vipriors-10", "vipriors-20", "vipriors-50", "cifar10-20", "pacs"), 1),
         digits_epochs=2,
         probe_images=20,
-        shots={"CIFAR-10": (2, 4), "VIPriors": (2, 4)},
+        shots={"CIFAR-10": (2, 6), "VIPriors": (2, 6)},
     ),
 }
 
