@@ -18,13 +18,19 @@ def _seed():
     torch.manual_seed(0)
 
 
+class RealImages:
+    """The folder that EQUIREG_DATA names; a test that asks for a data set that is not there is skipped."""
+
+    def __truediv__(self, name: str) -> Path:
+        folder = os.environ.get("EQUIREG_DATA")
+        if not folder:
+            pytest.skip("EQUIREG_DATA is not set: it names a folder with cifar10/{train,test}/<class>/*.jpg and others")
+        first = name.split("/")[0]
+        if not (Path(folder) / first).is_dir():
+            pytest.skip(f"EQUIREG_DATA={folder} has no {first}")
+        return Path(folder) / name
+
+
 @pytest.fixture(scope="session")
-def real_images() -> Path:
-    """The folder of real images that the environment variable EQUIREG_DATA names."""
-    folder = os.environ.get("EQUIREG_DATA")
-    if not folder:
-        pytest.skip("EQUIREG_DATA is not set: it names a folder with cifar10/{train,test}/<class>/*.jpg and others")
-    path = Path(folder)
-    if not (path / "cifar10" / "train").is_dir():
-        pytest.skip(f"EQUIREG_DATA={folder} has no cifar10/train")
-    return path
+def real_images() -> RealImages:
+    return RealImages()

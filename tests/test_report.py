@@ -266,13 +266,11 @@ def test_arms_begin_alike(made_images, tmp_path, evidence):
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-@pytest.mark.skipif("EQUIREG_DATA" not in os.environ, reason="EQUIREG_DATA names no folder of real images")
-def test_validation_images_are_neither_trained_on_nor_tested_on(evidence):
+@pytest.mark.parametrize("name", ["cifar10", "tiny-vipriors64"])
+def test_validation_images_are_neither_trained_on_nor_tested_on(name, evidence, real_images):
     """Also where a data set has no folder of them."""
     from images import read_folders
 
-    for name in ("cifar10", "tiny-vipriors64"):
-        parts = [read_folders(Path(os.environ["EQUIREG_DATA"]) / name, split) for split in ("train", "val", "test")]
-        paths = [set(part.paths) for part in parts]
-        assert len(set.union(*paths)) == sum(map(len, parts))
-        assert all(torch.bincount(part.labels).unique().numel() == 1 for part in parts)
+    parts = [read_folders(real_images / name, split) for split in ("train", "val", "test")]
+    assert len(set.union(*(set(part.paths) for part in parts))) == sum(map(len, parts))
+    assert all(torch.bincount(part.labels).unique().numel() == 1 for part in parts)
