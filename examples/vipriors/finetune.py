@@ -154,11 +154,13 @@ def sgd(objective: nn.Module, options: argparse.Namespace) -> torch.optim.Optimi
 
 
 def adamw_by_layers(objective: Objective, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """Of each block ``--layer-decay`` times the rate of the block behind it."""
+    """Of each block ``--layer-decay`` times the rate of the block behind it, and of the last one times the head's."""
     backbone = objective.model.backbone
     groups = param_groups_layer_decay(
         backbone, options.weight_decay, backbone.no_weight_decay(), layer_decay=options.layer_decay
     )
+    for group in groups:
+        group["lr_scale"] *= options.layer_decay  # timm counts from the last layer of the backbone, which has no head
     inside = {id(p) for p in backbone.parameters()}
     others = [p for p in objective.parameters() if id(p) not in inside and p.requires_grad]
     groups += [
