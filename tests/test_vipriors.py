@@ -526,15 +526,50 @@ def test_names_on_the_sheet(recipe, data, tmp_path):  # S9, S12
     assert environments.names_of(options, ["n02", "n01", "n03"]) == ["tench", "$\\frac{$", "n03"]
 
 
-def test_all_four(recipe, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("without", [["ipirm"], []], ids=["three", "four"])
+def test_all_four(without, recipe, data, tmp_path, monkeypatch, capsys):
     """A table of two trainings, and a picture; each line can be left out."""
-    call = ["all_four.py", "--data", str(data), "--epochs", "3", "--warmup", "1", "--without", "ipirm"]
-    call += ["--batch-size", "16", "--image-size", "16", "--out", str(tmp_path / "a.png")]
+    call = ["all_four.py", "--data", str(data), "--epochs", "3", "--warmup", "1", "--batch-size", "16"]
+    call += ["--image-size", "16", "--out", str(tmp_path / "a.png"), *(["--without", *without] if without else [])]
     monkeypatch.setattr(sys, "argv", call)
-    import_module("all_four").main()
-    assert re.search(
-        r"^cross entropy +[\d.]+\ncross entropy \+ eqinv \+ ser \+ reconstruction +[\d.]+$",
-        capsys.readouterr().out,
-        re.M,
-    )
+    all_four = import_module("all_four")
+    report, losses = all_four.report, []
+    monkeypatch.setattr(all_four, "report", lambda *given: (losses.append(given[1]), report(*given)))
+    all_four.main()
+    names = ["eqinv", "ser", "reconstruction", *([] if without else ["ipirm"])]
+    name = re.escape(" + ".join(["cross entropy", *names]))
+    assert re.search(rf"^cross entropy +[\d.]+\n{name} +[\d.]+$", capsys.readouterr().out, re.M)
     assert is_picture(tmp_path / "a.png")
+    last = list(losses[0].values())[-1][-1]
+    assert last.keys() == {"cross entropy", *names}
+    assert all(0 < abs(value) < float("inf") for value in last.values())
+
+
+def test_all_four_on_validation_images(recipe, data, tmp_path, monkeypatch, capsys):
+    """Those of ``val``, or training images that it does not train on; the test images are not looked at."""
+    all_four = import_module("all_four")
+    assert {Path(p).parts[-3] for p in all_four.find(data, "val", 5)[1].paths} == {"val"}
+    shutil.copytree(data / "train", tmp_path / "train")
+    train, val = all_four.find(tmp_path, "val", 100)
+    assert not set(train.paths) & set(val.paths)
+    assert (train.labels.bincount().tolist(), val.labels.bincount().tolist()) == ([6] * 4, [2] * 4)
+    assert train.labels.shape == all_four.pixels(train, 8).shape[:1]
+    (tmp_path / "train" / "ant" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n none")
+    call = ["all_four.py", "--data", str(tmp_path), "--batch-size", "8", "--evaluate-on", "val"]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit):
+        all_four.main()
+    assert re.search(r"train/ant/0.png", capsys.readouterr().err)
+
+
+def test_views_that_are_never_seen_in_use_leave_the_statistics(recipe):
+    """Normalised by the batch as ever, with gradient; and outside of it they follow again."""
+    all_four = import_module("all_four")
+    torch.manual_seed(0)
+    network, images = all_four.Network(), torch.rand(4, 3, 16, 16)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with all_four.statistics_kept(network):
+        inside = network(images)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    assert torch.equal(inside, network(images))
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
