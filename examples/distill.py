@@ -281,21 +281,28 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
 
 def evaluate(objective: Student, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Accuracies, the predictions for what comes after, and the model."""
-    found = measure(objective.model, validation_images(options), test_images(options), options, device, folder)
+    parts = {"val": validation_images(options), "test": test_images(options)}
+    found = measure(objective.model, parts, options, device, folder)
     save_atomically(folder / "model.pt", objective.model.state_dict())
     return found
 
 
 def measure(
-    model: nn.Module, val: Dataset, test: Dataset, options: argparse.Namespace, device: torch.device, folder: Path
-) -> dict[str, float]:
-    """Accuracies of one view and of ten crops, and the predictions in a file."""
-    saved = {}
-    for name, images in (("val", val), ("test", test)):
+    model: nn.Module, parts: dict[str, Dataset], options: argparse.Namespace, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """Accuracies of one view and of ten crops, where there are labels, and the predictions in a file."""
+    saved: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
+    for name, images in parts.items():
         for how, tta in (("plain", {}), ("ten", {"crops": "ten", "merge": "gmean"})):
-            saved[f"{name} {how}"], saved[name] = predictions(model, images, options, device, **tta)
+            row = f"{name} {how}"
+            saved[row], saved[name] = predictions(model, images, options, device, **tta)
+            if (saved[name] >= 0).all():
+                found[row] = accuracy(saved[row], saved[name])
+            else:
+                found[name] = "no labels"
     save_atomically(folder / "predictions.pt", saved)
-    return {name: accuracy(saved[name], saved[name.split()[0]]) for name in saved if " " in name}
+    return found
 
 
 def test_images(options: argparse.Namespace) -> Dataset:
@@ -304,38 +311,42 @@ def test_images(options: argparse.Namespace) -> Dataset:
 
 def augmentations(
     model: nn.Module,
-    test: Dataset,
+    images: Dataset,
     options: argparse.Namespace,
     name: str,
     device: torch.device,
     merges: Iterable[str] = ("mean", "gmean", "tsharpen"),
 ) -> dict[str, float]:
     """Accuracy of one model for every kind of test-time augmentation."""
-    rows = {f"{name}, one view": accuracy(*predictions(model, test, options, device))}
+    rows = {f"{name}, one view": accuracy(*predictions(model, images, options, device))}
     for crops in ("flip", "five", "ten"):
         for merge in merges:
-            found = predictions(model, test, options, device, crops=crops, merge=merge)
+            found = predictions(model, images, options, device, crops=crops, merge=merge)
             rows[f"{name}, {crops}, {merge}"] = accuracy(*found)
     return rows
 
 
-def ensembles(folders: dict[str, Path]) -> dict[str, float]:
-    """Accuracy of all models together, from their plain and from their ten-crop predictions."""
+def ensembles(folders: dict[str, Path], on: str = "test") -> dict[str, float]:
+    """Accuracy of all models together, from their plain and from their ten-crop predictions; on "val" without the
+    weights, which are fitted there.
+    """
     saved = [load_safely(folder / "predictions.pt") for folder in folders.values()]
-    labels, rows = {part: saved[0][part] for part in ("val", "test")}, {}
+    labels, rows = {part: saved[0][part] for part in ("val", on)}, {}
     for how, title in (("plain", "one view"), ("ten", "ten crops")):
-        val, test = (torch.stack([one[f"{part} {how}"] for one in saved]) for part in ("val", "test"))
+        val, merged = (torch.stack([one[f"{part} {how}"] for one in saved]) for part in ("val", on))
         for merge in ("mean", "gmean", "tsharpen"):
-            rows[f"ensemble, {title}, {merge}"] = accuracy(ensemble(test, merge=merge), labels["test"])
+            rows[f"ensemble, {title}, {merge}"] = accuracy(ensemble(merged, merge=merge), labels[on])
+        if on == "val":
+            continue
         weights = fit_ensemble_weights(val, labels["val"])
-        rows[f"ensemble, {title}, weighted"] = accuracy(ensemble(test, weights=weights), labels["test"])
+        rows[f"ensemble, {title}, weighted"] = accuracy(ensemble(merged, weights=weights), labels[on])
         shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(folders, weights.tolist()))
         tqdm.write(f"weights fitted on {len(labels['val'])} images, {title}: {shares}")
     return rows
 
 
-def report(trained: dict[str, dict[str, float]], merged: dict[str, float], path: Path) -> None:
-    """A table, and beside it a picture."""
+def report(trained: dict[str, dict[str, Any]], merged: dict[str, float], path: Path, on: str = "test") -> None:
+    """A table, and beside it a picture; ``on``: what ``merged`` is about."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -343,13 +354,14 @@ def report(trained: dict[str, dict[str, float]], merged: dict[str, float], path:
 
     print(f"\n{'accuracy, %':42}{'validation':>12}{'test':>8}")
     for name, found in trained.items():
-        print(f"{name:42}{found['val plain']:12.1f}{found['test plain']:8.1f}")
+        cells = (f"{found[row]:.1f}" if row in found else "-" for row in ("val plain", "test plain"))
+        print("{:42}{:>12}{:>8}".format(name, *cells))
     print()
     for name, value in merged.items():
         print(f"{name:54}{value:8.1f}")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.3))
-    for axes, rows in ((left, {name: found["test plain"] for name, found in trained.items()}), (right, merged)):
+    for axes, rows in ((left, {name: found[f"{on} plain"] for name, found in trained.items()}), (right, merged)):
         for place, (name, value) in enumerate(reversed(rows.items())):
             color = f"C{('ensemble' in name) + 2 * (axes is left)}"
             axes.plot(value, place, "o", color=color)
@@ -357,7 +369,10 @@ def report(trained: dict[str, dict[str, float]], merged: dict[str, float], path:
         axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
         low, high = min(rows.values()), max(rows.values())
         room = max(high - low, 1)  # for the numbers beside the points
-        axes.set(xlabel="test accuracy, %", xlim=(low - 0.08 * room, high + 0.16 * room))
+        axes.set(
+            xlabel={"val": "validation accuracy, %"}.get(on, "test accuracy, %"),
+            xlim=(low - 0.08 * room, high + 0.16 * room),
+        )
         axes.grid(axis="y", alpha=0.3)
     left.set_title("fine-tuning and distillation")
     right.set_title("test-time augmentation and ensembles")

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,14 @@ from training import (
     MEAN,
     STD,
     as_program,
+    averaged,
     evenly,
     folder_images,
     load_safely,
     normalized_transform,
     parse,
     precision,
+    read_log,
     run_training,
     save_atomically,
     seed_everything,
@@ -216,13 +217,14 @@ class Method(nn.Module):
         """Before each step of the optimizer."""
 
     def update(self, step: int, steps: int) -> None:
-        """After each step of the optimizer: the teacher, and where it is time a new partition."""
+        """After each step of the optimizer: the teacher, and a new partition as soon as one is due."""
         if self.options.method == "mocov2":
             update_momentum(nn.ModuleList([self.backbone, self.head]), self.teacher, self.options.momentum)
-        epochs, within = divmod(step + 1, steps // self.options.epochs)
-        due = within == 0 and epochs % self.options.update_every == 0 and epochs < self.options.epochs
-        if due and self.partition:
-            self.find_partition(epochs)
+        epochs = min((step + 1) // (steps // self.options.epochs), self.options.epochs - 1)  # none after the last
+        due = epochs // self.options.update_every
+        # By their number: no step of the optimizer is behind an epoch whose last gradient was not finite.
+        if self.partition and len(self.partitions.partitions) <= due:
+            self.find_partition(due * self.options.update_every)
 
     def find_partition(self, epochs: int) -> None:
         """On two views of all training images, of which each process takes its share."""
@@ -298,8 +300,7 @@ def report(results: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, fl
 
     figure, (curves, accuracy) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(1.6, 1))
     for name, log in logs.items():
-        steps, losses = [row["step"] for row in log], [row["loss"] for row in log]
-        curves.plot(steps, [sum(losses[max(0, i - 9) : i + 1]) / min(10, i + 1) for i in range(len(log))], label=name)
+        curves.plot([row["step"] for row in log], averaged([row["loss"] for row in log]), label=name)
     curves.set(xlabel="step", ylabel="loss (partitions add terms)", title="training")
     curves.legend()
     for i, (name, found) in enumerate(results.items()):
@@ -368,8 +369,7 @@ def main() -> None:
     for partition in {"off": [False], "on": [True], "compare": [False, True]}[options.variants]:
         name = "with partitions" if partition else "without partitions"
         results[name] = train(options, partition)
-        log = folder_of(options, partition) / "log.jsonl"
-        logs[name] = [json.loads(line) for line in log.read_text().splitlines()]
+        logs[name] = read_log(folder_of(options, partition))
     if all(results.values()):
         report(results, logs, options.out / f"{options.method}.png")
         path = folder_of(options, True) / PARTITIONS

@@ -36,6 +36,7 @@ from training import (
     MEAN,
     STD,
     as_program,
+    averaged,
     evenly,
     folder_images,
     load_safely,
@@ -323,8 +324,8 @@ def report(results: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, fl
     figure, (curves, accuracy, told) = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(1.2, 0.8, 1.6))
     for color, (name_of, log) in enumerate(logs.items()):
         steps = [row["step"] for row in log]
-        curves.plot(steps, smooth([row["ssl"] for row in log]), f"C{color}", label=f"self-supervised, {name_of}")
-        values = smooth([row["reconstruction"] for row in log])
+        curves.plot(steps, averaged([row["ssl"] for row in log]), f"C{color}", label=f"self-supervised, {name_of}")
+        values = averaged([row["reconstruction"] for row in log])
         curves.plot(steps, values, f"C{color}--", label=f"reconstruction, {name_of}")
     curves.set(xlabel="step", ylabel="loss", title="training", yscale="log")
     curves.legend(fontsize=7)
@@ -372,11 +373,6 @@ def report_pictures(folders: dict[str, Path], path: Path) -> None:
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=110)
     print(path)
-
-
-def smooth(values: list[float], span: int = 10) -> list[float]:
-    """The mean of the last few steps."""
-    return [mean(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

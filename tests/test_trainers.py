@@ -53,6 +53,22 @@ def test_a_step_that_is_not_finite_is_skipped(kind, amp, data, train, tmp_path):
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {10.0}
 
 
+@pytest.mark.parametrize("kind", ["PoisonedLoss", "PoisonedGradient"])
+def test_nothing_has_changed_after_it(kind, data, train, tmp_path):  # T9
+    """All that is saved after steps 5 and 6 is what was saved after step 4: weights, buffers, teacher, moments."""
+    code, words = train(data, objective=getattr(trainers, kind), max_skipped=2)
+    assert code == 1, words
+    after, before = (
+        torch.load(tmp_path / "small" / f"checkpoint{name}.pt", weights_only=True) for name in ("", ".previous")
+    )
+    assert (before["step"], after["step"]) == (4, 6)
+    for state in (before, after):
+        for group in state["optimizer"]["param_groups"]:
+            del group["lr"]  # set anew in each step
+    for part in ("objective", "optimizer", "scaler"):
+        assert trainers.plain(after[part]) == trainers.plain(before[part]), part
+
+
 def test_too_many_in_a_row(data, train, tmp_path):  # T9
     """It ends with the last good state, from which it can go on."""
     code, words = train(data, objective=trainers.PoisonedLoss, max_skipped=2)
@@ -225,6 +241,8 @@ EXAMPLES = {
     "reconstruction_pretrain": ["vicreg", "ibot", "dinov2"],
     "ipirm_pretrain": ["simclr", "simsiam", "mocov2"],
     "distill": ["features", "ofd", "crd"],
+    "vipriors pretrain": ["mocov2", "simclr"],
+    "vipriors finetune": ["rex"],
 }
 KEPT = (
     "['partitions'].reports",  # as plain numbers, in the extra state

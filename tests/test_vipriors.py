@@ -161,13 +161,158 @@ def test_all_goes_on_where_it_was_killed(recipe, data, tmp_path, monkeypatch):  
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_a_stale_step_is_not_taken_for_done(recipe, data, tmp_path):  # T7
+    """What comes of another encoder or model than the one that is there now is refused, or left out, and it is told."""
+    arguments = flags(RESNET, data=data, out=tmp_path)
+    recipe.main(["all", *arguments])
+    predicted = (tmp_path / "test" / "predictions.pt").stat().st_mtime_ns
+    recipe.main(["all", *arguments, "--resume", "--steps", "environments", "test"])  # nothing to do
+    assert (tmp_path / "test" / "predictions.pt").stat().st_mtime_ns == predicted
+
+    recipe.main(["all", *arguments, "--seed", "2", "--steps", "pretrain"])
+    with pytest.raises(ValueError, match=r"other options: encoder '\w{64}' \(now '\w{64}'\)"):
+        recipe.main(["all", *arguments, "--resume", "--steps", "environments"])
+    with pytest.raises(ValueError, match=r"environments.pt was made with another encoder .* run Step 2"):
+        recipe.main(["all", *arguments, "--steps", "finetune"])
+    recipe.main(["all", *arguments, "--steps", "environments", "finetune"])
+    with pytest.raises(ValueError, match=r"other options: model '\w{64}' \(now '\w{64}'\)"):
+        recipe.main(["all", *arguments, "--resume", "--steps", "test"])
+
+
+def test_an_old_student_is_left_out(recipe, data, tmp_path, capsys):  # T7
+    arguments = flags(RESNET, data=data, out=tmp_path)
+    recipe.main(["all", *arguments, "--steps", "finetune", "distill"])
+    recipe.main(["all", *arguments, "--steps", "finetune", "test", "--seed", "2"])
+    assert "distill is left out: another model than that of" in capsys.readouterr().out
+    merged = read(tmp_path / "test" / "results.json")["merged"]
+    assert not any(row.startswith("ensemble") for row in merged)
+
+
+def test_nothing_saved_tells_of_the_machine(recipe, data, tmp_path, monkeypatch):  # S14
+    """Of all steps: no paths, and nothing of the environment."""
+    monkeypatch.setenv("SECRET_TOKEN", "xyzzy-secret")
+    recipe.main(["all", *flags(RESNET, data=data, out=tmp_path / "out")])
+    model = ["--model-folder", str(tmp_path / "out" / "finetune"), "--shots", "6", "--image-size", "32"]
+    recipe.main(["test", *model, "--model", "test_resnet", "--data", str(data), "--out", str(tmp_path / "out")])
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 25
+    for path in files:
+        for told in (str(tmp_path), str(data), "xyzzy-secret", str(Path.home()) + "/", sys.prefix):
+            assert told.encode() not in path.read_bytes(), path
+    for step in recipe.STEPS:
+        kept = read(tmp_path / "out" / step / "options.json")
+        assert not kept.keys() & {"data", "out", "resume", "workers"}
+        assert {"shots", "layout", "seed"} <= kept.keys()
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+@pytest.mark.parametrize("below", ["", "imagenet_50"])
+@pytest.mark.parametrize("step", ["finetune", "all"])
+def test_the_challenges_own_layout(step, below, recipe, data, tmp_path, capsys):
+    """Its test images have no labels: no accuracy is told of them, and their predictions are there."""
+    root, out = tmp_path / "data" / below, tmp_path / "out"
+    for part in ("train", "val"):
+        shutil.copytree(data / part, root / part)
+    (root / "test" / "imgs").mkdir(parents=True)
+    for place, path in enumerate(sorted((data / "test").rglob("*.png"))):
+        shutil.copy(path, root / "test" / "imgs" / f"img_{place}.png")
+    steps = [] if step == "all" else ["--steps", "finetune"]
+    recipe.main(["all", *flags(RESNET, data=tmp_path / "data", out=out), *steps])
+    words = capsys.readouterr().out
+    assert re.search(r"^finetune: [\d.]+ s, val [\d.]+%, test no labels$", words, re.M)
+    assert read(out / "finetune" / "results.json")["test"] == "no labels"
+    if step == "all":
+        assert re.search(r"^pretrain: [\d.]+ s, k-NN no labels, linear no labels$", words, re.M)
+        assert re.search(r"^test: [\d.]+ s, val: fine-tuned, ten, gmean [\d.]+%$", words, re.M)
+        saved = torch.load(out / "test" / "predictions.pt", weights_only=True)
+        assert saved["test ten"].shape == (16, 4)
+
+
+def test_evaluation_on_val_leaves_test_alone(recipe, data, tmp_path):
+    """There need not even be any."""
+    root = tmp_path / "data"
+    for part in ("train", "val"):
+        shutil.copytree(data / part, root / part)
+    recipe.main(["all", *flags(RESNET, data=root, out=tmp_path / "out"), "--evaluate-on", "val"])
+    found = read(tmp_path / "out" / "recipe.json")
+    assert "test" not in found["finetune"]
+    assert not any("test" in row for row in found["distill"])
+    assert found["test"]["on"] == "val"
+    assert not any("weighted" in row for row in found["test"]["merged"])  # by weights of the same images
+    with pytest.raises(SystemExit):
+        recipe.main(["finetune", "--shots", "6", "--data", str(root), "--out", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("layout", ["folders", "nico", "domains"])
+def test_broken_images(layout, recipe, data, tmp_path, capsys):
+    """``--broken skip`` leaves out as many as ``--max-bad`` allows, in every layout, and looks for them once."""
+    root = tmp_path / "data"
+    if layout == "folders":
+        shutil.copytree(data, root)
+        broken = root / "train" / "ant" / "0.png"
+    else:
+        for part in ("train", "val", "test"):
+            for path in (data / part).rglob("*.png"):
+                name, other = path.parent.name, ("day", "dim", "night")[int(path.stem) % 3]
+                folder = root / (Path(name) / other if layout == "nico" else Path(other) / name)
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, folder / f"{part}{path.name}")
+        broken = next(root.rglob("train0.png"))
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n none")
+    images = import_module("images")
+    call = ["--layout", layout, "--shots", "2", "--bias", "0.5"]
+    options = recipe.options_of("finetune", ["--data", str(root), *call, "--broken", "skip", "--max-bad", "0.5"])
+    parts = [images.read(options, split) for split in ("train", "val", "test")]
+    assert all(str(broken) not in part.paths for part in parts)
+    assert "left out: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        recipe.options_of("finetune", ["--data", str(root), *call, "--broken", "skip", "--max-bad", "0"])
+    assert "broken" in capsys.readouterr().err
+    for path in root.rglob("*.png"):  # all have been read
+        path.unlink()
+    assert [images.read(options, split).paths for split in ("train", "val", "test")] == [p.paths for p in parts]
+
+
+def test_from_scratch_by_a_word(recipe, data, tmp_path):
+    """Though Steps 1 and 2 are there."""
+    arguments = flags(RESNET, data=data, out=tmp_path)
+    recipe.main(["all", *arguments, "--steps", "pretrain", "environments"])
+    scratch = ["--finetune-encoder", "none", "--finetune-environments", "none", "--distill-encoder", "none"]
+    recipe.main(["all", *arguments, "--steps", "finetune", "distill", *scratch])
+    options = read(tmp_path / "finetune" / "options.json")
+    assert (options["encoder"], options["environments"]) == (None, None)
+    assert read(tmp_path / "distill" / "options.json")["encoder"] is None
+
+
+def test_the_result_is_a_row_chosen_before(recipe):
+    """Not the largest of many on test images."""
+    merged = {"fine-tuned, one view": 50.0, "fine-tuned, ten, mean": 40.0, "ensemble, one view, weighted": 60.0}
+    results = {"models": {}, "on": "test", "result": "fine-tuned, ten, mean", "merged": merged}
+    assert recipe.summary(results) == "test: fine-tuned, ten, mean 40.0%"
+
+
+def test_a_partition_is_found_though_the_epochs_last_step_failed(recipe, data):  # T9
+    """A step that fails has no ``update`` behind it; the next one makes up for it, once."""
+    pretrain = import_module("pretrain")
+    options = options_of(recipe, "pretrain", data, RESNET, "--epochs", "4", "--update-every", "2")
+    method = pretrain.Objective(options, pretrain.unlabelled(options)).method
+    counts = []
+    for step in range(8):  # two in an epoch
+        if step != 3:  # the last one of the second epoch
+            method.update(step, 8)
+        counts.append(len(method.partitions.partitions) - 1)
+    assert counts == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
 def test_it_runs_where_it_was_copied(tmp_path, data):
     """The folder and the files that its help names; the step before is asked for, without a traceback."""
     shutil.copytree(RECIPE, tmp_path / "vipriors")
     for name in BESIDE:
         source = EXAMPLES / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    call = [sys.executable, str(tmp_path / "vipriors"), "environments", "--data", str(data)]
+    call = [sys.executable, str(tmp_path / "vipriors"), "environments", "--shots", "6", "--data", str(data)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)  # noqa: S603
     assert result.returncode != 0
@@ -187,8 +332,9 @@ def test_help_names_the_files_to_copy(recipe):
 
 
 @pytest.mark.parametrize(("shots", "penalty"), [(10, 2), (20, 10), (50, 100)])
-def test_presets_are_the_papers(shots, penalty, recipe, data):
+def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
     """EqInv, Section 5.2 and supplementary B; IP-IRM, Section 4.2."""
+    monkeypatch.setattr(import_module("images"), "check", lambda options: None)  # not so many of a class here
     options = {
         step: recipe.options_of(step, ["--preset", f"vipriors{shots}", "--data", str(data)]) for step in recipe.STEPS
     }
@@ -205,8 +351,44 @@ def test_presets_are_the_papers(shots, penalty, recipe, data):
     assert options["distill"].lr / options["distill"].batch_size == pytest.approx(0.1 / 160)
 
 
+def test_a_vision_transformer_has_settings_of_its_own(recipe, data, monkeypatch):
+    """EqInv, supplementary B, in fine-tuning; and a student by a loss that it can be trained with."""
+    monkeypatch.setattr(import_module("images"), "check", lambda options: None)
+    chosen = ["--preset", "vipriors10", "--model", "vit_base_patch16_224", "--data", str(data)]
+    options = {step: recipe.options_of(step, chosen) for step in recipe.STEPS}
+    three = options["finetune"]
+    assert (three.lr, three.weight_decay, three.batch_size, three.warmup_epochs) == (5e-4, 0.05, 256, 5)
+    assert (three.layer_decay, three.drop_path, three.weight) == (0.65, 0.1, 2)
+    assert options["distill"].method == "logits"
+    assert not hasattr(recipe.options_of("finetune", [*chosen, "--model", "resnet50"]), "layer_decay")
+
+
+def test_rates_fall_towards_the_first_block(recipe, data):
+    """0.65 times the rate of the block behind it, of the head all of it; each parameter once."""
+    finetune = import_module("finetune")
+    options = options_of(recipe, "finetune", data, VIT)
+    options.encoder = options.environments = None
+    objective = finetune.Objective(options, 4)
+    optimizer = finetune.adamw_by_layers(objective, options)
+    scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
+    assert len(scales) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert scales.keys() == {id(p) for p in objective.parameters()}
+    depth = len(objective.model.backbone.blocks)
+    for name, p in objective.named_parameters():
+        block = re.match(r"model\.backbone\.blocks\.(\d+)", name)
+        early = name.startswith(
+            ("model.backbone.patch_embed", "model.backbone.cls", "model.backbone.pos", "model.backbone.reg")
+        )
+        last = name.startswith("model.backbone.norm")  # with the last block, in timm
+        behind = depth - int(block[1]) if block else depth + 1 if early else int(last)
+        assert scales[id(p)] == pytest.approx(0.65**behind), name
+    drops = [m.drop_prob for m in objective.modules() if type(m).__name__ == "DropPath"]
+    assert max(drops) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(("method", "rate"), [("mocov2", 0.03), ("simsiam", 0.05)])
-def test_published_settings_of_the_other_methods(method, rate, recipe, data):
+def test_published_settings_of_the_other_methods(method, rate, recipe, data, monkeypatch):
+    monkeypatch.setattr(import_module("images"), "check", lambda options: None)
     chosen = ["--preset", "vipriors20", "--method", method, "--data", str(data)]
     options = recipe.options_of("pretrain", chosen)
     assert (options.optimizer, options.lr, options.batch_size) == ("sgd", rate, 256)
@@ -223,11 +405,15 @@ def test_flags_of_a_step_carry_its_name(recipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["all", "--distill-epoch-count", "5"], "unknown: --epoch-count 5"),
+        (["all", "--shots", "6", "--distill-epoch-count", "5"], "unknown: --epoch-count 5"),
         (["pretrain", "--preset", "vipriors30"], "invalid choice: 'vipriors30'"),
         (["train"], "no step 'train'; choose from pretrain, environments, finetune, distill, test, all"),
-        (["test"], "run Step 3 (finetune) first"),
+        (["test", "--shots", "6"], "run Step 3 (finetune) first"),
         (["pretrain", "--shots", "6", "--model", "test_vit", "--ser", "0.5"], "needs --late-class-token"),
+        (["all", "--shots", "6", "--model", "test_vit", "--distill-method", "ofd"], "stages of a ResNet, got --model"),
+        (["all", "--shots", "6", "--model", "test_wit"], "--model must be the name of a model in timm, got 'test_wit'"),
+        (["all", "--shots", "9"], "shots must be at most 8"),
+        (["finetune", "--recipe", "tiny10"], "unknown: --recipe"),
     ],
 )
 def test_mistakes_show_before_any_work(arguments, message, recipe, data, tmp_path, capsys):  # T11, T16
@@ -340,15 +526,50 @@ def test_names_on_the_sheet(recipe, data, tmp_path):  # S9, S12
     assert environments.names_of(options, ["n02", "n01", "n03"]) == ["tench", "$\\frac{$", "n03"]
 
 
-def test_all_four(recipe, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("without", [["ipirm"], []], ids=["three", "four"])
+def test_all_four(without, recipe, data, tmp_path, monkeypatch, capsys):
     """A table of two trainings, and a picture; each line can be left out."""
-    call = ["all_four.py", "--data", str(data), "--epochs", "3", "--warmup", "1", "--without", "ipirm"]
-    call += ["--batch-size", "16", "--image-size", "16", "--out", str(tmp_path / "a.png")]
+    call = ["all_four.py", "--data", str(data), "--epochs", "3", "--warmup", "1", "--batch-size", "16"]
+    call += ["--image-size", "16", "--out", str(tmp_path / "a.png"), *(["--without", *without] if without else [])]
     monkeypatch.setattr(sys, "argv", call)
-    import_module("all_four").main()
-    assert re.search(
-        r"^cross entropy +[\d.]+\ncross entropy \+ eqinv \+ ser \+ reconstruction +[\d.]+$",
-        capsys.readouterr().out,
-        re.M,
-    )
+    all_four = import_module("all_four")
+    report, losses = all_four.report, []
+    monkeypatch.setattr(all_four, "report", lambda *given: (losses.append(given[1]), report(*given)))
+    all_four.main()
+    names = ["eqinv", "ser", "reconstruction", *([] if without else ["ipirm"])]
+    name = re.escape(" + ".join(["cross entropy", *names]))
+    assert re.search(rf"^cross entropy +[\d.]+\n{name} +[\d.]+$", capsys.readouterr().out, re.M)
     assert is_picture(tmp_path / "a.png")
+    last = list(losses[0].values())[-1][-1]
+    assert last.keys() == {"cross entropy", *names}
+    assert all(0 < abs(value) < float("inf") for value in last.values())
+
+
+def test_all_four_on_validation_images(recipe, data, tmp_path, monkeypatch, capsys):
+    """Those of ``val``, or training images that it does not train on; the test images are not looked at."""
+    all_four = import_module("all_four")
+    assert {Path(p).parts[-3] for p in all_four.find(data, "val", 5)[1].paths} == {"val"}
+    shutil.copytree(data / "train", tmp_path / "train")
+    train, val = all_four.find(tmp_path, "val", 100)
+    assert not set(train.paths) & set(val.paths)
+    assert (train.labels.bincount().tolist(), val.labels.bincount().tolist()) == ([6] * 4, [2] * 4)
+    assert train.labels.shape == all_four.pixels(train, 8).shape[:1]
+    (tmp_path / "train" / "ant" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n none")
+    call = ["all_four.py", "--data", str(tmp_path), "--batch-size", "8", "--evaluate-on", "val"]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit):
+        all_four.main()
+    assert re.search(r"train/ant/0.png", capsys.readouterr().err)
+
+
+def test_views_that_are_never_seen_in_use_leave_the_statistics(recipe):
+    """Normalised by the batch as ever, with gradient; and outside of it they follow again."""
+    all_four = import_module("all_four")
+    torch.manual_seed(0)
+    network, images = all_four.Network(), torch.rand(4, 3, 16, 16)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with all_four.statistics_kept(network):
+        inside = network(images)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    assert torch.equal(inside, network(images))
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())

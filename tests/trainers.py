@@ -331,6 +331,8 @@ def walk(data, out, example, method):
     if example == "unregistered":
         options = options_of(data, out)
         objective, collate = Unregistered(), Noisy(options, 0)
+    elif example.startswith("vipriors "):
+        options, objective, collate = of_recipe(example.split()[1], data, out, method)
     else:
         chosen = {} if example == "distill" else {"method": method}
         module, options = options_of_example(example, data, out, **chosen)
@@ -356,6 +358,29 @@ def walk(data, out, example, method):
         found.append(dict(leaves(objective, "", saved, set())))
     first, last = found[1], found[-1]
     print(json.dumps(sorted(name for name in first.keys() | last.keys() if first.get(name) != last.get(name))))
+
+
+def of_recipe(step, data, out, method):
+    """A step's objective, with all that it can have: SER and reconstruction, or environments."""
+    sys.path[:0] = [str(EXAMPLES / "vipriors"), str(EXAMPLES)]
+    import images
+    import presets
+
+    from equireg import Environments
+
+    module = importlib.import_module(step)
+    values = {**presets.values("tiny10", step, method=method), "shots": 0, "layout": "folders", "draw": -1, "bias": 0.0}
+    small = {"model": "test_resnet", "image_size": 32, "hidden_dim": 32, "output_dim": 16, "queue_size": 16}
+    own = {"groups": 2, "mixup": 0.0, "ser": 0.5, "layer": "layer2", "reconstruction": 1.0, "unlabelled": "train"}
+    own |= {"penalty": method, "temperature": 0.1, "mask_scale": 0.0, "open": False, "encoder": None}
+    own |= {"epochs": 4, "batch_size": 8, "update_every": 1, "environments": None, "method": method}
+    options = options_of(data, out, **{**values, **small, **own})
+    found = images.read(options, "train")
+    if step == "pretrain":
+        return options, module.Objective(options, found), module.Views(options, 0)
+    objective = module.Objective(options, len(found.classes))
+    objective.irm.environments = Environments.split(torch.randn(len(found), 8), found.labels)
+    return options, objective, module.TwoViews(options, 0)
 
 
 def is_tensor(value):

@@ -16,16 +16,21 @@ from training.loop import (
 from training.options import (
     MEAN,
     STD,
+    add_training_options,
+    add_values,
     evenly,
     folder_images,
     into_range,
+    names_hash,
     normalized_transform,
     parse,
+    parse_checked,
     plain_transform,
     test_folder,
     training_images,
+    what_counts,
 )
-from training.run_folder import Run
+from training.run_folder import Run, averaged, read_log
 from training.sealed_files import hash_of, load_safely, save_atomically, write_atomically
 from training.shown_names import as_markdown, safe_name, visible
 from training.surviving import Trouble, as_program
@@ -36,18 +41,24 @@ __all__ = [
     "Run",
     "Trouble",
     "adamw",
+    "add_training_options",
+    "add_values",
     "as_markdown",
     "as_program",
+    "averaged",
     "cosine",
     "evenly",
     "folder_images",
     "hash_of",
     "into_range",
     "load_safely",
+    "names_hash",
     "normalized_transform",
     "parse",
+    "parse_checked",
     "plain_transform",
     "precision",
+    "read_log",
     "run_training",
     "safe_name",
     "save_atomically",
@@ -57,5 +68,6 @@ __all__ = [
     "to_device",
     "training_images",
     "visible",
+    "what_counts",
     "write_atomically",
 ]

@@ -161,15 +161,18 @@ def train(
     device: torch.device,
     learning_rate: Callable[[int, int, argparse.Namespace], float],
 ) -> None:
-    """The steps. One whose loss or gradient is not finite changes nothing but the scale of fp16."""
+    """The steps. One whose loss or gradient is not finite changes nothing but the scale of fp16: nothing learns from
+    it, no teacher follows, and a partition that was due is looked for after the next step.
+    """
     objective, optimizer, scaler = state.objective, state.optimizer, state.scaler
     method = objective.method
     model = nn.parallel.DistributedDataParallel(objective) if batches.world > 1 else objective
     with Stop() as stop, workers_may_die(run.folder):
         for step, batch in enumerate(bar, batches.start):
             seed_everything(options.seed, step, batches.rank)
+            rate = learning_rate(step, batches.steps_per_epoch, options)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, batches.steps_per_epoch, options)
+                group["lr"] = rate * group.get("lr_scale", 1.0)  # of a layer
             before = [buffer.clone() for buffer in objective.buffers()]
             loss, parts = model(*to_device(batch, device))
             optimizer.zero_grad()
@@ -187,7 +190,8 @@ def train(
                 method.before_step(step // batches.steps_per_epoch)
                 scaler.step(optimizer)
             scaler.update()
-            method.update(step, batches.steps)
+            if not failed:
+                method.update(step, batches.steps)
 
             state.skipped = state.skipped + 1 if failed else 0
             row = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
@@ -195,7 +199,7 @@ def train(
                 found = {"loss": str(row["loss"]), "norm": str(norm.item()), "images": batches.indices(step)}
                 run.log({"step": step + 1, **found}, SKIPPED)
             else:
-                run.log({"step": step + 1, **row, "lr": group["lr"]})
+                run.log({"step": step + 1, **row, "lr": rate})
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
             hopeless = state.skipped >= options.max_skipped
             due = (step + 1) % batches.steps_per_epoch == 0 or (step + 1) % options.save_every == 0

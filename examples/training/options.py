@@ -55,6 +55,14 @@ def parse(
     )
     add_options(parser)
     parser.add_argument("--evaluate-on", choices=("test", "val"), default="test", help="choose settings on val")
+    add_training_options(parser)
+    add_values(parser, recipe)
+    own_layout = parser.get_default("layout") is not None  # whose reader looks for itself
+    return parse_checked(parser, arguments, *([] if own_layout else [check_folders]))
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Those of every training, however it finds its images."""
     parser.add_argument("--amp", choices=("auto", "none", "bf16", "fp16"), default="auto")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, bit for bit")
     parser.add_argument("--seed", type=int, default=0)
@@ -67,17 +75,26 @@ def parse(
     parser.add_argument("--broken", choices=("raise", "skip"), default="raise", help="images that cannot be decoded")
     parser.add_argument("--max-bad", type=float, default=0.01, help="share of the images that --broken skip leaves out")
     parser.add_argument("--probe-images", type=int, default=50_000, help="at most so many of train and of test")
-    for name, value in recipe.items():
+
+
+def add_values(parser: argparse.ArgumentParser, values: dict[str, Any]) -> None:
+    """An option for each value, which is its default."""
+    for name, value in values.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+
+
+def parse_checked(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, *checks: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """The options, of which each check raises a ValueError or an OSError where they do not go together."""
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         near = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", parser.format_usage()), 1)
         parser.error(visible(f"unknown: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else "")))
     try:
-        check_options(options)
-        if getattr(options, "layout", "folders") == "folders":
-            check_folders(options)
-    except ValueError as error:
+        for check in (check_options, *checks):
+            check(options)
+    except (ValueError, OSError) as error:
         parser.error(visible(error))
     if options.amp == "auto":  # where the device multiplies bf16 in hardware
         cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

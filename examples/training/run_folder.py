@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from statistics import mean
 from types import TracebackType
 from typing import Any
 
@@ -96,9 +97,7 @@ class Run:
                 say(f"the log cannot be written, and training goes on: {self.folder / name}: {error.strerror}")
 
     def log_rows(self, name: str = LOG) -> list[dict[str, Any]]:
-        path = self.folder / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        return read_log(self.folder, name) if (self.folder / name).exists() else []
 
     def save(self, step: int, **states: Any) -> None:
         """A checkpoint after ``step`` steps; the one before stays, and nothing else than these is saved."""
@@ -162,6 +161,17 @@ class Run:
             )
         if self.main and checkpoint["torch"] != torch.__version__:
             say(f"trained so far by torch {checkpoint['torch']}; torch {torch.__version__} may differ in the last bits")
+
+
+def read_log(folder: Path, name: str = LOG) -> list[dict[str, Any]]:
+    """A row for each step."""
+    lines = (folder / name).read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+
+def averaged(values: list[float], span: int = 10) -> list[float]:
+    """The mean of the last few steps."""
+    return [mean(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]
 
 
 def append(path: Path, data: bytes) -> None:

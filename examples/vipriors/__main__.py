@@ -11,9 +11,10 @@ runs its steps one after the other, each into a folder of ``--out`` with its opt
     test            flips, crops and the ensemble
 
 Each is a command too, with flags of its own (``python examples/vipriors finetune --help``); for ``all`` these carry the
-step's name: ``--finetune-epochs 10``. ``--preset vipriors10`` (or 20, 50) takes the papers' values, ``tiny10`` (the
-default; or 20, 50) some for 64 pixels and a CPU. A killed run goes on with ``--resume``, and leaves out the steps that
-are done. Several processes: ``torchrun --nproc-per-node 8 examples/vipriors all ...``.
+step's name: ``--finetune-epochs 10``, ``--pretrain-method mocov2``. ``--preset vipriors10`` (or 20, 50) takes the
+papers' values, ``tiny10`` (the default; or 20, 50) some for 64 pixels and a CPU. A killed run goes on with
+``--resume``, and leaves out the steps that are done. Several processes: ``torchrun --nproc-per-node 8
+examples/vipriors all ...``.
 
 To take it elsewhere, copy this folder, and beside it ipirm_pretrain.py, distill.py and the folder training.
 """
@@ -39,9 +40,17 @@ import presets
 import pretrain
 import test_time
 import torch
-from backbone import as_json
 from curves import draw_curves
-from training import as_program, parse, start_processes, write_atomically
+from results import given_or_made, made_with
+from training import (
+    add_training_options,
+    add_values,
+    as_program,
+    hash_of,
+    parse_checked,
+    start_processes,
+    write_atomically,
+)
 
 STEPS = {
     "pretrain": pretrain,
@@ -58,28 +67,27 @@ def options_of(step: str, arguments: list[str]) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=presets.PRESETS, default=presets.PRESETS[0])
     first.add_argument("--method")
+    first.add_argument("--model")
     known = first.parse_known_args(arguments)[0]
-    preset, values = known.preset, presets.values(known.preset, step, known.method)
-    scratch = argparse.ArgumentParser(add_help=False)
-    add_flags(scratch, step, preset)
-    declared = vars(scratch.parse_args([]))
+    values = presets.values(known.preset, step, method=known.method, model=known.model)
 
-    def add_options(parser: argparse.ArgumentParser) -> None:
-        add_flags(parser, step, preset)
-        parser.set_defaults(**{name: value for name, value in values.items() if name in declared})
-
-    if "--data" not in arguments and "EQUIREG_DATA" in os.environ:
-        arguments = ["--data", str(Path(os.environ["EQUIREG_DATA"]) / "tiny-vipriors64"), *arguments]
-    recipe = {name: value for name, value in values.items() if name not in declared}
-    description = STEPS[step].__doc__.splitlines()[0]
-    return parse(description, {preset: recipe}, add_options, arguments)
-
-
-def add_flags(parser: argparse.ArgumentParser, step: str, preset: str) -> None:
-    parser.add_argument("--preset", choices=presets.PRESETS, default=preset, help="flags change its parts")
-    parser.add_argument("--out", type=Path, default=Path("runs") / preset, help="a folder in it for each step")
+    module = STEPS[step]
+    parser = argparse.ArgumentParser(prog=f"vipriors {step}", description=module.__doc__.splitlines()[0])
+    data = os.environ.get("EQUIREG_DATA")
+    data = f"{data}/tiny-vipriors64" if data else None
+    parser.add_argument("--data", type=Path, default=data, required=data is None, help="a folder as --layout says")
+    parser.add_argument("--preset", choices=presets.PRESETS, default=known.preset, help="flags change its parts")
+    parser.add_argument("--out", type=Path, default=Path("runs") / known.preset, help="a folder in it for each step")
     images.add_options(parser)
-    STEPS[step].add_options(parser)
+    module.add_options(parser)
+    parser.add_argument(
+        "--evaluate-on", choices=("test", "val"), default="test", help="val: test images are left alone, for choices"
+    )
+    add_training_options(parser)
+    declared = vars(parser.parse_known_args(["--data", "."])[0])
+    parser.set_defaults(**{name: value for name, value in values.items() if name in declared})
+    add_values(parser, {name: value for name, value in values.items() if name not in declared})
+    return parse_checked(parser, arguments, *([module.check] if hasattr(module, "check") else []), images.check)
 
 
 def run_step(step: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -90,32 +98,24 @@ def run_step(step: str, options: argparse.Namespace) -> dict[str, Any]:
         if rank == 0:
             draw_curves(options.out / step, results)
         return results
-    results: dict[str, Any] = {}
-    if rank == 0:
-        results = done_before(options, options.out / step) or STEPS[step].run(options)
+    results: dict[str, Any] = STEPS[step].run(options) if rank == 0 else {}
     if world > 1:
         torch.distributed.barrier()
     return results
 
 
-def done_before(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """The results of a step without training, where it is to go on and was done with the same options."""
-    if not (options.resume and (folder / "results.json").exists()):
-        return None
-    old, new = (json.loads(text) for text in ((folder / "options.json").read_text(), as_json(options)))
-    changed = [name for name in new if old.get(name) != new[name] and name not in ("resume", "out", "workers")]
-    if changed:
-        was = ", ".join(f"{name} {old.get(name)!r} (now {new[name]!r})" for name in changed)
-        raise ValueError(f"--resume: {folder} was made with other options: {was}")
-    return json.loads((folder / "results.json").read_text())
-
-
 def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
     """Step 3, with what Steps 1 and 2 left in ``--out`` where nothing else is given."""
-    for name, step in (("encoder", "pretrain"), ("environments", "environments")):
-        path = getattr(options, name) or options.out / step / f"{name}.pt"
-        given = getattr(options, name) is not None or path.exists()
-        setattr(options, name, path if given else None)
+    folder = options.out / "environments"
+    given = options.environments is not None
+    options.encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
+    options.environments = given_or_made(options.environments, folder / "environments.pt")
+    of_step_two = options.environments is not None and not given and options.penalty != "off"
+    if of_step_two and options.encoder and made_with(folder, "encoder") != hash_of(options.encoder):
+        raise ValueError(
+            f"{options.environments} was made with another encoder than {options.encoder}; run Step 2 (environments) "
+            "again, or give --environments"
+        )
     options.method = "cross entropy" if options.penalty == "off" else f"EqInv ({options.penalty})"
     return finetune.train(options, options.out / "finetune")
 
@@ -155,11 +155,12 @@ def sort_flags(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    shares = results.get("merged", results)
-    best = {name: value for name, value in shares.items() if isinstance(value, float)}
-    if "merged" in results:
-        best = dict([max(best.items(), key=lambda row: row[1])])
-    return ", ".join(f"{name} {value:.1f}%" for name, value in best.items()) or "done"
+    if "merged" in results:  # one row, named before it is measured, and not the best one of test images
+        name = results["result"]
+        results = {f"{results['on']}: {name}": results["merged"][name]}
+    shown = {name: f"{value:.1f}%" for name, value in results.items() if isinstance(value, float)}
+    shown.update({name: value for name, value in results.items() if value == images.UNKNOWN})
+    return ", ".join(f"{name} {value}" for name, value in shown.items()) or "done"
 
 
 def main(arguments: list[str]) -> None:

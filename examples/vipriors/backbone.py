@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -23,8 +24,11 @@ STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}  # of a ResNet'
 SAME = ("model", "patch_size", "late_class_token")  # of Step 1 and of the steps that take its encoder
 
 
-def is_vit(options: argparse.Namespace) -> bool:
-    return timm.model_entrypoint(options.model).__module__.endswith(("vision_transformer", "deit"))
+def is_vit(model: str) -> bool:
+    """By its name in timm, which must have it."""
+    if not timm.is_model(model):
+        raise ValueError(f"--model must be the name of a model in timm, got {model!r}")
+    return timm.model_entrypoint(model).__module__.endswith(("vision_transformer", "deit"))
 
 
 def create(options: argparse.Namespace, encoder: Path | str | None = None, num_classes: int = 0) -> nn.Module:
@@ -32,9 +36,10 @@ def create(options: argparse.Namespace, encoder: Path | str | None = None, num_c
 
     The class token of a vision transformer enters behind ``--late-class-token`` blocks, by hooks on these.
     """
-    sizes = {}
-    if is_vit(options):
+    sizes: dict[str, Any] = {}
+    if is_vit(options.model):
         sizes = {"img_size": options.image_size, "patch_size": options.patch_size, "dynamic_img_size": True}
+        sizes["drop_path_rate"] = getattr(options, "drop_path", 0.0)  # in fine-tuning
     model = timm.create_model(options.model, num_classes=0, **sizes)
     if getattr(options, "late_class_token", 0):
         LateClassToken(model, options.late_class_token)
@@ -55,10 +60,6 @@ def check_same(encoder: Path, options: argparse.Namespace) -> None:
     if changed:
         was = ", ".join(f"{name} {old[name]!r} (now {getattr(options, name)!r})" for name in changed)
         raise ValueError(f"{encoder} was trained with other options: {was}")
-
-
-def as_json(options: argparse.Namespace) -> str:
-    return json.dumps(vars(options), indent=2, default=str) + "\n"
 
 
 def frozen_features(

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+from training import averaged, read_log
 
 
 def draw_curves(folder: Path, results: dict[str, Any]) -> None:
@@ -48,8 +43,3 @@ def draw_curves(folder: Path, results: dict[str, Any]) -> None:
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
-
-
-def averaged(values: list[float], span: int = 10) -> list[float]:
-    """The mean of the last few steps."""
-    return [mean(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]

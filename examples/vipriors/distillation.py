@@ -17,8 +17,9 @@ import torch
 from backbone import create, is_vit
 from distill import STUDENTS, Augmented, Student, measure
 from finetune import Classifier
-from images import read
+from images import measured, read
 from pretrain import OPTIMIZERS
+from results import given_or_made
 from torch import nn
 from torch.utils.data import Dataset
 from training import (
@@ -30,10 +31,17 @@ from training import (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", type=Path, help="encoder.pt; default: that of Step 1 in --out, if there")
+    parser.add_argument(
+        "--encoder", type=Path, help="encoder.pt; default: Step 1's in --out, if there; the word none: from scratch"
+    )
     parser.add_argument("--teacher", type=Path, help="folder of a fine-tuning; default: that of Step 3 in --out")
     parser.add_argument("--method", choices=STUDENTS.values(), default="logits")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+
+
+def check(options: argparse.Namespace) -> None:
+    if options.method.startswith("ofd") and is_vit(options.model):
+        raise ValueError(f"--method {options.method} compares the stages of a ResNet, got --model {options.model}")
 
 
 def fine_tuned(options: argparse.Namespace, folder: Path, num_classes: int) -> Classifier:
@@ -64,17 +72,13 @@ def make_student(
 def evaluate(student: Student, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Accuracies of one view and of ten crops, in percent."""
     save_atomically(folder / "model.pt", student.model.state_dict())
-    val, test = (read(options, split) for split in ("val", "test"))
-    return measure(student.model, val, test, options, device, folder)
+    return measure(student.model, {split: read(options, split) for split in measured(options)}, options, device, folder)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One student, into the folder ``distill``."""
-    if options.method.startswith("ofd") and is_vit(options):
-        raise ValueError(f"--method {options.method} compares the stages of a ResNet, got --model {options.model}")
     images, folder = read(options, "train"), options.out / "distill"
-    from_step_one = options.out / "pretrain" / "encoder.pt"
-    encoder = options.encoder or (from_step_one if from_step_one.exists() else None)
+    encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
     from_step_three = options.teacher or options.out / "finetune"
     teacher = in_one(fine_tuned(options, from_step_three, len(images.classes)))
     return run_training(

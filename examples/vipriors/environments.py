@@ -1,28 +1,32 @@
 """Step 2: the environments of each class, from features of the frozen encoder; and a sheet of what lies in them.
 
 For each class, the half of the other images that resembles it most for reasons other than their own class is Env#1, and
-the rest is Env#2 (EqInv, Section 4). The sheet is the paper's Fig. 7.
+the rest is Env#2 (EqInv, Section 4). The sheet follows the paper's Fig. 7, "the top-10 images of Env#1 and Env#2",
+which does not say by what order: here they are the most similar of Env#1, and of Env#2 the least similar, as those most
+similar lie at the border of the two.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import as_json, create, frozen_features
+from backbone import create, frozen_features
 from images import read
+from results import done_before, keep
 from torch import Tensor
 from torch.utils.data import Dataset
 from training import (
+    hash_of,
+    names_hash,
     normalized_transform,
     save_atomically,
     start_processes,
     visible,
-    write_atomically,
+    what_counts,
 )
 
 from equireg import Environments
@@ -43,6 +47,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{encoder}: no such file; run Step 1 (pretrain) first, or give --encoder")
     _, _, device = start_processes()
     images = read(options, "train")
+    made_of = {**what_counts(options), "encoder": hash_of(encoder), "files": names_hash(images)}
+    if (found := done_before(folder, options, made_of)) is not None:
+        return found
     images.transform = normalized_transform(options)
     model = create(options, encoder).to(device)
     whole = argparse.Namespace(**{**vars(options), "probe_images": len(images)})
@@ -63,8 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     images.transform = None
     draw_sheet(environments, images, labels, names_of(options, images.classes), options, folder / "contact-sheet.png")
-    write_atomically(folder / "options.json", as_json(options).encode())
-    write_atomically(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    keep(folder, made_of, results)
     return results
 
 

@@ -3,7 +3,8 @@
     loss = F.cross_entropy(head(irm.mask(f)), y) + irm(f, y, idx)
 
 Two views of each image are one batch, the classifier's weights are normalised, and the rate falls to a tenth at 60% and
-at 80% of the epochs (Wang et al., ECCV 2022, Sections 4 and 5.2).
+at 80% of the epochs (Wang et al., ECCV 2022, Sections 4 and 5.2). A vision transformer is trained by AdamW, with a rate
+that is lower for earlier blocks (supplementary B).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from backbone import create
-from images import read
+from images import accuracy, measured, read
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset
@@ -40,8 +42,16 @@ PENALTIES = ("off", "rex", "irmv1")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", type=Path, help="encoder.pt of Step 1, of the same --model; none: from scratch")
-    parser.add_argument("--environments", type=Path, help="environments.pt of Step 2; none: found in each batch")
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        help="encoder.pt, of the same --model; default: that of Step 1 in --out, if there; the word none: from scratch",
+    )
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        help="environments.pt; default: that of Step 2 in --out, if there; the word none: found in each batch",
+    )
     parser.add_argument("--penalty", choices=PENALTIES, default="rex", help="off: cross entropy alone")
     parser.add_argument(
         "--weight", type=float, default=10.0, help="of the penalty; the paper: 2, 10, 100 for 10, 20, 50"
@@ -143,6 +153,23 @@ def sgd(objective: nn.Module, options: argparse.Namespace) -> torch.optim.Optimi
     return torch.optim.SGD(parameters, lr=options.lr, momentum=0.9, weight_decay=options.weight_decay)
 
 
+def adamw_by_layers(objective: Objective, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """Of each block ``--layer-decay`` times the rate of the block behind it, and of the last one times the head's."""
+    backbone = objective.model.backbone
+    groups = param_groups_layer_decay(
+        backbone, options.weight_decay, backbone.no_weight_decay(), layer_decay=options.layer_decay
+    )
+    for group in groups:
+        group["lr_scale"] *= options.layer_decay  # timm counts from the last layer of the backbone, which has no head
+    inside = {id(p) for p in backbone.parameters()}
+    others = [p for p in objective.parameters() if id(p) not in inside and p.requires_grad]
+    groups += [
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr)
+
+
 def steps_down(step: int, steps_per_epoch: int, options: argparse.Namespace) -> float:
     """A tenth of the rate from 60% of the epochs on, a hundredth from 80%."""
     progress = step / (options.epochs * steps_per_epoch)
@@ -161,11 +188,10 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     """Accuracy on validation and test images, in percent."""
     save_atomically(folder / "model.pt", objective.model.state_dict())
     results: dict[str, Any] = {}
-    for split in ("val", "test"):
+    for split in measured(options):
         images = read(options, split)
         images.transform = normalized_transform(options)
-        logits = predictions(objective.model, images, options, device)
-        results[split] = 100 * float((logits.argmax(1) == images.labels).float().mean())
+        results[split] = accuracy(predictions(objective.model, images, options, device), images.labels)
     return results
 
 
@@ -175,6 +201,7 @@ def train(
     """One fine-tuning, into ``folder``."""
     images = read(options, "train")
     sources = {name: getattr(options, name) for name in ("encoder", "environments")}
+    by_layers = hasattr(options, "layer_decay")  # of a vision transformer
     return run_training(
         options,
         {name: path and hash_of(path) for name, path in sources.items()},
@@ -183,7 +210,7 @@ def train(
         make_objective=partial(Objective, options, len(images.classes)),
         make_collate=partial(TwoViews, options),
         evaluate=partial(measure, options=options, folder=folder),
-        make_optimizer=sgd,
-        learning_rate=steps_down,
+        make_optimizer=adamw_by_layers if by_layers else sgd,
+        learning_rate=None if by_layers else steps_down,
         images=images,
     )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from training import visible
 
 from equireg import ImageFiles, k_shot, read_domains, read_nico, read_vipriors
 
 LAYOUTS = ("folders", "nico", "domains")
+UNKNOWN = "no labels"  # in the place of an accuracy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -17,32 +23,73 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--layout",
         choices=LAYOUTS,
         default="folders",
-        help="folders: train, val and test of class folders; nico: class/context; domains: domain/class, as PACS",
+        help="folders: train, val and test of class folders, or the challenge's; nico: class/context; "
+        "domains: domain/class, as PACS",
     )
     parser.add_argument("--shots", type=int, default=0, help="labelled images of each class; 0: all")
     parser.add_argument("--draw", type=int, default=-1, help="seed that draws them; -1: the first ones")
     parser.add_argument("--bias", type=float, default=0.95, help="domains: share of a class in its own domain")
 
 
+def check(options: argparse.Namespace) -> None:
+    """Whether all images are there that the steps take.
+
+    Raises:
+        ValueError, OSError: they are not, with the folder's path.
+    """
+    for split in ("train", *measured(options)):
+        read(options, split)
+
+
+def measured(options: argparse.Namespace) -> tuple[str, ...]:
+    """The splits that accuracies are about; ``--evaluate-on val`` leaves the test images alone."""
+    return ("val",) if options.evaluate_on == "val" else ("val", "test")
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float | str:
+    """In percent, of scores [N, C]; the challenge's test images have no labels."""
+    known = bool((labels >= 0).all())
+    return 100 * float((predicted.argmax(1) == labels).float().mean()) if known else UNKNOWN
+
+
 def read(options: argparse.Namespace, split: str) -> ImageFiles:
     """The images of ``train`` (as few of each class as asked for), ``val`` or ``test``."""
+    root, broken = Path(options.data).absolute(), (options.broken, options.max_bad)
     if options.layout == "nico":
-        images = read_nico(options.data, split)
+        images = read_once(read_nico, root, split, *broken)
     elif options.layout == "domains":
-        seed, shots = max(0, options.draw), options.shots or None
-        return read_domains(options.data, split, bias=options.bias, held_out=0.3, shots=shots, seed=seed)
+        drawn = {"shots": options.shots or None, "seed": max(0, options.draw)}
+        return read_once(read_domains, root, split, *broken, bias=options.bias, held_out=0.3, **drawn)
     else:
-        images = read_folders(Path(options.data), split)
+        images = read_folders(root, split, *broken)
     if split == "train" and options.shots:
         images = k_shot(images, options.shots, seed=None if options.draw < 0 else options.draw)
     return images
 
 
-def read_folders(root: Path, split: str) -> ImageFiles:
+def read_folders(root: Path, split: str, broken: str = "raise", max_broken: float | None = None) -> ImageFiles:
     """Where there is no ``val`` it is the last fifth of each class's training images, and ``train`` the others."""
+    inner = root / "imagenet_50"  # as the challenge's script leaves it
+    root = inner if inner.is_dir() and not (root / "train").is_dir() else root
     if (root / "val").is_dir() or split == "test":
-        return read_vipriors(root, split)
-    images = read_vipriors(root, "train")
+        return read_once(read_vipriors, root, split, broken, max_broken)
+    images = read_once(read_vipriors, root, "train", broken, max_broken)
     places = [(images.labels == label).nonzero().squeeze(1) for label in range(len(images.classes))]
     parts = [own[: len(own) * 4 // 5] if split == "train" else own[len(own) * 4 // 5 :] for own in places]
     return images.take(torch.cat(parts))
+
+
+def read_once(reader: Any, root: Path, split: str, broken: str, max_broken: float | None, **how: Any) -> ImageFiles:
+    """A copy of what was found at the first time: to look for broken images is to decode them all."""
+    images = _found(reader, root, split, broken, max_broken, tuple(how.items()))
+    return images.take(range(len(images)))
+
+
+@cache
+def _found(
+    reader: Any, root: Path, split: str, broken: str, max_broken: float | None, how: tuple[tuple[str, Any], ...]
+) -> ImageFiles:
+    images = reader(root, split, broken=broken, max_broken=max_broken, **dict(how))
+    for path, reason in images.skipped:
+        tqdm.write(visible(f"left out: {path}: {reason}"))
+    return images

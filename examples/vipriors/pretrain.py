@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from backbone import STRIDES, create, frozen_features, is_vit
 from finetune import sgd
-from images import read
+from images import UNKNOWN, read
 from ipirm_pretrain import Method, TwoViews
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -62,6 +62,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(options: argparse.Namespace) -> None:
+    if options.mixup and (options.method != "simclr" or options.reconstruction):
+        raise ValueError("--mixup is SimCLR's, and mixes what --reconstruction would rebuild; leave one of them out")
+    if is_vit(options.model) and options.ser and not options.late_class_token:
+        raise ValueError("--ser on a vision transformer needs --late-class-token, such as 3 of 12 blocks")
+
+
 def unlabelled(options: argparse.Namespace) -> ImageFiles:
     parts = [read(options, split) for split in options.unlabelled.split("+")]
     paths = [path for part in parts for path in part.paths]
@@ -78,7 +85,7 @@ class Views(TwoViews):
         super().__init__(options, rank)
         size = options.image_size
         self.whole = v2.Compose([v2.Resize((size, size), interpolation=3, antialias=True), v2.ToImage()])
-        stride = options.patch_size if is_vit(options) else STRIDES[options.layer]
+        stride = options.patch_size if is_vit(options.model) else STRIDES[options.layer]
         self.turned = EquivariantViews(size, stride) if options.ser else None
         self.normalize = v2.Normalize(MEAN, STD)
 
@@ -130,9 +137,7 @@ class Objective(nn.Module):
     def __init__(self, options: argparse.Namespace, images: Dataset):
         super().__init__()
         self.options = options
-        net, vit = create(options), is_vit(options)
-        if vit and options.ser and not options.late_class_token:
-            raise ValueError("--ser on a vision transformer needs --late-class-token, such as 3 of 12 blocks")
+        net, vit = create(options), is_vit(options.model)
         early = f"blocks.{max(0, options.late_class_token - 1)}" if vit else options.layer
         widths = {stage["module"]: stage["num_chs"] for stage in net.feature_info}
         self.ser = SERLoss(widths[early], token_norm=vit, gather_distributed=True) if options.ser else None
@@ -191,19 +196,19 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     """k-NN and linear accuracy of the frozen features, in percent, and what partitions were found."""
     net = objective.method.backbone.net
     save_atomically(folder / "encoder.pt", net.state_dict())  # plain timm keys
+    reports = [report._asdict() for report in objective.method.partitions.reports]
+    splits = [read(options, split) for split in ("train", options.evaluate_on)]
+    if (splits[1].labels < 0).any():
+        return {"k-NN": UNKNOWN, "linear": UNKNOWN, "partitions": reports}
     parts = []
-    for split in ("train", options.evaluate_on):
-        images = read(options, split)
+    for images in splits:
         images.transform = normalized_transform(options)
         parts += frozen_features(net, images, options, device)
-    reports = [report._asdict() for report in objective.method.partitions.reports]
     return {"k-NN": 100 * knn_accuracy(*parts), "linear": 100 * linear_probe(*parts), "partitions": reports}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One pretraining, into the folder ``pretrain``."""
-    if options.mixup and (options.method != "simclr" or options.reconstruction):
-        raise ValueError("--mixup is SimCLR's, and mixes what --reconstruction would rebuild; leave one of them out")
     images, folder = unlabelled(options), options.out / "pretrain"
     return run_training(
         options,
