@@ -320,6 +320,20 @@ def test_it_runs_where_it_was_copied(tmp_path, data):
     assert "Traceback" not in result.stderr
 
 
+def test_help_tells_the_defaults(recipe, capsys):
+    """What an earlier step left is taken, and how not to; nothing that has no effect here is offered."""
+    for step in recipe.STEPS:
+        with pytest.raises(SystemExit):
+            recipe.main([step, "--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        assert "a folder as --layout says" in words
+        assert "--recipe" not in words
+        if step in ("finetune", "distill"):
+            assert "in --out, if there; the word none: from scratch" in words
+    recipe.main(["--help"])
+    assert "--pretrain-method mocov2" in capsys.readouterr().out
+
+
 BESIDE = {"ipirm_pretrain.py", "distill.py", "training"}
 
 
