@@ -15,19 +15,16 @@ import datetime
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
-
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE / "vipriors"))  # Step 3 of the recipe is what fine-tunes
-
 from evidence.page import write_page
 from evidence.plan import SCALES, plan
 from evidence.runs import collect, hours_of, run_all
 from evidence.timing import step_times
 from training import as_program, write_atomically
+
+HERE = Path(__file__).resolve().parent
 
 
 def machine() -> str:

@@ -17,7 +17,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def evidence(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "vipriors"))
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
@@ -163,7 +162,6 @@ def runs(made_images, tmp_path_factory):
     """One run of every kind of arm, and its results by group and arm."""
     runs, found = tmp_path_factory.mktemp("runs"), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES / "vipriors"))
         patch.syspath_prepend(str(EXAMPLES))
         from evidence.runs import Job, execute
 
@@ -269,7 +267,7 @@ def test_arms_begin_alike(made_images, tmp_path, evidence):
 @pytest.mark.parametrize("name", ["cifar10", "tiny-vipriors64"])
 def test_validation_images_are_neither_trained_on_nor_tested_on(name, evidence, real_images):
     """Also where a data set has no folder of them."""
-    from images import read_folders
+    from vipriors.images import read_folders
 
     parts = [read_folders(real_images / name, split) for split in ("train", "val", "test")]
     assert len(set.union(*(set(part.paths) for part in parts))) == sum(map(len, parts))

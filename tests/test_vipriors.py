@@ -44,7 +44,7 @@ SMALL = {
 def recipe():
     """The module behind ``python examples/vipriors``; its own are found as there."""
     before = list(sys.path)
-    sys.path[:0] = [str(RECIPE), str(EXAMPLES)]
+    sys.path[:0] = ["", str(EXAMPLES)]  # the first is what `__main__` replaces
     spec = util.spec_from_file_location("vipriors_main", RECIPE / "__main__.py")
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -133,7 +133,7 @@ def test_all_goes_on_where_it_was_killed(recipe, data, tmp_path, monkeypatch):  
     arguments = ["all", *flags(RESNET, data=data), "--steps", "pretrain", "environments", "finetune"]
     recipe.main([*arguments, "--out", str(tmp_path / "whole")])
     out = tmp_path / "killed"
-    finetune = import_module("finetune")
+    finetune = import_module("vipriors.finetune")
     forward, calls = finetune.Objective.forward, []
 
     def killed(*given):
@@ -261,7 +261,7 @@ def test_broken_images(layout, recipe, data, tmp_path, capsys):
                 shutil.copy(path, folder / f"{part}{path.name}")
         broken = next(root.rglob("train0.png"))
     broken.write_bytes(b"\x89PNG\r\n\x1a\n none")
-    images = import_module("images")
+    images = import_module("vipriors.images")
     call = ["--layout", layout, "--shots", "2", "--bias", "0.5"]
     options = recipe.options_of("finetune", ["--data", str(root), *call, "--broken", "skip", "--max-bad", "0.5"])
     parts = [images.read(options, split) for split in ("train", "val", "test")]
@@ -295,7 +295,7 @@ def test_the_result_is_a_row_chosen_before(recipe):
 
 def test_a_partition_is_found_though_the_epochs_last_step_failed(recipe, data):  # T9
     """A step that fails has no ``update`` behind it; the next one makes up for it, once."""
-    pretrain = import_module("pretrain")
+    pretrain = import_module("vipriors.pretrain")
     options = options_of(recipe, "pretrain", data, RESNET, "--epochs", "4", "--update-every", "2")
     method = pretrain.Objective(options, pretrain.unlabelled(options)).method
     counts = []
@@ -348,7 +348,7 @@ def test_help_names_the_files_to_copy(recipe):
 @pytest.mark.parametrize(("shots", "penalty"), [(10, 2), (20, 10), (50, 100)])
 def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
     """EqInv, Section 5.2 and supplementary B; IP-IRM, Section 4.2."""
-    monkeypatch.setattr(import_module("images"), "check", lambda options: None)  # not so many of a class here
+    monkeypatch.setattr(import_module("vipriors.images"), "check", lambda options: None)  # not so many of a class here
     options = {
         step: recipe.options_of(step, ["--preset", f"vipriors{shots}", "--data", str(data)]) for step in recipe.STEPS
     }
@@ -359,7 +359,7 @@ def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
     three = options["finetune"]
     assert (three.epochs, three.lr, three.batch_size, three.weight_decay) == (50, 0.05, 128, 1e-4)
     assert (three.weight, three.penalty, three.open) == (penalty, "rex", False)
-    rates = [import_module("finetune").steps_down(10 * epoch, 10, three) for epoch in (0, 29, 30, 39, 40, 49)]
+    rates = [import_module("vipriors.finetune").steps_down(10 * epoch, 10, three) for epoch in (0, 29, 30, 39, 40, 49)]
     assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
     assert (options["distill"].epochs, options["distill"].warmup_epochs) == (100, 10)
     assert options["distill"].lr / options["distill"].batch_size == pytest.approx(0.1 / 160)
@@ -367,7 +367,7 @@ def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
 
 def test_a_vision_transformer_has_settings_of_its_own(recipe, data, monkeypatch):
     """EqInv, supplementary B, in fine-tuning; and a student by a loss that it can be trained with."""
-    monkeypatch.setattr(import_module("images"), "check", lambda options: None)
+    monkeypatch.setattr(import_module("vipriors.images"), "check", lambda options: None)
     chosen = ["--preset", "vipriors10", "--model", "vit_base_patch16_224", "--data", str(data)]
     options = {step: recipe.options_of(step, chosen) for step in recipe.STEPS}
     three = options["finetune"]
@@ -379,7 +379,7 @@ def test_a_vision_transformer_has_settings_of_its_own(recipe, data, monkeypatch)
 
 def test_rates_fall_towards_the_first_block(recipe, data):
     """0.65 times the rate of the block behind it, of the head all of it; each parameter once."""
-    finetune = import_module("finetune")
+    finetune = import_module("vipriors.finetune")
     options = options_of(recipe, "finetune", data, VIT)
     options.encoder = options.environments = None
     objective = finetune.Objective(options, 4)
@@ -402,7 +402,7 @@ def test_rates_fall_towards_the_first_block(recipe, data):
 
 @pytest.mark.parametrize(("method", "rate"), [("mocov2", 0.03), ("simsiam", 0.05)])
 def test_published_settings_of_the_other_methods(method, rate, recipe, data, monkeypatch):
-    monkeypatch.setattr(import_module("images"), "check", lambda options: None)
+    monkeypatch.setattr(import_module("vipriors.images"), "check", lambda options: None)
     chosen = ["--preset", "vipriors20", "--method", method, "--data", str(data)]
     options = recipe.options_of("pretrain", chosen)
     assert (options.optimizer, options.lr, options.batch_size) == ("sgd", rate, 256)
@@ -452,7 +452,7 @@ def options_of(recipe, step, data, table, *more):
 @pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])
 def test_what_each_regularizer_reaches(backbone, recipe, data):
     """SER trains the layers up to the tapped one, reconstruction all; the method has its part of the features."""
-    pretrain = import_module("pretrain")
+    pretrain = import_module("vipriors.pretrain")
     options = options_of(recipe, "pretrain", data, backbone, "--ser", "0.5", "--reconstruction", "1", "--ratio", "0.5")
     images = pretrain.unlabelled(options)
     objective = pretrain.Objective(options, images)
@@ -489,7 +489,7 @@ def test_pretraining_without_any_regularizer(method, recipe, data, tmp_path):
 
 def test_encoder_of_another_class_token_is_refused(recipe, data, tmp_path):  # T7
     """No shape of a weight tells where the class token enters."""
-    backbone = import_module("backbone")
+    backbone = import_module("vipriors.backbone")
     options = options_of(recipe, "environments", data, VIT)
     torch.save(backbone.create(options).state_dict(), tmp_path / "encoder.pt")
     (tmp_path / "options.json").write_text(json.dumps({"model": "test_vit", "patch_size": 8, "late_class_token": 0}))
@@ -500,7 +500,7 @@ def test_encoder_of_another_class_token_is_refused(recipe, data, tmp_path):  # T
 @pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])
 @pytest.mark.parametrize("scale", [0.0, 10.0])
 def test_teacher_is_the_fine_tuned_model(backbone, scale, recipe, data):
-    finetune, distillation = import_module("finetune"), import_module("distillation")
+    finetune, distillation = import_module("vipriors.finetune"), import_module("vipriors.distillation")
     options = options_of(recipe, "finetune", data, backbone, "--mask-scale", str(scale))
     classifier = finetune.Classifier(options, 4).eval()
     images = torch.rand(3, 3, 32, 32)
@@ -514,7 +514,7 @@ def test_teacher_is_the_fine_tuned_model(backbone, scale, recipe, data):
 
 def test_shares_of_the_environments(recipe):
     """By a loop over classes and images."""
-    environments, Environments = import_module("environments"), import_module("equireg").Environments
+    environments, Environments = import_module("vipriors.environments"), import_module("equireg").Environments
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat_interleave(5)[torch.randperm(20, generator=generator)]
     split = Environments.split(torch.randn(20, 6, generator=generator), labels, 4)
@@ -530,7 +530,7 @@ def test_shares_of_the_environments(recipe):
 
 def test_names_on_the_sheet(recipe, data, tmp_path):  # S9, S12
     """Control characters and broken names are written out, long ones cut; a formula is drawn as it stands."""
-    environments = import_module("environments")
+    environments = import_module("vipriors.environments")
     assert environments.short("a\x1b[31m\nb", 18) == r"a\x1b[31m\nb"
     assert environments.short("caf\udce9", 18) == r"caf\udce9"
     assert environments.short("x" * 40, 18) == "x" * 17 + "…"

@@ -364,13 +364,12 @@ def walk(data, out, example, method):
 
 def of_recipe(step, data, out, method):
     """A step's objective, with all that it can have: SER and reconstruction, or environments."""
-    sys.path[:0] = [str(EXAMPLES / "vipriors"), str(EXAMPLES)]
-    import images
-    import presets
+    sys.path.insert(0, str(EXAMPLES))
+    from vipriors import images, presets
 
     from equireg import Environments
 
-    module = importlib.import_module(step)
+    module = importlib.import_module(f"vipriors.{step}")
     values = {**presets.values("tiny10", step, method=method), "shots": 0, "layout": "folders", "draw": -1, "bias": 0.0}
     small = {"model": "test_resnet", "image_size": 32, "hidden_dim": 32, "output_dim": 16, "queue_size": 16}
     own = {"groups": 2, "mixup": 0.0, "ser": 0.5, "layer": "layer2", "reconstruction": 1.0, "unlabelled": "train"}

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from corruptions import KINDS, corrupted
-from images import read_folders
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision.transforms import v2
+from vipriors.images import read_folders
 
 from equireg import (
     GridTransform,

@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import finetune
-import images as recipe_images
 import torch
 from evidence.plan import SCALES
 from evidence.trainings import PRETRAININGS, environments, finetuning_options, options_of
 from torch import nn
 from training import start_processes, to_device, training_images
+from vipriors import finetune
+from vipriors import images as recipe_images
 
 VARIANTS = {
     "ser": {"off": False, "on": True},

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import finetune
-import images as recipe_images
 import ipirm_pretrain
 import quickstart
 import reconstruction_pretrain
@@ -30,6 +28,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from training import MEAN, STD, parse, run_training, save_atomically
+from vipriors import finetune
+from vipriors import images as recipe_images
 
 from equireg import Environments
 

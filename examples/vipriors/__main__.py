@@ -30,18 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # what is shared
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # where this folder and what it shares lie
 
-import distillation
-import environments
-import finetune
-import images
-import presets
-import pretrain
-import test_time
 import torch
-from curves import draw_curves
-from results import given_or_made, made_with
 from training import (
     add_training_options,
     add_values,
@@ -51,6 +42,10 @@ from training import (
     start_processes,
     write_atomically,
 )
+
+from vipriors import distillation, environments, finetune, images, presets, pretrain, test_time
+from vipriors.curves import draw_curves
+from vipriors.results import given_or_made, made_with
 
 STEPS = {
     "pretrain": pretrain,

@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import create, is_vit
 from distill import STUDENTS, Augmented, Student, measure
-from finetune import Classifier
-from images import measured, read
-from pretrain import OPTIMIZERS
-from results import given_or_made
 from torch import nn
 from torch.utils.data import Dataset
 from training import (
@@ -28,6 +23,12 @@ from training import (
     run_training,
     save_atomically,
 )
+
+from vipriors.backbone import create, is_vit
+from vipriors.finetune import Classifier
+from vipriors.images import measured, read
+from vipriors.pretrain import OPTIMIZERS
+from vipriors.results import given_or_made
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import create, frozen_features
-from images import read
-from results import done_before, keep
 from torch import Tensor
 from torch.utils.data import Dataset
 from training import (
@@ -30,6 +27,9 @@ from training import (
 )
 
 from equireg import Environments
+from vipriors.backbone import create, frozen_features
+from vipriors.images import read
+from vipriors.results import done_before, keep
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from backbone import create
-from images import accuracy, measured, read
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -37,6 +35,8 @@ from training import (
 )
 
 from equireg import ClassWiseIRM, Environments, FeatureMask, WithIndex, extract_features
+from vipriors.backbone import create
+from vipriors.images import accuracy, measured, read
 
 PENALTIES = ("off", "rex", "irmv1")
 

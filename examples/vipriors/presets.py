@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from backbone import is_vit
 from ipirm_pretrain import RECIPES
+
+from vipriors.backbone import is_vit
 
 PENALTY = {10: 2.0, 20: 10.0, 50: 100.0}  # λ of EqInv by the number of images in a class (supplementary B)
 

@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import STRIDES, create, frozen_features, is_vit
-from finetune import sgd
-from images import UNKNOWN, read
 from ipirm_pretrain import Method, TwoViews
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -41,6 +38,9 @@ from equireg import (
     linear_probe,
     split_batch,
 )
+from vipriors.backbone import STRIDES, create, frozen_features, is_vit
+from vipriors.finetune import sgd
+from vipriors.images import UNKNOWN, read
 
 METHODS = ("simclr", "mocov2", "simsiam")
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}

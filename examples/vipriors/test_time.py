@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from distill import augmentations, ensembles, measure, report
-from distillation import fine_tuned
-from images import measured, read
-from results import RESULTS, done_before, keep, made_with
 from training import hash_of, names_hash, start_processes, what_counts
+
+from vipriors.distillation import fine_tuned
+from vipriors.images import measured, read
+from vipriors.results import RESULTS, done_before, keep, made_with
 
 FINE_TUNED, DISTILLED = "fine-tuned", "distilled"
 

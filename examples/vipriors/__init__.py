@@ -1,0 +1,1 @@
+"""The VIPriors recipe; ``__main__`` says what it does."""
