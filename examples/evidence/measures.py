@@ -118,12 +118,12 @@ def equivariance(model: nn.Module, layer: str, images: Tensor) -> float:
     return torch.stack(scores).mean().item()
 
 
-def r2(features: nn.Module, images: Tensor, sigma: float) -> dict[str, float]:
+def r2(features: nn.Module, images: Tensor, sigma: float, epochs: int) -> dict[str, float]:
     """R² of each transformation, the mean over its parameters."""
     found = {}
     for kind in TRANSFORMATIONS:
         views = IntermediateViews(kind, sigma=(0.1, sigma))
         generator = torch.Generator().manual_seed(0)
         pairs = extract_view_features(features, images.split(250), views, generator=generator, progress=False)
-        found[kind] = mean(transformation_r2(*pairs, epochs=60, progress=False).tolist())
+        found[kind] = mean(transformation_r2(*pairs, epochs=epochs, progress=False).tolist())
     return found

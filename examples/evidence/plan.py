@@ -22,6 +22,7 @@ class Scale(NamedTuple):
     epochs: dict[str, int]  # of fine-tuning, for each group
     digits_epochs: int
     probe_images: int  # of each corruption
+    r2_epochs: int
     shots: dict[str, tuple[int, ...]]  # labels of each class that probes get
 
 
@@ -37,6 +38,7 @@ SCALES = {
         epochs={"vipriors-10": 16, "vipriors-20": 10, "vipriors-50": 5, "cifar10-20": 30, "pacs": 8},
         digits_epochs=40,
         probe_images=300,
+        r2_epochs=60,
         shots=SHOTS,
     ),
     # Ten to twenty hours on one large GPU: ViT-Tiny and ResNet-18 on images of 64 pixels, trained ten times as long.
@@ -49,6 +51,7 @@ SCALES = {
         epochs={"vipriors-10": 50, "vipriors-20": 50, "vipriors-50": 50, "cifar10-20": 100, "pacs": 50},
         digits_epochs=40,
         probe_images=1000,
+        r2_epochs=100,
         shots=SHOTS,
     ),
     # Seconds: whether it runs.
@@ -61,6 +64,7 @@ SCALES = {
         epochs=dict.fromkeys(("vipriors-10", "vipriors-20", "vipriors-50", "cifar10-20", "pacs"), 1),
         digits_epochs=2,
         probe_images=20,
+        r2_epochs=1,
         shots={"CIFAR-10": (2, 6), "VIPriors": (2, 6)},
     ),
 }
@@ -100,7 +104,7 @@ def plan(scale: Scale, data: Path, runs: Path) -> dict[str, Group]:
 
     def probes(robust: str, split: str) -> Probes:
         sets = {name: (folder, scale.shots[name]) for name, folder in folders.items()}
-        return Probes(sets, robust, split, scale.probe_images)
+        return Probes(sets, robust, split, scale.probe_images, scale.r2_epochs)
 
     def pretraining(trainer: str, own: dict[str, Any], robust: str, variant: Any, **more: Any) -> Callable[..., Any]:
         def train(seed: int, folder: Path, split: str = "test", **chosen: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Probes(NamedTuple):
     robust: str  # the one of them whose test images are corrupted, with the largest number of labels
     split: str
     images: int  # of corrupted ones of each kind
+    r2_epochs: int  # of the regressors
 
 
 class Encoder(NamedTuple):
@@ -66,15 +67,19 @@ def measure(encoder: Encoder, probes: Probes, seed: int) -> dict[str, Any]:
     def predict(pixels: Tensor) -> Tensor:
         return torch.from_numpy(classifier.predict(encode(features, pixels)))
 
-    return {**found, **told(encoder, folder), "corrupted": corrupted_accuracies(predict, folder, size, probes.images)}
+    return {
+        **found,
+        **told(encoder, folder, probes.r2_epochs),
+        "corrupted": corrupted_accuracies(predict, folder, size, probes.images),
+    }
 
 
-def told(encoder: Encoder, folder: Path) -> dict[str, Any]:
+def told(encoder: Encoder, folder: Path, r2_epochs: int) -> dict[str, Any]:
     """Equivariance of some test images, and R² on all of them."""
     size = encoder.image_size
     images = images_of(folder, size, "test")[0]
     score = equivariance(encoder.model, encoder.layer, NORMALIZE(evenly_drawn(images, 128)))
-    return {"equivariance": score, "r2": r2(encoder.features, images, sigma=size / 32)}
+    return {"equivariance": score, "r2": r2(encoder.features, images, size / 32, r2_epochs)}
 
 
 # ------------------------------------------------------------------------------------------------- self-supervised
@@ -218,7 +223,7 @@ def fine_tune(
             def predict(pixels: Tensor) -> Tensor:
                 return encode(Normalized(model), pixels).argmax(1)
 
-            found |= told(encoder, place)
+            found |= told(encoder, place, probes.r2_epochs)
             found["corrupted"] = corrupted_accuracies(predict, place, options.image_size, probes.images)
         return found
 
