@@ -339,7 +339,7 @@ def test_the_whole_vipriors_recipe(small_images, tmp_path):
         "stage1-epochs": 2,
         "stage1-images": 24,
     }
-    where = {"folder": tmp_path, "beside": (*SHARED, "ipirm_pretrain.py")}
+    where = {"folder": tmp_path, "beside": (*SHARED, "ipirm_pretrain.py", "merged_predictions.py")}
     output = run("distill.py", *flags(small, data=small_images), **where)
     students = ("KL, logits", "KL, features", "OFD, several layers", "OFD, last layer", "CRD")
     for name in ("from scratch", "fine-tuned (the teacher)", "fine-tuned, another seed", *students):

@@ -334,7 +334,7 @@ def test_help_tells_the_defaults(recipe, capsys):
     assert "--pretrain-method mocov2" in capsys.readouterr().out
 
 
-BESIDE = {"ipirm_pretrain.py", "distill.py", "training"}
+BESIDE = {"ipirm_pretrain.py", "distill.py", "merged_predictions.py", "training"}
 
 
 def test_help_names_the_files_to_copy(recipe):

@@ -16,7 +16,8 @@ papers' values, ``tiny10`` (the default; or 20, 50) some for 64 pixels and a CPU
 ``--resume``, and leaves out the steps that are done. Several processes: ``torchrun --nproc-per-node 8
 examples/vipriors all ...``.
 
-To take it elsewhere, copy this folder, and beside it ipirm_pretrain.py, distill.py and the folder training.
+To take it elsewhere, copy this folder, and beside it ipirm_pretrain.py, distill.py, merged_predictions.py and the
+folder training.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill import STUDENTS, Augmented, Student, measure
+from distill import STUDENTS, Augmented, Student
+from merged_predictions import measure
 from torch import nn
 from torch.utils.data import Dataset
 from training import (

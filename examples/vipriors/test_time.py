@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill import augmentations, ensembles, measure, report
+from merged_predictions import augmentations, ensembles, measure, report
 from training import hash_of, names_hash, start_processes, what_counts
 
 from vipriors.distillation import fine_tuned
