@@ -28,17 +28,17 @@ class Scale(NamedTuple):
 
 SHOTS = {"CIFAR-10": (10, 50), "VIPriors": (10, 20, 50)}
 SCALES = {
-    # Two hours on two CPU cores: small networks on images of 32 pixels.
+    # Two and a half hours on two CPU cores: small networks on images of 32 pixels.
     "cpu": Scale(
         seeds=5,
-        ser={"model": "test_vit", "depth": 6, "images": 2000, "epochs": 8, "batch-size": 128, "lr": 1e-3, "layer": 2},
+        ser={"model": "test_vit", "depth": 6, "images": 2000, "epochs": 10, "batch-size": 128, "lr": 1e-3, "layer": 2},
         reconstruction={"depth": 4, "images": 2000, "epochs": 10},
         ipirm={"model": "resnet10t", "images": 2500, "epochs": 10, "update-every": 3, "batch-size": 125},
         finetuning={"model": "resnet10t", "image-size": 32, "batch-size": 100},
-        epochs={"vipriors-10": 16, "vipriors-20": 10, "vipriors-50": 5, "cifar10-20": 30, "pacs": 8},
+        epochs={"vipriors-10": 40, "vipriors-20": 24, "vipriors-50": 12, "cifar10-20": 60, "pacs": 40},
         digits_epochs=40,
         probe_images=300,
-        r2_epochs=60,
+        r2_epochs=30,
         shots=SHOTS,
     ),
     # Ten to twenty hours on one large GPU: ViT-Tiny and ResNet-18 on images of 64 pixels, trained ten times as long.
