@@ -120,7 +120,7 @@ def test_public_names_are_there_and_documented_with_an_example():
 
 
 def test_examples_import_public_names_only():
-    for path in (ROOT.parent / "examples").glob("*.py"):
+    for path in (ROOT.parent / "examples").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("equireg"):
                 assert node.module == "equireg", path
