@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from equireg._checks import Arguments
-from equireg.datasets import labels_of
+from equireg.datasets import check_map_style, labels_of
 
 
 class ColorBias(Dataset[tuple[Any, ...]]):
@@ -60,8 +60,7 @@ class ColorBias(Dataset[tuple[Any, ...]]):
         transform: Callable[[Any], Any] | None = None,
     ):
         args = Arguments("ColorBias")
-        if isinstance(dataset, IterableDataset) or not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
-            args.refuse_type("dataset", "map-style, with a length", type(dataset).__name__)
+        check_map_style(args, dataset)
         args.count("num_classes", num_classes)
         args.share("bias", bias)
         args.count("seed", seed, least=0)
@@ -106,9 +105,7 @@ def _tinted(image: Any, color: Tensor) -> Any:
     args = Arguments("ColorBias")
     if isinstance(image, Tensor):
         if image.dim() != 3 or image.shape[0] not in (1, 3):
-            Arguments("ColorBias").refuse(
-                "an image", "a PIL.Image or a tensor [3, H, W] or [1, H, W]", list(image.shape)
-            )
+            args.refuse("an image", "a PIL.Image or a tensor [3, H, W] or [1, H, W]", list(image.shape))
         if not image.is_floating_point() and image.dtype != torch.uint8:
             args.refuse_type("an image", "of floating point numbers or uint8", image.dtype)
         tinted = image * color.to(image.device)[:, None, None]

@@ -36,9 +36,7 @@ class WithIndex(Dataset[tuple[Any, ...]]):
     """
 
     def __init__(self, dataset: Dataset[Any]):
-        has_items = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
-        if isinstance(dataset, IterableDataset) or not has_items:
-            raise TypeError(f"WithIndex: dataset must be map-style, with a length, got {type(dataset).__name__}")
+        check_map_style(Arguments("WithIndex"), dataset)
         super().__setattr__("dataset", dataset)
 
     def __len__(self) -> int:
@@ -121,6 +119,13 @@ def k_shot(dataset: Dataset[Any], shots: int, *, seed: int | None = None) -> Ima
         chosen += members[:shots]
     chosen.sort()
     return dataset.take(chosen) if isinstance(dataset, ImageFiles) else Subset(dataset, chosen)
+
+
+def check_map_style(args: Arguments, dataset: Dataset[Any]) -> None:
+    """Its samples have places: it gives one for an index, and has a length."""
+    has_items = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, IterableDataset) or not has_items:
+        args.refuse_type("dataset", "map-style, with a length", type(dataset).__name__)
 
 
 def labels_of(args: Arguments, dataset: Dataset[Any]) -> Tensor:

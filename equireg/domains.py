@@ -92,14 +92,13 @@ def read_domains(
     paths, labels, contexts = [], [], []
     for context, domain in enumerate(domains):
         inside = folder.inside(domain)
-        if inside.folders() != classes:
-            other = sorted(set(inside.folders()) ^ set(classes))[0]
+        if others := set(inside.folders()) ^ set(classes):
+            other = min(others)
             args.refuse(f"folder {inside.path!r}", f"one with the classes of {domains[0]!r}", f"{other!r} in one alone")
-        for label, name in enumerate(classes):
-            found = inside.images(name)
-            paths += found
-            labels += [label] * len(found)
-            contexts += [context] * len(found)
+        found, places = inside.labelled(classes)
+        paths += found
+        labels += places
+        contexts += [context] * len(found)
     files = ImageFiles(
         paths,
         labels,

@@ -49,6 +49,15 @@ class Folder:
             self.args.refuse(f"folder {folder!r}", "one with images in it", "none")
         return found
 
+    def labelled(self, classes: Sequence[str]) -> tuple[list[str], list[int]]:
+        """The paths of the images of all ``classes``, and their labels: the places of the classes."""
+        paths, labels = [], []
+        for label, name in enumerate(classes):
+            found = self.images(name)
+            paths += found
+            labels += [label] * len(found)
+        return paths, labels
+
     def _images_below(self, folder: str, above: tuple[str, ...]) -> list[str]:
         files, deeper = [], []
         for entry in self._entries(folder):

@@ -69,11 +69,7 @@ def read_image_folder(
                 f"read_image_folder: root must hold every class of class_list, got {folder.path!r} "
                 f"without {len(missing)} of {len(classes)}: {shown}"
             )
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = folder.images(name)
-        paths += found
-        labels += [label] * len(found)
+    paths, labels = folder.labelled(classes)
     files = ImageFiles(
         paths,
         labels,
@@ -139,9 +135,10 @@ def read_vipriors(
         args.count("shots", shots)
     check_reading(args, broken, max_broken, max_pixels)
     folder = Folder("read_vipriors", root, follow_links)
-    if split not in folder.folders() and "imagenet_50" in folder.folders():
-        folder = folder.inside("imagenet_50")
     splits = folder.folders()
+    if split not in splits and "imagenet_50" in splits:
+        folder = folder.inside("imagenet_50")
+        splits = folder.folders()
     part = "testgt" if split == "test" and "testgt" in splits else split
     if part not in splits:
         raise FileNotFoundError(f"read_vipriors: root must have a folder {part!r}, got {folder.path!r} without")
@@ -152,14 +149,10 @@ def read_vipriors(
         paths = sorted(images.images("imgs"), key=_by_number)
         labels = [-1] * len(paths)
     else:
-        if set(images.classes()) != set(classes):
-            other = sorted(set(images.classes()) ^ set(classes))[0]
+        if others := set(images.classes()) ^ set(classes):
+            other = min(others)
             args.refuse(f"folder {images.path!r}", "one with the classes of train", f"{other!r} in one of them alone")
-        paths, labels = [], []
-        for label, name in enumerate(classes):
-            found = images.images(name)
-            paths += found
-            labels += [label] * len(found)
+        paths, labels = images.labelled(classes)
     files = ImageFiles(
         paths,
         labels,
