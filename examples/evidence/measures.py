@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from training import to_pixels
 from vipriors.images import read_folders
 
 from equireg import (
@@ -42,9 +42,8 @@ def images_of(folder: Path, size: int, split: str, shots: int = 0, draw: int | N
     images = read_folders(folder, split)
     if shots:
         images = k_shot(images, shots, seed=draw)
-    resize = v2.Resize((size, size), interpolation=3, antialias=True)
-    images.transform = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    return torch.stack([image for image, _ in images]).clamp(0, 1), images.labels
+    images.transform = to_pixels(size)
+    return torch.stack([image for image, _ in images]), images.labels
 
 
 @torch.no_grad()

@@ -27,9 +27,10 @@ from evidence.measures import (
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
-from training import MEAN, STD, parse, run_training, save_atomically
+from training import MEAN, STD, normalized_transform, parse, run_training, save_atomically, start_processes
 from vipriors import finetune
 from vipriors import images as recipe_images
+from vipriors.backbone import create, frozen_features
 
 from equireg import Environments
 
@@ -233,15 +234,12 @@ def fine_tune(
 @torch.no_grad()
 def environments(options: argparse.Namespace, similarity: str) -> Environments:
     """Step 2: of the features of the frozen encoder; ``adjusted``, ``plain``, or ``random`` for a control."""
-    objective = finetune.Objective(argparse.Namespace(**{**vars(options), "penalty": "off"}), 2)
-    images = recipe_images.read(options, "train")
-    resize = v2.Resize((options.image_size,) * 2, interpolation=3, antialias=True)
-    images.transform = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    pixels = torch.stack([image for image, _ in images]).clamp(0, 1)
-    features = encode(Normalized(objective.model.backbone.eval()), pixels)
+    images, device = recipe_images.read(options, "train"), start_processes()[2]
+    images.transform = normalized_transform(options)
+    features, labels = frozen_features(create(options, options.encoder).to(device), images, options, device)
     if similarity == "random":
         features = torch.randn(features.shape, generator=torch.Generator().manual_seed(options.seed))
-    return Environments.split(features, images.labels, len(images.classes), adjust=similarity != "plain")
+    return Environments.split(features, labels, len(images.classes), adjust=similarity != "plain")
 
 
 # ------------------------------------------------------------------------------------------------- coloured digits

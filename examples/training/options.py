@@ -135,15 +135,20 @@ def folder_images(
     folder: Path, options: argparse.Namespace, transform: Callable[[Any], Any] | None = None
 ) -> ImageFiles:
     """The images of class folders; what is broken raises with its path, or is left out as ``--broken`` says."""
-    images = read_once(folder, options.broken, options.max_bad)
-    images = images.take(range(len(images)))
+    images = read_once(read_image_folder, folder, broken=options.broken, max_broken=options.max_bad)
     images.transform = transform
     return images
 
 
+def read_once(reader: Callable[..., ImageFiles], *where: Any, **how: Any) -> ImageFiles:
+    """A copy of what was found at the first time: to look for broken images is to decode them all."""
+    images = _found(reader, where, tuple(how.items()))
+    return images.take(range(len(images)))
+
+
 @cache
-def read_once(folder: Path, broken: str, max_broken: float) -> ImageFiles:
-    images = read_image_folder(folder, broken=broken, max_broken=max_broken)
+def _found(reader: Callable[..., ImageFiles], where: tuple[Any, ...], how: tuple[tuple[str, Any], ...]) -> ImageFiles:
+    images = reader(*where, **dict(how))
     for path, reason in images.skipped:
         tqdm.write(visible(f"left out: {path}: {reason}"))
     return images
@@ -196,10 +201,15 @@ def into_range(image: Tensor) -> Tensor:
     return image.clamp(0, 1)
 
 
-def plain_transform(options: argparse.Namespace) -> v2.Compose:
-    """An image as a tensor in 0 .. 1, of the size of the training."""
-    resize = v2.Resize((options.image_size,) * 2, interpolation=3, antialias=True)
+def to_pixels(size: int) -> v2.Compose:
+    """An image as a tensor [3, size, size] in 0 .. 1."""
+    resize = v2.Resize((size, size), interpolation=3, antialias=True)
     return v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), into_range])
+
+
+def plain_transform(options: argparse.Namespace) -> v2.Compose:
+    """The same, of the size of the training."""
+    return to_pixels(options.image_size)
 
 
 def normalized_transform(options: argparse.Namespace) -> v2.Compose:

@@ -13,7 +13,6 @@ from ipirm_pretrain import Channels
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from training import (
-    evenly,
     load_safely,
     precision,
 )
@@ -65,8 +64,8 @@ def check_same(encoder: Path, options: argparse.Namespace) -> None:
 def frozen_features(
     model: nn.Module, images: Dataset, options: argparse.Namespace, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and labels [N] of at most ``--probe-images`` images, evenly over them."""
-    loader = DataLoader(WithIndex(evenly(images, options.probe_images)), batch_size=256, num_workers=options.workers)
+    """Features [N, D], or a classifier's logits, and labels [N] of the images."""
+    loader = DataLoader(WithIndex(images), batch_size=256, num_workers=options.workers)
     with precision(options, device):
         features, labels, _ = extract_features(nn.Sequential(Channels(), model), loader, progress=False)
     return features.float(), labels

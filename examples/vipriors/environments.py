@@ -52,8 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return found
     images.transform = normalized_transform(options)
     model = create(options, encoder).to(device)
-    whole = argparse.Namespace(**{**vars(options), "probe_images": len(images)})
-    features, labels = frozen_features(model, images, whole, device)
+    features, labels = frozen_features(model, images, options, device)
     environments = Environments.split(features, labels, len(images.classes), adjust=not options.plain)
 
     folder.mkdir(parents=True, exist_ok=True)

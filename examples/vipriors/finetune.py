@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from training import (
     MEAN,
@@ -34,8 +33,8 @@ from training import (
     seed_everything,
 )
 
-from equireg import ClassWiseIRM, Environments, FeatureMask, WithIndex, extract_features
-from vipriors.backbone import create
+from equireg import ClassWiseIRM, Environments, FeatureMask
+from vipriors.backbone import create, frozen_features
 from vipriors.images import accuracy, measured, read
 
 PENALTIES = ("off", "rex", "irmv1")
@@ -176,14 +175,6 @@ def steps_down(step: int, steps_per_epoch: int, options: argparse.Namespace) -> 
     return options.lr * 0.1 ** ((progress >= 0.6) + (progress >= 0.8))
 
 
-@torch.no_grad()
-def predictions(model: nn.Module, images: Dataset, options: argparse.Namespace, device: torch.device) -> Tensor:
-    """Logits of untransformed images, [N, C]."""
-    loader = DataLoader(WithIndex(images), batch_size=250, num_workers=options.workers)
-    with precision(options, device):
-        return extract_features(model, loader, progress=False)[0]
-
-
 def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Accuracy on validation and test images, in percent."""
     save_atomically(folder / "model.pt", objective.model.state_dict())
@@ -191,7 +182,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     for split in measured(options):
         images = read(options, split)
         images.transform = normalized_transform(options)
-        results[split] = accuracy(predictions(objective.model, images, options, device), images.labels)
+        results[split] = accuracy(*frozen_features(objective.model, images, options, device))
     return results
 
 

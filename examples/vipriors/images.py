@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from training import visible
+from training import read_once
 
 from equireg import ImageFiles, k_shot, read_domains, read_nico, read_vipriors
 
@@ -54,42 +51,26 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float | str:
 
 def read(options: argparse.Namespace, split: str) -> ImageFiles:
     """The images of ``train`` (as few of each class as asked for), ``val`` or ``test``."""
-    root, broken = Path(options.data).absolute(), (options.broken, options.max_bad)
+    root, broken = Path(options.data).absolute(), {"broken": options.broken, "max_broken": options.max_bad}
     if options.layout == "nico":
-        images = read_once(read_nico, root, split, *broken)
+        images = read_once(read_nico, root, split, **broken)
     elif options.layout == "domains":
         drawn = {"shots": options.shots or None, "seed": max(0, options.draw)}
-        return read_once(read_domains, root, split, *broken, bias=options.bias, held_out=0.3, **drawn)
+        return read_once(read_domains, root, split, **broken, bias=options.bias, held_out=0.3, **drawn)
     else:
-        images = read_folders(root, split, *broken)
+        images = read_folders(root, split, **broken)
     if split == "train" and options.shots:
         images = k_shot(images, options.shots, seed=None if options.draw < 0 else options.draw)
     return images
 
 
-def read_folders(root: Path, split: str, broken: str = "raise", max_broken: float | None = None) -> ImageFiles:
+def read_folders(root: Path, split: str, **broken: str | float) -> ImageFiles:
     """Where there is no ``val`` it is the last fifth of each class's training images, and ``train`` the others."""
     inner = root / "imagenet_50"  # as the challenge's script leaves it
     root = inner if inner.is_dir() and not (root / "train").is_dir() else root
     if (root / "val").is_dir() or split == "test":
-        return read_once(read_vipriors, root, split, broken, max_broken)
-    images = read_once(read_vipriors, root, "train", broken, max_broken)
+        return read_once(read_vipriors, root, split, **broken)
+    images = read_once(read_vipriors, root, "train", **broken)
     places = [(images.labels == label).nonzero().squeeze(1) for label in range(len(images.classes))]
     parts = [own[: len(own) * 4 // 5] if split == "train" else own[len(own) * 4 // 5 :] for own in places]
     return images.take(torch.cat(parts))
-
-
-def read_once(reader: Any, root: Path, split: str, broken: str, max_broken: float | None, **how: Any) -> ImageFiles:
-    """A copy of what was found at the first time: to look for broken images is to decode them all."""
-    images = _found(reader, root, split, broken, max_broken, tuple(how.items()))
-    return images.take(range(len(images)))
-
-
-@cache
-def _found(
-    reader: Any, root: Path, split: str, broken: str, max_broken: float | None, how: tuple[tuple[str, Any], ...]
-) -> ImageFiles:
-    images = reader(root, split, broken=broken, max_broken=max_broken, **dict(how))
-    for path, reason in images.skipped:
-        tqdm.write(visible(f"left out: {path}: {reason}"))
-    return images

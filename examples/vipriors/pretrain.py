@@ -23,7 +23,7 @@ from ipirm_pretrain import Method, TwoViews
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from training import MEAN, STD, adamw, normalized_transform, precision, run_training, save_atomically
+from training import MEAN, STD, adamw, evenly, normalized_transform, precision, run_training, save_atomically
 
 from equireg import (
     EquivariantViews,
@@ -203,7 +203,7 @@ def evaluate(objective: Objective, device: torch.device, options: argparse.Names
     parts = []
     for images in splits:
         images.transform = normalized_transform(options)
-        parts += frozen_features(net, images, options, device)
+        parts += frozen_features(net, evenly(images, options.probe_images), options, device)
     return {"k-NN": 100 * knn_accuracy(*parts), "linear": 100 * linear_probe(*parts), "partitions": reports}
 
 
