@@ -107,7 +107,7 @@ def test_the_suite_is_collected_from_the_source_archive(unpacked):
     here = {"folder": unpacked, "PYTHONPATH": str(unpacked), "TRITON_INTERPRET": "1"}
     beside = "test_readme or test_version_stands or test_examples_import or test_public_names"
     output = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", beside, **here)
-    assert re.search(r"\b[6-9] passed, [12]\d\d\d deselected", output), output
+    assert re.search(r"\b5 passed, \d{4} deselected", output), output  # each of the names above, and the whole suite
 
 
 def test_the_source_archive_builds_the_same_wheel(unpacked, wheel):
