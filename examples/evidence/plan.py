@@ -31,8 +31,8 @@ SCALES = {
     # Two and a half hours on two CPU cores: small networks on images of 32 pixels.
     "cpu": Scale(
         seeds=5,
-        ser={"model": "test_vit", "depth": 6, "images": 2000, "epochs": 10, "batch-size": 128, "lr": 1e-3, "layer": 2},
-        reconstruction={"depth": 4, "images": 2000, "epochs": 10},
+        ser={"model": "test_vit", "depth": 6, "images": 2000, "epochs": 8, "batch-size": 128, "lr": 1e-3, "layer": 2},
+        reconstruction={"depth": 4, "images": 2000, "epochs": 8},
         ipirm={"model": "resnet10t", "images": 2500, "epochs": 10, "update-every": 3, "batch-size": 125},
         finetuning={"model": "resnet10t", "image-size": 32, "batch-size": 100},
         epochs={"vipriors-10": 40, "vipriors-20": 24, "vipriors-50": 12, "cifar10-20": 60, "pacs": 30},
