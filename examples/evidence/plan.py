@@ -31,7 +31,7 @@ SCALES = {
     # Two and a half hours on two CPU cores: small networks on images of 32 pixels.
     "cpu": Scale(
         seeds=5,
-        ser={"model": "test_vit", "depth": 6, "images": 2000, "epochs": 8, "batch-size": 128, "lr": 1e-3, "layer": 2},
+        ser={"model": "test_vit", "depth": 6, "patch-size": 8, "images": 2000, "epochs": 16, "lr": 1e-3, "layer": 2},
         reconstruction={"depth": 4, "images": 2000, "epochs": 8},
         ipirm={"model": "resnet10t", "images": 2500, "epochs": 10, "update-every": 3, "batch-size": 125},
         finetuning={"model": "resnet10t", "image-size": 32, "batch-size": 100},
