@@ -44,14 +44,19 @@ def measures(found: dict[str, Any], comparison: Comparison) -> tuple[Rows, Rows]
 def cell(values: list[float], base: list[float] | None, digits: int) -> str:
     """A mean, and in brackets the interval of its difference from the base; bold where that has no 0."""
     if base is None:
-        return f"{mean(values):.{digits}f}"
+        return minus(f"{mean(values):.{digits}f}")
     low_high = paired(values, base)
-    text = f"{mean(values):.{digits}f} ({signed(low_high.mean, digits)}: {interval(low_high, digits)})"
+    text = f"{minus(f'{mean(values):.{digits}f}')} ({signed(low_high.mean, digits)}: {interval(low_high, digits)})"
     return f"**{text}**" if low_high.verdict != "no difference told" else text
 
 
 def signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return minus(f"{value:+.{digits}f}")
+
+
+def minus(number: str) -> str:
+    """With the sign that is as wide as a plus."""
+    return number.replace("-", "−")
 
 
 def interval(difference: Difference, digits: int) -> str:
@@ -107,9 +112,10 @@ def answer(
         first = several[0][0]
         accuracies = {name: arms for _, rows, _ in several for name, arms in rows.items()}
         lines += ["Accuracy, %:", "", *table(accuracies, first, base_name, 1), ""]
-        for _, _, others in several:
+        for comparison, _, others in several:
             if others:
-                lines += ["What the features tell:", "", *table(others, first, base_name, 3), ""]
+                where = f", {comparison.title}" if comparison.title else ""
+                lines += [f"What the features tell{where}:", "", *table(others, first, base_name, 3), ""]
         lines += [f"- {sentence(accuracies, first, arm)}" for arm in first.arms] + [""]
         times = found["step_seconds"].get(
             next((c.group for c, _, _ in several if c.group in found["step_seconds"]), ""), {}
