@@ -18,6 +18,8 @@ from training import load_safely, normalized_transform, precision, save_atomical
 
 from equireg import ensemble, fit_ensemble_weights, predict_tta
 
+UNKNOWN = "no labels"  # in the place of an accuracy
+
 
 class Transformed(Dataset):
     """(image, label) with the image transformed."""
@@ -50,6 +52,7 @@ def predictions(
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """In percent, of scores [N, C]."""
     return 100 * float((probabilities.argmax(1) == labels).float().mean())
 
 
@@ -66,7 +69,7 @@ def measure(
             if (saved[name] >= 0).all():
                 found[row] = accuracy(saved[row], saved[name])
             else:
-                found[name] = "no labels"
+                found[name] = UNKNOWN
     save_atomically(folder / "predictions.pt", saved)
     return found
 

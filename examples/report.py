@@ -5,8 +5,8 @@
 
 ``folder`` holds cifar10/, tiny-vipriors64/ and pacs64/. The runs lie in runs/report/<scale>, a folder each, and a
 stopped report goes on where it was. The page is docs/results.md, with a picture for each question;
-docs/results.json holds the figures of all runs. ``--scale cpu`` takes two and a half hours on two
-cores; ``gpu`` is bigger.
+docs/results.json holds the figures of all runs. ``--scale cpu`` takes two and a half hours on two cores;
+``gpu`` is bigger.
 """
 
 from __future__ import annotations

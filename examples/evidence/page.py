@@ -44,19 +44,19 @@ def measures(found: dict[str, Any], comparison: Comparison) -> tuple[Rows, Rows]
 def cell(values: list[float], base: list[float] | None, digits: int) -> str:
     """A mean, and in brackets the interval of its difference from the base; bold where that has no 0."""
     if base is None:
-        return minus(f"{mean(values):.{digits}f}")
+        return decimal(mean(values), digits)
     low_high = paired(values, base)
-    text = f"{minus(f'{mean(values):.{digits}f}')} ({signed(low_high.mean, digits)}: {interval(low_high, digits)})"
+    text = f"{decimal(mean(values), digits)} ({signed(low_high.mean, digits)}: {interval(low_high, digits)})"
     return f"**{text}**" if low_high.verdict != "no difference told" else text
 
 
+def decimal(value: float, digits: int, sign: str = "") -> str:
+    """With a minus that is as wide as a plus."""
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
 def signed(value: float, digits: int) -> str:
-    return minus(f"{value:+.{digits}f}")
-
-
-def minus(number: str) -> str:
-    """With the sign that is as wide as a plus."""
-    return number.replace("-", "−")
+    return decimal(value, digits, "+")
 
 
 def interval(difference: Difference, digits: int) -> str:

@@ -34,6 +34,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # where this folder and what it shares lie
 
 import torch
+from merged_predictions import UNKNOWN
 from training import (
     add_training_options,
     add_values,
@@ -155,7 +156,7 @@ def summary(results: dict[str, Any]) -> str:
         name = results["result"]
         results = {f"{results['on']}: {name}": results["merged"][name]}
     shown = {name: f"{value:.1f}%" for name, value in results.items() if isinstance(value, float)}
-    shown.update({name: value for name, value in results.items() if value == images.UNKNOWN})
+    shown.update({name: value for name, value in results.items() if value == UNKNOWN})
     return ", ".join(f"{name} {value}" for name, value in shown.items()) or "done"
 
 

@@ -12,10 +12,7 @@ import torch
 from ipirm_pretrain import Channels
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from training import (
-    load_safely,
-    precision,
-)
+from training import load_safely, precision
 
 from equireg import LateClassToken, WithIndex, extract_features
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import merged_predictions
 import torch
 from torch import Tensor
 from training import read_once
@@ -12,7 +13,6 @@ from training import read_once
 from equireg import ImageFiles, k_shot, read_domains, read_nico, read_vipriors
 
 LAYOUTS = ("folders", "nico", "domains")
-UNKNOWN = "no labels"  # in the place of an accuracy
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def measured(options: argparse.Namespace) -> tuple[str, ...]:
 def accuracy(predicted: Tensor, labels: Tensor) -> float | str:
     """In percent, of scores [N, C]; the challenge's test images have no labels."""
     known = bool((labels >= 0).all())
-    return 100 * float((predicted.argmax(1) == labels).float().mean()) if known else UNKNOWN
+    return merged_predictions.accuracy(predicted, labels) if known else merged_predictions.UNKNOWN
 
 
 def read(options: argparse.Namespace, split: str) -> ImageFiles:

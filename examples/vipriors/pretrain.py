@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from ipirm_pretrain import Method, TwoViews
+from merged_predictions import UNKNOWN
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -40,7 +41,7 @@ from equireg import (
 )
 from vipriors.backbone import STRIDES, create, frozen_features, is_vit
 from vipriors.finetune import sgd
-from vipriors.images import UNKNOWN, read
+from vipriors.images import read
 
 METHODS = ("simclr", "mocov2", "simsiam")
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
