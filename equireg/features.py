@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from equireg._checks import Arguments
 from equireg._progress import progress_bar
 
+__all__ = ["extract_features", "extract_two_views", "extract_view_features"]
+
 _PARTS = ("images", "labels", "indices")
 Views = Callable[[Tensor, "torch.Generator | None"], tuple[Tensor, Tensor, Tensor]]
 

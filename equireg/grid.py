@@ -14,6 +14,8 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 
+__all__ = ["GridTransform"]
+
 Grid = tuple[int, int]
 _INTERPOLATIONS = ("bicubic", "bilinear")
 

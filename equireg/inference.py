@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from equireg._checks import Arguments, values_visible
 from equireg.similarity import accumulation_dtype
 
+__all__ = ["ensemble", "fit_ensemble_weights", "predict_tta"]
+
 MERGES = ("mean", "gmean", "tsharpen")
 
 

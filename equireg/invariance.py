@@ -10,6 +10,8 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 
+__all__ = ["irmv1_penalty", "rex_penalty"]
+
 
 def rex_penalty(risk: Tensor) -> Tensor:
     r"""Variance of the risks over environments (risk extrapolation, REx).

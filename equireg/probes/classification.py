@@ -10,6 +10,8 @@ from equireg._checks import Arguments
 from equireg.probes._features import standardized
 from equireg.similarity import normalized
 
+__all__ = ["knn_accuracy", "linear_probe"]
+
 
 @torch.no_grad()
 def knn_accuracy(

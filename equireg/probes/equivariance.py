@@ -11,6 +11,8 @@ from equireg._checks import Arguments
 from equireg.grid import GridTransform
 from equireg.similarity import normalized
 
+__all__ = ["equivariance_score"]
+
 
 @torch.no_grad()
 def equivariance_score(

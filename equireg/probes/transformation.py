@@ -14,10 +14,12 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg._progress import progress_bar
+from equireg.backbones.token_tap import TokenTap
 from equireg.features import check_callable, frozen, images_of
 from equireg.probes._features import standardized
 from equireg.probes.classification import linear_probe
-from equireg.token_tap import TokenTap
+
+__all__ = ["transformation_accuracy", "transformation_r2"]
 
 
 @torch.no_grad()
