@@ -14,14 +14,14 @@ from equireg._checks import Arguments
 def check_plain(check: Arguments, name: str, model: Any, allow_parallel: bool = False) -> None:
     """A module that is not compiled yet: hooks added after the first compiled call are silently ignored."""
     if not isinstance(model, nn.Module):
-        check.refuse_type(name, "a torch.nn.Module", type(model).__name__)
+        check.fail_type(name, "a torch.nn.Module", type(model).__name__)
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     if parallel and not allow_parallel:
-        check.refuse(name, "wrapped before DistributedDataParallel", type(model).__name__)
+        check.fail(name, "wrapped before DistributedDataParallel", type(model).__name__)
     modules: tuple[Any, ...] = (model, model.module) if parallel else (model,)
     for module in modules:
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            check.refuse(name, "wrapped first and compiled after", "a model compiled already")
+            check.fail(name, "wrapped first and compiled after", "a model compiled already")
 
 
 def is_torchvision_vit(model: nn.Module) -> bool:

@@ -59,9 +59,9 @@ class LateClassToken(nn.Module):
         _check_supported(check, vit, blocks)
         prefix = max(prefix_tokens(vit), 1)  # older releases of timm do not count the class token of CaiT or XCiT
         if layer >= len(blocks):
-            check.refuse("layer", f"in 0 .. {len(blocks) - 1} for {len(blocks)} blocks", layer)
+            check.fail("layer", f"in 0 .. {len(blocks) - 1} for {len(blocks)} blocks", layer)
         if any(isinstance(hook, (_Strip, _Keep)) for block in blocks for hook in block._forward_pre_hooks.values()):
-            check.refuse("vit", "a model that is not wrapped already", f"a wrapped {type(vit).__name__}")
+            check.fail("vit", "a model that is not wrapped already", f"a wrapped {type(vit).__name__}")
         _check_first_block(check, vit, blocks[0], prefix)
         self.vit = vit
         self.layer, self.num_prefix_tokens = layer, prefix
@@ -148,9 +148,9 @@ def _check_supported(check: Arguments, vit: Any, blocks: list[nn.Module]) -> Non
     name = type(vit).__name__
     class_token = getattr(vit, "class_token", None) if is_torchvision_vit(vit) else getattr(vit, "cls_token", None)
     if not blocks or not (is_torchvision_vit(vit) or hasattr(vit, "patch_embed")):
-        check.refuse("vit", "a ViT of timm or torchvision, with patches and blocks", f"{name}; {_INSTEAD}")
+        check.fail("vit", "a ViT of timm or torchvision, with patches and blocks", f"{name}; {_INSTEAD}")
     if not isinstance(class_token, nn.Parameter):
-        check.refuse(
+        check.fail(
             "vit",
             "a ViT with a class token",
             f"{name} without one: there is nothing to insert, its blocks see no other"
@@ -161,11 +161,11 @@ def _check_supported(check: Arguments, vit: Any, blocks: list[nn.Module]) -> Non
     for module in blocks[0].modules():
         bias += [getattr(module, attribute, None) for attribute in ("relative_position_bias_table", "rel_pos")]
     if any(part is not None for part in bias):
-        check.refuse(
+        check.fail(
             "vit", "a ViT without relative position bias", f"{name}, whose bias counts the class token; {_INSTEAD}"
         )
     if not isinstance(getattr(vit, "patch_drop", None), (nn.Identity, type(None))):
-        check.refuse(
+        check.fail(
             "vit", "a ViT that keeps all its patches", f"{name} with patch_drop; create it with patch_drop_rate=0"
         )
 
@@ -207,7 +207,7 @@ def _check_first_block(check: Arguments, vit: Any, block: nn.Module, prefix: int
     shape = list(seen[0].shape) if seen and isinstance(seen[0], Tensor) else None
     if shape is None or len(shape) != 3 or patches is None or shape[:2] != [1, prefix + patches]:
         rule = f"a ViT whose first block sees [B, {prefix} + {patches}, D], class token first"
-        check.refuse("vit", rule, f"{type(vit).__name__}, which gives it {shape}; {_INSTEAD}")
+        check.fail("vit", rule, f"{type(vit).__name__}, which gives it {shape}; {_INSTEAD}")
 
 
 def _drop_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

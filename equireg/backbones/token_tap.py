@@ -65,11 +65,9 @@ class TokenTap:
         names = dict(self.model.named_modules())
         if not isinstance(layer, str) or layer not in names or layer == "":
             close = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.4) or list(names)[1:4]
-            check.refuse("layer", f"the name of a submodule, such as {', '.join(map(repr, close))}", repr(layer))
+            check.fail("layer", f"the name of a submodule, such as {', '.join(map(repr, close))}", repr(layer))
         if hasattr(self.model, "unroll") and hasattr(self.model, "reroll"):
-            check.refuse(
-                "model", "one that keeps its tokens row by row", f"{type(self.model).__name__}, which reorders"
-            )
+            check.fail("model", "one that keeps its tokens row by row", f"{type(self.model).__name__}, which reorders")
         self.layer, self.channels_last = layer, channels_last
         self.num_prefix_tokens = prefix_tokens(self.model) if num_prefix_tokens is None else num_prefix_tokens
         self._images: dict[int, Grid] = {}  # by thread: height and width of what runs through
@@ -78,7 +76,7 @@ class TokenTap:
 
     def __enter__(self) -> TokenTap:
         if self._handles:
-            self._check.refuse("the tap", "entered once at a time", "a second entry")
+            self._check.fail("the tap", "entered once at a time", "a second entry")
         self._handles = [
             self.model.register_forward_pre_hook(self._before),
             self.model.get_submodule(self.layer).register_forward_hook(self._record),
@@ -136,7 +134,7 @@ class TokenTap:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         if not isinstance(output, Tensor):
-            self._check.refuse_type("layer", f"one whose output is a tensor ({self.layer!r})", type(output).__name__)
+            self._check.fail_type("layer", f"one whose output is a tensor ({self.layer!r})", type(output).__name__)
         tokens, grid = self._as_tokens(output)
         if torch.compiler.is_compiling():  # a graph has no thread, so what it leaves is everybody's last
             self._taken = {0: (tokens, grid, -1)}
@@ -165,7 +163,7 @@ class TokenTap:
                     if grid is not None:
                         return output[:, prefix:], grid
         of = f"images of {image[0]} x {image[1]}" if image else "unknown images"
-        self._check.refuse("layer", f"one whose output is a map of tokens ({self.layer!r})", f"{shape} for {of}")
+        self._check.fail("layer", f"one whose output is a map of tokens ({self.layer!r})", f"{shape} for {of}")
 
 
 def _fits(sides: Grid, image: Grid | None) -> bool:

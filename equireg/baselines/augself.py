@@ -55,12 +55,12 @@ class AugSelfLoss(nn.Module):
         check.count("dim", dim)
         check.count("hidden_dim", hidden_dim)
         if not targets:
-            check.refuse("targets", "at least one augmentation", targets)
+            check.fail("targets", "at least one augmentation", targets)
         for name, (kind, width) in targets.items():
             check.option(f"targets[{name!r}]", kind, KINDS)
             check.count(f"targets[{name!r}]", width)
             if kind == "binary" and width != 1:
-                check.refuse(f"targets[{name!r}]", "('binary', 1)", (kind, width))
+                check.fail(f"targets[{name!r}]", "('binary', 1)", (kind, width))
         self.dim, self.targets = dim, dict(targets)
         self.predictors = nn.ModuleDict(
             {
@@ -98,7 +98,7 @@ class AugSelfLoss(nn.Module):
         check.sizes["D"] = self.dim
         first, second = (pooled(check, *named) for named in (("features1", features1), ("features2", features2)))
         if not len(first):
-            check.refuse("features1", "of at least one image", list(features1.shape))
+            check.fail("features1", "of at least one image", list(features1.shape))
         both = torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)])
         total = both.new_zeros((), dtype=torch.promote_types(both.dtype, torch.float32))
         for name, (kind, width) in self.targets.items():
@@ -117,7 +117,7 @@ class AugSelfLoss(nn.Module):
 def _difference(check: Arguments, side: str, given: Mapping[str, Tensor], name: str, kind: str, width: int) -> Tensor:
     label = f"{side}[{name!r}]"
     if name not in given:
-        check.refuse(side, f"with the difference {name!r}", sorted(given))
+        check.fail(side, f"with the difference {name!r}", sorted(given))
     if kind == "regression":
         check.sizes[name] = width
         return check.features(label, given[name], f"B {name}")

@@ -85,7 +85,7 @@ class EquiModLoss(nn.Module):
         before, after = (pooled(check, *named) for named in (("features", features), ("transformed", transformed)))
         check.features("parameters", parameters, "B P")
         if len(before) < 2:
-            check.refuse("features", "of at least 2 images: negatives come from other images", list(features.shape))
+            check.fail("features", "of at least 2 images: negatives come from other images", list(features.shape))
         given = torch.cat([self.projection(before), self.parameters_projection(parameters)], dim=1)
         predicted, target = normalized(self.predictor(given)), normalized(self.projection(after))
         image = torch.arange(len(target), device=target.device)

@@ -73,11 +73,11 @@ class ColorBias(Dataset[tuple[Any, ...]]):
             colors = [colorsys.hsv_to_rgb(color / num_classes, 0.8, 1.0) for color in range(num_classes)]
         self.colors = torch.as_tensor(colors, dtype=torch.float32).detach().cpu().clone()
         if self.colors.dim() != 2 or self.colors.shape[1] != 3:
-            args.refuse("colors", "[K, 3]", list(self.colors.shape))
+            args.fail("colors", "[K, 3]", list(self.colors.shape))
         if len(self.colors) < num_classes:
-            args.refuse("colors", f"of {num_classes} rows or more, one for each class", len(self.colors))
+            args.fail("colors", f"of {num_classes} rows or more, one for each class", len(self.colors))
         if not ((self.colors >= 0) & (self.colors <= 1)).all():
-            args.refuse("colors", "in 0 .. 1", self.colors.tolist())
+            args.fail("colors", "in 0 .. 1", self.colors.tolist())
         generator = torch.Generator().manual_seed(seed)
         any_color = torch.randint(len(self.colors), self.labels.shape, generator=generator)
         of_class = torch.rand(self.labels.shape, generator=generator, dtype=torch.float64) < bias
@@ -99,7 +99,7 @@ class ColorBias(Dataset[tuple[Any, ...]]):
             raise IndexError(f"ColorBias: index must be in 0 .. {len(self) - 1}, got {index}")
         item = self.dataset[index]
         if not isinstance(item, (tuple, list)) or len(item) < 2:
-            Arguments("ColorBias").refuse_type("dataset", "one of (image, label)", f"items of {type(item).__name__}")
+            Arguments("ColorBias").fail_type("dataset", "one of (image, label)", f"items of {type(item).__name__}")
         image = _tinted(item[0], self.colors[self.contexts[index]])
         return (image if self.transform is None else self.transform(image), *item[1:])
 
@@ -108,12 +108,12 @@ def _tinted(image: Any, color: Tensor) -> Any:
     args = Arguments("ColorBias")
     if isinstance(image, Tensor):
         if image.dim() != 3 or image.shape[0] not in (1, 3):
-            args.refuse("an image", "a PIL.Image or a tensor [3, H, W] or [1, H, W]", list(image.shape))
+            args.fail("an image", "a PIL.Image or a tensor [3, H, W] or [1, H, W]", list(image.shape))
         if not image.is_floating_point() and image.dtype != torch.uint8:
-            args.refuse_type("an image", "of floating point numbers or uint8", image.dtype)
+            args.fail_type("an image", "of floating point numbers or uint8", image.dtype)
         tinted = image * color.to(image.device)[:, None, None]
         return (tinted.round() if image.dtype == torch.uint8 else tinted).to(image.dtype)
     if not hasattr(image, "convert"):
-        args.refuse_type("an image", "a PIL.Image or a tensor", type(image).__name__)
+        args.fail_type("an image", "a PIL.Image or a tensor", type(image).__name__)
     factors = [factor for factor in color.tolist() for _ in range(256)]
     return image.convert("RGB").point([round(value % 256 * factor) for value, factor in enumerate(factors)])

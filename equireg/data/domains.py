@@ -80,7 +80,7 @@ def read_domains(
         args.count("shots", shots)
     args.number("held_out", held_out)
     if not 0 < held_out < 0.5:
-        args.refuse("held_out", "above 0 and below 0.5", held_out)
+        args.fail("held_out", "above 0 and below 0.5", held_out)
     args.count("seed", seed, least=0)
     check_reading(args, broken, max_broken, max_pixels)
 
@@ -89,14 +89,14 @@ def read_domains(
     if test_domain is not None:
         args.option("test_domain", test_domain, tuple(domains))
     if test_domain is not None and bias is not None and len(domains) < 3:
-        args.refuse("root", "a folder with three domains or more for test_domain and bias", repr(folder.path))
+        args.fail("root", "a folder with three domains or more for test_domain and bias", repr(folder.path))
     classes = folder.inside(domains[0]).classes()
     paths, labels, contexts = [], [], []
     for context, domain in enumerate(domains):
         inside = folder.inside(domain)
         if others := set(inside.folders()) ^ set(classes):
             other = min(others)
-            args.refuse(f"folder {inside.path!r}", f"one with the classes of {domains[0]!r}", f"{other!r} in one alone")
+            args.fail(f"folder {inside.path!r}", f"one with the classes of {domains[0]!r}", f"{other!r} in one alone")
         found, places = inside.labelled(classes)
         paths += found
         labels += places
@@ -119,7 +119,7 @@ def read_domains(
         for context, domain in enumerate(domains):
             if (label, context) not in cells:
                 path = os.path.join(folder.path, domain, name)
-                args.refuse(f"folder {path!r}", "one with images that can be decoded", "none")
+                args.fail(f"folder {path!r}", "one with images that can be decoded", "none")
     left_out = None if test_domain is None else domains.index(test_domain)
     if split == "test" and left_out is not None:
         chosen = [index for (_, context), cell in cells.items() if context == left_out for index in cell]
@@ -134,7 +134,7 @@ def read_domains(
         count = max(1, int(held_out * len(cell if bias is None else smallest)))
         if len(cell) <= parts * count:
             path = os.path.join(folder.path, domains[context], classes[label])
-            args.refuse(f"folder {path!r}", f"one of more than {parts * count} images", len(cell))
+            args.fail(f"folder {path!r}", f"one of more than {parts * count} images", len(cell))
         if split == "train":
             cells[label, context] = cell[parts * count :]
         else:
@@ -156,7 +156,7 @@ def _unbiased(
     for label, name in enumerate(classes):
         together = sorted(index for pair, cell in cells.items() if pair[0] == label for index in cell)
         if shots is not None and shots > len(together):
-            args.refuse("shots", f"at most {len(together)}, the training images of class {name!r}", shots)
+            args.fail("shots", f"at most {len(together)}, the training images of class {name!r}", shots)
         order = drawn_order([f"train {name} {place}" for place in range(len(together))], seed)
         chosen += [together[place] for place in order[:shots]]
     return chosen
@@ -195,7 +195,7 @@ def _biased(
         most += 1
     total = most if shots is None else shots
     if not 0 < total <= most:
-        args.refuse("shots", f"in 1 .. {most}, what every class has images for with bias={bias}", total)
+        args.fail("shots", f"in 1 .. {most}, what every class has images for with bias={bias}", total)
     return [
         index
         for label in range(num_classes)

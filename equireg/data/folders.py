@@ -21,7 +21,7 @@ class Folder:
         try:
             self.path = os.path.abspath(os.fsdecode(path))
         except TypeError:
-            self.args.refuse_type("root", "the path of a folder", type(path).__name__)
+            self.args.fail_type("root", "the path of a folder", type(path).__name__)
         self.follow_links = follow_links
         self.base = os.path.realpath(self.path) if base is None and "\0" not in self.path else base or ""
         self._entries(self.path)
@@ -38,7 +38,7 @@ class Folder:
         names = self.folders()
         if len(names) < 2:
             found = f"one folder, {names[0]!r}, alone" if names else "no folder"
-            self.args.refuse("root", "a folder with a folder for each class", f"{self.path!r} with {found} in it")
+            self.args.fail("root", "a folder with a folder for each class", f"{self.path!r} with {found} in it")
         return names
 
     def images(self, name: str) -> list[str]:
@@ -46,7 +46,7 @@ class Folder:
         folder = os.path.join(self.path, name)
         found = self._images_below(folder, (os.path.realpath(folder),))
         if not found:
-            self.args.refuse(f"folder {folder!r}", "one with images in it", "none")
+            self.args.fail(f"folder {folder!r}", "one with images in it", "none")
         return found
 
     def labelled(self, classes: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -80,7 +80,7 @@ class Folder:
             ) from None
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
-            self.args.refuse("root", "a folder that can be read", f"{folder!r}: {reason}")
+            self.args.fail("root", "a folder that can be read", f"{folder!r}: {reason}")
         if not self.follow_links:
             for entry in entries:
                 if entry.is_symlink():
@@ -91,7 +91,7 @@ class Folder:
         target = os.path.realpath(link)
         if os.path.commonpath([self.base, target]) != self.base:
             rule = "one inside of root, or follow_links=True"
-            self.args.refuse(f"link {link!r}", rule, f"{target!r} outside of {self.base!r}")
+            self.args.fail(f"link {link!r}", rule, f"{target!r} outside of {self.base!r}")
 
 
 def class_names(args: Arguments, class_list: str | os.PathLike[str] | Sequence[str]) -> list[str]:
@@ -104,22 +104,22 @@ def class_names(args: Arguments, class_list: str | os.PathLike[str] | Sequence[s
         except FileNotFoundError:
             raise FileNotFoundError(f"{args.function}: class_list must be a file that exists, got {path!r}") from None
         except (OSError, ValueError) as error:
-            args.refuse("class_list", "a text file that can be read", f"{path!r}: {error}")
+            args.fail("class_list", "a text file that can be read", f"{path!r}: {error}")
         names = [os.fsdecode(line.split(b"\t")[0].strip()) for line in lines]
         names = [name for name in names if name]
     else:
         names = list(class_list)
     for name in names:
         if not isinstance(name, str):
-            args.refuse_type("class_list", "the path of a file, or names", f"a {type(name).__name__} in it")
+            args.fail_type("class_list", "the path of a file, or names", f"a {type(name).__name__} in it")
         separators = {os.sep, os.altsep or os.sep, "\0"}
         if name in ("", ".", "..") or os.path.splitdrive(name)[0] or separators & set(name):
-            args.refuse("class_list", "a list of the plain names of folders in root", repr(name))
+            args.fail("class_list", "a list of the plain names of folders in root", repr(name))
     if not names:
-        args.refuse("class_list", "a list of one class or more", "none")
+        args.fail("class_list", "a list of one class or more", "none")
     twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
     if twice:
-        args.refuse("class_list", "a list that names each class once", repr(sorted(twice)[0]))
+        args.fail("class_list", "a list that names each class once", repr(sorted(twice)[0]))
     return names
 
 
@@ -130,7 +130,7 @@ def refuse_emptied(args: Arguments, files: ImageFiles) -> None:
     if empty:
         reasons = "; ".join(reason for _, reason in files.skipped[:3])
         got = f"none; {len(files.skipped)} files skipped {reasons}".strip()
-        args.refuse(f"class {files.classes[empty[0]]!r}", "one with images that can be decoded", got)
+        args.fail(f"class {files.classes[empty[0]]!r}", "one with images that can be decoded", got)
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:

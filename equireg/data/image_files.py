@@ -96,7 +96,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         self.classes = list(classes)
         self.labels = _numbers(args, "labels", labels, len(self.paths), -1, len(self.classes), "classes")
         if (contexts is None) != (context_names is None):
-            args.refuse("contexts", "given together with context_names", "one of them alone")
+            args.fail("contexts", "given together with context_names", "one of them alone")
         self.context_names = None if context_names is None else list(context_names)
         self.contexts = None
         if contexts is not None and self.context_names is not None:
@@ -169,7 +169,7 @@ def refuse_many(args: Arguments, skipped: list[tuple[str, str]], count: int, max
     if len(skipped) > (max_broken * count if isinstance(max_broken, float) else max_broken):
         first = "; ".join(reason for _, reason in skipped[:3])
         rule = f"a set of {count} files of which at most max_broken={max_broken} are broken"
-        args.refuse("the data set", rule, f"{len(skipped)}, first of all: {first}")
+        args.fail("the data set", rule, f"{len(skipped)}, first of all: {first}")
 
 
 def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image:
@@ -187,12 +187,12 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image:
             if width * height <= max_pixels:
                 return _rgb(image)
     except UnidentifiedImageError:
-        args.refuse(name, rule, "no image of a known kind")
+        args.fail(name, rule, "no image of a known kind")
     except Exception as error:  # decoders fail in many ways
         if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
             raise
-        args.refuse(name, rule, f"{type(error).__name__}: {error}")
-    args.refuse(name, f"of at most max_pixels={max_pixels} pixels", f"{width} x {height}")
+        args.fail(name, rule, f"{type(error).__name__}: {error}")
+    args.fail(name, f"of at most max_pixels={max_pixels} pixels", f"{width} x {height}")
 
 
 def _rgb(image: Image) -> Image:
@@ -235,12 +235,12 @@ def _numbers(
     try:
         tensor = torch.as_tensor(values).detach().cpu() if length else torch.zeros(0, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
-        args.refuse_type(name, "whole numbers", error)
+        args.fail_type(name, "whole numbers", error)
     tensor = args.integers(name, tensor, "N").clone()
     if len(tensor) != length:
-        args.refuse(name, f"[{length}], one for each path", list(tensor.shape))
+        args.fail(name, f"[{length}], one for each path", list(tensor.shape))
     wrong = (tensor < least) | (tensor >= limit)
     if wrong.any():
         place = int(wrong.nonzero()[0])
-        args.refuse(name, f"in {least} .. {limit - 1} ({what})", f"{int(tensor[place])} at position {place}")
+        args.fail(name, f"in {least} .. {limit - 1} ({what})", f"{int(tensor[place])} at position {place}")
     return tensor

@@ -58,7 +58,7 @@ def k_shot(dataset: Dataset[Any], shots: int, *, seed: int | None = None) -> Ima
     if isinstance(dataset, ImageFiles):
         classes = list(range(len(dataset.classes)))
     if not classes:
-        args.refuse("dataset", "a data set with labelled samples", "none")
+        args.fail("dataset", "a data set with labelled samples", "none")
     order = labels.argsort(stable=True)
     counts = torch.bincount(labels.clamp(min=-1) + 1, minlength=max(classes) + 2)
     ends = counts.cumsum(0)
@@ -67,7 +67,7 @@ def k_shot(dataset: Dataset[Any], shots: int, *, seed: int | None = None) -> Ima
         count = int(counts[label + 1])
         if count < shots:
             name = names[label] if isinstance(names, Sequence) and label < len(names) else label
-            args.refuse("shots", f"at most {count}, the samples of class {name!r}", shots)
+            args.fail("shots", f"at most {count}, the samples of class {name!r}", shots)
         members = order[ends[label + 1] - count : ends[label + 1]].tolist()
         if seed is not None:
             members = [members[place] for place in drawn_order([f"{label} {place}" for place in range(count)], seed)]
@@ -92,9 +92,9 @@ def labels_of(args: Arguments, dataset: Dataset[Any]) -> Tensor:
         if labels is None:
             labels = getattr(dataset, "targets", None)
     if labels is None:
-        args.refuse_type("dataset", "a data set with its labels in .labels or .targets", type(dataset).__name__)
+        args.fail_type("dataset", "a data set with its labels in .labels or .targets", type(dataset).__name__)
     # Each part of a concatenation has its own N.
     labels = Arguments(args.function).integers("the dataset's labels", torch.as_tensor(labels), "N").cpu()
     if len(labels) != len(dataset):  # type: ignore[arg-type]
-        args.refuse("dataset", f"one with {len(labels)} samples for its labels", len(dataset))  # type: ignore[arg-type]
+        args.fail("dataset", f"one with {len(labels)} samples for its labels", len(dataset))  # type: ignore[arg-type]
     return labels  # type: ignore[no-any-return]

@@ -88,7 +88,7 @@ def read_nico(
     args.option("setting", setting, _SETTINGS)
     args.share("imbalance", imbalance)
     if imbalance == 0:
-        args.refuse("imbalance", "above 0", imbalance)
+        args.fail("imbalance", "above 0", imbalance)
     args.count("held_out", held_out)
     args.count("seed", seed, least=0)
     check_reading(args, broken, max_broken, max_pixels)
@@ -99,7 +99,7 @@ def read_nico(
     if released:
         triples, misnamed, everywhere = _released(folder, split)
         if misnamed and broken == "raise":
-            args.refuse(f"file {misnamed[0][0]!r}", _NAMED, "another name")
+            args.fail(f"file {misnamed[0][0]!r}", _NAMED, "another name")
     else:
         triples = everywhere = _plain(folder.inside("Animal") if "Animal" in folder.folders() else folder)
     classes = sorted({name for _, name, _ in everywhere})
@@ -119,7 +119,7 @@ def read_nico(
     files.skipped = misnamed + files.skipped
     refuse_many(args, files.skipped, len(files) + len(files.skipped), max_broken)
     if len(classes) < 2:
-        args.refuse(f"root {folder.path!r}", "a folder with images of two classes or more", classes)
+        args.fail(f"root {folder.path!r}", "a folder with images of two classes or more", classes)
     refuse_emptied(args, files)
     if released and split != "train":
         return files
@@ -151,7 +151,7 @@ def _plain(folder: Folder) -> list[tuple[str, str, str]]:
         inside = folder.inside(name)
         contexts = inside.folders()
         if len({context_name(context) for context in contexts}) < 2:
-            folder.args.refuse(f"folder {inside.path!r}", "one with folders for two contexts or more", contexts)
+            folder.args.fail(f"folder {inside.path!r}", "one with folders for two contexts or more", contexts)
         for context in contexts:
             triples += [(path, name, context_name(context)) for path in inside.images(context)]
     return triples
@@ -186,4 +186,4 @@ def _numbered(folder: Folder, name: str) -> dict[str, str]:
     except FileNotFoundError:
         raise FileNotFoundError(f"read_nico: root must hold the file {path!r}, got no such file") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        folder.args.refuse(f"file {path!r}", "a JSON object of names and their numbers", error)
+        folder.args.fail(f"file {path!r}", "a JSON object of names and their numbers", error)

@@ -37,16 +37,16 @@ def training_orders(
     """The contexts of each class in training, from head to tail."""
     for name, contexts in sizes.items():
         if len(contexts) < 2:
-            args.refuse(f"class {name!r}", "in two contexts or more", sorted(contexts))
+            args.fail(f"class {name!r}", "in two contexts or more", sorted(contexts))
     if given is not None:
         if set(given) != set(sizes):
-            args.refuse("training_contexts", f"given for the classes {sorted(sizes)}", sorted(given))
+            args.fail("training_contexts", f"given for the classes {sorted(sizes)}", sorted(given))
         orders = {name: [context_name(context) for context in given[name]] for name in sizes}
         for name, order in orders.items():
             unknown = sorted(set(order) - set(sizes[name]))
             if unknown or not order or len(set(order)) < len(order):
                 got = f"{unknown[0]!r} of {name!r}" if unknown else order
-                args.refuse("training_contexts", f"different ones of {sorted(sizes[name])}", got)
+                args.fail("training_contexts", f"different ones of {sorted(sizes[name])}", got)
     else:
         orders = {name: _PUBLISHED.get(name, "").split() for name in sizes}
         if not all(order and set(order) <= set(sizes[name]) for name, order in orders.items()):

@@ -153,7 +153,7 @@ def read_vipriors(
     else:
         if others := set(images.classes()) ^ set(classes):
             other = min(others)
-            args.refuse(f"folder {images.path!r}", "one with the classes of train", f"{other!r} in one of them alone")
+            args.fail(f"folder {images.path!r}", "one with the classes of train", f"{other!r} in one of them alone")
         paths, labels = images.labelled(classes)
     files = ImageFiles(
         paths,

@@ -63,4 +63,4 @@ def check_map_style(args: Arguments, dataset: Dataset[Any]) -> None:
     """Its samples have places: it gives one for an index, and has a length."""
     has_items = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
     if isinstance(dataset, IterableDataset) or not has_items:
-        args.refuse_type("dataset", "map-style, with a length", type(dataset).__name__)
+        args.fail_type("dataset", "map-style, with a length", type(dataset).__name__)

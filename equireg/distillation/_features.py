@@ -12,7 +12,7 @@ def channels_last(check: Arguments, name: str, features: Tensor, dim: int) -> Te
     shapes = {2: "B D", 3: "B T D", 4: "B D h w"}
     check.floats(name, features)
     if features.dim() not in shapes:
-        check.refuse(name, "[B, D], [B, T, D] or [B, D, h, w]", list(features.shape))
+        check.fail(name, "[B, D], [B, T, D] or [B, D, h, w]", list(features.shape))
     check = Arguments(check.function)
     check.sizes["D"] = dim
     check.features(name, features, shapes[features.dim()])
@@ -26,7 +26,7 @@ def align_features(
     mine = channels_last(check, "student", student, student_dim)
     goal = channels_last(check, "teacher", teacher, teacher_dim)
     if mine.shape[:-1] != goal.shape[:-1]:
-        check.refuse("teacher", f"at the student's places {list(mine.shape[:-1])}", list(goal.shape[:-1]))
+        check.fail("teacher", f"at the student's places {list(mine.shape[:-1])}", list(goal.shape[:-1]))
     if mine.numel() == 0:
-        check.refuse("student", "of at least one sample", list(student.shape))
+        check.fail("student", "of at least one sample", list(student.shape))
     return mine, goal.detach()

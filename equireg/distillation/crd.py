@@ -98,7 +98,7 @@ class ContrastiveDistillation(nn.Module):
         for name, features, dim in (("student", student, self.dims[0]), ("teacher", teacher, self.dims[1])):
             check.features(name, features, "B D")
             if features.shape[1] != dim or len(features) == 0:
-                check.refuse(name, f"[B, {dim}] of at least one sample", list(features.shape))
+                check.fail(name, f"[B, {dim}] of at least one sample", list(features.shape))
             check.sizes.pop("D")
         indices = check.integers("indices", indices, "B")
         check.below("indices", indices, self.num_samples, "num_samples")

@@ -67,9 +67,9 @@ class DistillationLoss(nn.Module):
         for name, logits in (("student", student), ("teacher", teacher)):
             check.features(name, logits, "B C")
             if logits.numel() == 0:
-                check.refuse(name, "of at least one sample and class", list(logits.shape))
+                check.fail(name, "of at least one sample and class", list(logits.shape))
         if labels is None and self.alpha > 0:
-            check.refuse("labels", "given where alpha is above 0", None)
+            check.fail("labels", "given where alpha is above 0", None)
         exact = accumulation_dtype(student.dtype)
         loss = self.beta * divergence(student.to(exact), teacher.to(exact), self.temperature).mean()
         if labels is not None:

@@ -62,15 +62,15 @@ class OverhaulDistillation(nn.Module):
         check = Arguments("OverhaulDistillation")
         for name, dims in (("student_dims", student_dims), ("teacher_dims", teacher_dims)):
             if not isinstance(dims, (list, tuple)) or not dims:
-                check.refuse(name, "widths of one layer or more in a list", dims)
+                check.fail(name, "widths of one layer or more in a list", dims)
             for dim in dims:
                 check.count(name, dim)
         if len(teacher_dims) != len(student_dims):
-            check.refuse("teacher_dims", f"of {len(student_dims)} layers as student_dims", list(teacher_dims))
+            check.fail("teacher_dims", f"of {len(student_dims)} layers as student_dims", list(teacher_dims))
         halves = [2.0 ** (i + 1 - len(student_dims)) for i in range(len(student_dims))]
         weights = halves if layer_weights is None else list(layer_weights)
         if len(weights) != len(student_dims):
-            check.refuse("layer_weights", f"of {len(student_dims)} layers as student_dims", weights)
+            check.fail("layer_weights", f"of {len(student_dims)} layers as student_dims", weights)
         for weight in weights:
             check.not_negative("layer_weights", weight)
         self.dims, self.layer_weights = list(zip(student_dims, teacher_dims)), weights
@@ -95,7 +95,7 @@ class OverhaulDistillation(nn.Module):
                 places = channels_last(check, "features", layer, self.dims[i][1]).double().flatten(0, -2)
                 sums[i], counts[i] = sums[i] + places.clamp(max=0).sum(0), counts[i] + (places < 0).sum(0)
         if not isinstance(counts[0], Tensor):
-            check.refuse("features", "of at least one batch", "none")
+            check.fail("features", "of at least one batch", "none")
         for i, (total, count) in enumerate(zip(sums, counts)):
             self._set_margin(i, total / count.clamp(min=1))
 
@@ -112,7 +112,7 @@ class OverhaulDistillation(nn.Module):
         for i, layer in enumerate(layers):
             weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
             if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.shape != (self.dims[i][1],):
-                check.refuse("layers", f"normalisations of {self.dims[i][1]} channels with weight and bias", layer)
+                check.fail("layers", f"normalisations of {self.dims[i][1]} channels with weight and bias", layer)
             std, mean = weight.detach().double().abs().clamp(min=1e-12), bias.detach().double()
             share = torch.special.ndtr(-mean / std)
             density = torch.exp(-((mean / std) ** 2) / 2) / math.sqrt(2 * math.pi)
@@ -126,7 +126,7 @@ class OverhaulDistillation(nn.Module):
         for i, (student, teacher) in enumerate(zip(students, teachers)):
             margin = self.margins[i]
             if not margin.numel():
-                check.refuse("margins", "there: call fit_margins or use_batch_norm first", f"none for layer {i}")
+                check.fail("margins", "there: call fit_margins or use_batch_norm first", f"none for layer {i}")
             mine, goal = align_features(check, student, teacher, *self.dims[i])
             exact = accumulation_dtype(mine.dtype)
             found, goal = self.connectors[i](mine).to(exact), torch.maximum(goal.to(exact), margin.to(exact))
@@ -137,7 +137,7 @@ class OverhaulDistillation(nn.Module):
     def _check_layers(self, check: Arguments, name: str, given: Sequence[Any]) -> None:
         if not isinstance(given, (list, tuple)) or len(given) != len(self.dims):
             got = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
-            check.refuse(name, f"a list of {len(self.dims)} layers", got)
+            check.fail(name, f"a list of {len(self.dims)} layers", got)
 
     def _set_margin(self, i: int, margin: Tensor) -> None:
         like = next(self.connectors[i].parameters())

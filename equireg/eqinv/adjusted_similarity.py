@@ -68,14 +68,14 @@ def check_samples(
     check.option("adjust", adjust, _ADJUSTMENTS)
     if num_classes is None:
         if len(labels) == 0:
-            check.refuse("num_classes", "given where there are no labels", None)
+            check.fail("num_classes", "given where there are no labels", None)
         num_classes = int(labels.max()) + 1
     check.count("num_classes", num_classes)
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
         place = int(wrong.nonzero()[0])
         rule = f"in 0 .. {num_classes - 1} (num_classes)"
-        check.refuse("labels", rule, f"{int(labels[place])} at position {place}")
+        check.fail("labels", rule, f"{int(labels[place])} at position {place}")
     for start in range(0, len(features), 4096):  # in blocks: a mask of all features would be a quarter of their size
         check.finite("features", features[start : start + 4096])
     return labels, num_classes

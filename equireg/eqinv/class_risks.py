@@ -192,5 +192,5 @@ def check_batch(check: Arguments, name: str, features: Tensor, labels: Tensor) -
     """Features [B, D] and labels [B], the labels as int64."""
     check.features(name, features, "B D")
     if check.sizes["D"] == 0:
-        check.refuse(name, "at least one wide", list(features.shape))
+        check.fail(name, "at least one wide", list(features.shape))
     return check.integers("labels", labels, "B")

@@ -61,7 +61,7 @@ class FeatureMask(nn.Module):
         check = Arguments("FeatureMask")
         check.floats("features", features)
         if features.shape[-1:] != self.weight.shape:
-            check.refuse("features", f"[..., {len(self.weight)}]", list(features.shape))
+            check.fail("features", f"[..., {len(self.weight)}]", list(features.shape))
         selected = self.select(features)
         return selected if self.scale is None else self.scale * F.normalize(selected, dim=-1, eps=1e-6)
 
@@ -149,7 +149,7 @@ class ClassWiseIRM(nn.Module):
         check.option("denominator", denominator, ("own", "all"))
         check.option("detach", detach, (True, False))
         if projection is not None and not isinstance(projection, nn.Module):
-            check.refuse_type("projection", "an nn.Module or None", type(projection).__name__)
+            check.fail_type("projection", "an nn.Module or None", type(projection).__name__)
         self.num_features, self.num_classes = num_features, num_classes
         self.weight, self.penalty = weight, penalty
         self.temperature, self.denominator, self.detach = temperature, denominator, detach
@@ -191,14 +191,14 @@ class ClassWiseIRM(nn.Module):
         check = Arguments("ClassWiseIRM.fit_environments")
         if encoder is not None:
             if isinstance(features, Tensor):
-                check.refuse_type("features", "a loader where encoder is given", "a tensor")
+                check.fail_type("features", "a loader where encoder is given", "a tensor")
             if labels is not None or indices is not None:
-                check.refuse("labels and indices", "None where encoder is given: the loader gives them", "given")
+                check.fail("labels and indices", "None where encoder is given: the loader gives them", "given")
             features, labels, indices = extract_features(encoder, features, progress=progress)
         elif not isinstance(features, Tensor):
-            check.refuse_type("features", "a tensor, or a loader together with encoder", type(features).__name__)
+            check.fail_type("features", "a tensor, or a loader together with encoder", type(features).__name__)
         elif labels is None:
-            check.refuse("labels", "given with features", None)
+            check.fail("labels", "given with features", None)
         # The width of these features may be another than num_features: any frozen encoder will do.
         environments = Environments.split(
             features, labels, self.num_classes, indices=indices, num_samples=num_samples, adjust=adjust
@@ -241,11 +241,11 @@ class ClassWiseIRM(nn.Module):
         if indices is not None:
             indices = check.integers("indices", indices, "B")
             if self.environments is None:
-                check.refuse("indices", "None before fit_environments", list(indices.shape))
+                check.fail("indices", "None before fit_environments", list(indices.shape))
             check.below("indices", indices, self.environments.num_samples, "samples of the environments")
         alone = len(features) == 1 and self.processes.size > 1 and self.training
         if alone and any(isinstance(module, nn.BatchNorm1d) for module in self.projection.modules()):
-            check.refuse("features", "of at least 2 samples, for the projection's BatchNorm", list(features.shape))
+            check.fail("features", "of at least 2 samples, for the projection's BatchNorm", list(features.shape))
         return labels, indices
 
     def _facts(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Facts:

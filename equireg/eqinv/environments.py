@@ -98,24 +98,24 @@ class Environments(nn.Module):
         features = features.detach() if isinstance(features, Tensor) else features
         labels, num_classes = check_samples(check, features, labels, num_classes, adjust)
         if len(labels) == 0:
-            check.refuse("features", "of at least one sample", list(features.shape))
+            check.fail("features", "of at least one sample", list(features.shape))
         order = None
         if indices is not None:
             indices = check.integers("indices", indices, "N")
             ranked, order = indices.sort()
             twice = ranked[1:] == ranked[:-1]
             if twice.any():
-                check.refuse("indices", "all different", f"{int(ranked[1:][twice][0])} twice")
+                check.fail("indices", "all different", f"{int(ranked[1:][twice][0])} twice")
             if (indices < 0).any():
-                check.refuse("indices", "at least 0", int(indices.min()))
+                check.fail("indices", "at least 0", int(indices.min()))
         if num_samples is None:
             num_samples = len(labels) if indices is None else int(indices.max()) + 1
         check.count("num_samples", num_samples)
         if indices is not None:
             if (indices >= num_samples).any():
-                check.refuse("indices", f"in 0 .. {num_samples - 1} (num_samples)", int(indices.max()))
+                check.fail("indices", f"in 0 .. {num_samples - 1} (num_samples)", int(indices.max()))
         elif len(labels) > num_samples:
-            check.refuse("num_samples", f"at least the {len(labels)} rows of features", num_samples)
+            check.fail("num_samples", f"at least the {len(labels)} rows of features", num_samples)
 
         where = torch.arange(len(labels), device=labels.device) if indices is None else indices
         environments = cls()
@@ -186,7 +186,7 @@ class Environments(nn.Module):
         check = Arguments("Environments.members")
         check.count("k", k, least=0)
         if k >= self.num_classes:
-            check.refuse("k", f"in 0 .. {self.num_classes - 1} (num_classes)", k)
+            check.fail("k", f"in 0 .. {self.num_classes - 1} (num_classes)", k)
         others = ((self.labels >= 0) & (self.labels != k)).nonzero().squeeze(1)
         if self._ranking is not None:
             features, indices, adjust = self._ranking

@@ -85,7 +85,7 @@ class MoCoIPIRMLoss(PartitionLoss):
             if not 0 < len(query) * processes.size <= len(self.queue):
                 places = "" if processes.size == 1 else f" in {processes.size} processes"
                 rule = f"of 1 to queue_size = {len(self.queue)} samples{places}"
-                check.refuse("query", rule, list(query.shape))
+                check.fail("query", rule, list(query.shape))
             return normalized(query), normalized(key.detach()), self.check_indices(check, indices)
 
         x, own_key, indices = processes.agree(

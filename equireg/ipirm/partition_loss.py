@@ -28,15 +28,15 @@ class PartitionLoss(nn.Module):
             self.partitions = partitions
             return
         if not isinstance(partitions, Tensor):
-            check.refuse_type("partitions", "a PartitionUpdater or a tensor [P, N]", type(partitions).__name__)
+            check.fail_type("partitions", "a PartitionUpdater or a tensor [P, N]", type(partitions).__name__)
         check.integers("partitions", partitions, "P N")
         if partitions.numel() == 0:
-            check.refuse("partitions", "of at least one partition and sample", list(partitions.shape))
+            check.fail("partitions", "of at least one partition and sample", list(partitions.shape))
         for p, partition in enumerate(partitions.long()):
             sizes = partition.clamp(min=0).bincount()
             if partition.min() < 0 or (sizes == 0).any():
                 got = f"groups {sorted(set(partition.tolist()))[:8]} in partition {p}"
-                check.refuse("partitions", "of groups 0 .. K - 1, each with a sample", got)
+                check.fail("partitions", "of groups 0 .. K - 1, each with a sample", got)
         self.register_buffer("partitions", partitions.long().clone(), persistent=False)  # an argument, not a state
         self._split = (partitions != partitions[:, :1]).any(1).nonzero().flatten().tolist()
         self._most = int(partitions.max()) + 1

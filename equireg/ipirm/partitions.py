@@ -108,7 +108,7 @@ class PartitionUpdater(nn.Module):
         check.count("num_samples", num_samples, least=2)
         check.count("num_groups", num_groups, least=2)
         if num_groups > num_samples:
-            check.refuse("num_groups", f"at most the {num_samples} samples", num_groups)
+            check.fail("num_groups", f"at most the {num_samples} samples", num_groups)
         check.number("temperature", temperature)  # frozen here, so no tensor that learns
         check.positive("temperature", temperature)
         check.not_negative("weight", weight)
@@ -206,17 +206,17 @@ class PartitionUpdater(nn.Module):
         """Both views' features side by side, [n, 2 d]; and where an encoder made them, whose they are, [n]."""
         check = Arguments("PartitionUpdater.update")
         if generator is not None and not isinstance(generator, torch.Generator):
-            check.refuse_type("generator", "a torch.Generator or None", type(generator).__name__)
+            check.fail_type("generator", "a torch.Generator or None", type(generator).__name__)
         if encoder is not None:
             if isinstance(z1, Tensor) or z2 is not None:
-                check.refuse_type("z1 and z2", "a loader and None where encoder is given", "tensors")
+                check.fail_type("z1 and z2", "a loader and None where encoder is given", "tensors")
             first, second, indices = extract_two_views(encoder, z1, progress=progress)
             check.below("indices", indices, self.num_samples, "num_samples")
             return torch.cat([first, second], 1), indices
         if not isinstance(z1, Tensor):
-            check.refuse_type("z1", "a tensor, or a loader together with encoder", type(z1).__name__)
+            check.fail_type("z1", "a tensor, or a loader together with encoder", type(z1).__name__)
         if z2 is None:
-            check.refuse("z2", "given with z1", None)
+            check.fail("z2", "given with z1", None)
         self._check_features(z1, z2)
         return torch.cat([z1, z2], 1), None
 
@@ -224,7 +224,7 @@ class PartitionUpdater(nn.Module):
         check = Arguments("PartitionUpdater.update")
         check_views(check, z1, z2, self.temperature)
         if len(z1) != self.num_samples:
-            check.refuse("z1", f"of num_samples = {self.num_samples} rows", list(z1.shape))
+            check.fail("z1", f"of num_samples = {self.num_samples} rows", list(z1.shape))
         for name, z in (("z1", z1), ("z2", z2)):
             check.finite(name, z)
 
@@ -238,7 +238,7 @@ class PartitionUpdater(nn.Module):
             there[known] = True
             missing = (~there).nonzero().squeeze(1)
             got = f"none of index {int(missing[0])} ({len(missing)} missing)"
-            Arguments("PartitionUpdater.update").refuse("loader", f"of all {self.num_samples} samples", got)
+            Arguments("PartitionUpdater.update").fail("loader", f"of all {self.num_samples} samples", got)
         return rows[order[first]]
 
     def _search(self, z1: Tensor, z2: Tensor, generator: torch.Generator, progress: bool) -> Found:

@@ -144,7 +144,7 @@ def mix_images(
     check.floats("images", images)
     check.positive("alpha", alpha)
     if images.dim() == 0:
-        check.refuse("images", "[B, ...]", [])
+        check.fail("images", "[B, ...]", [])
     partner = torch.randperm(len(images), generator=generator)
     # A Beta variate is a share of two Gamma variates, and of those a small alpha leaves only the logarithms:
     # log G(a) = log G(a + 1) + log(U) / a. PyTorch's own sampler of Beta takes no generator.
@@ -159,14 +159,14 @@ def mix_images(
 def _checked_mix(check: Arguments, mix: tuple[Tensor, float | Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(mix, tuple) or len(mix) != 2:
         got = f"{len(mix)} parts" if isinstance(mix, tuple) else type(mix).__name__
-        check.refuse("mix", "(partner, share) or None", got)
+        check.fail("mix", "(partner, share) or None", got)
     partner = check.integers("mix's partner", mix[0], "N")
     check.below("mix's partner", partner, len(x), "the batch")
     if isinstance(mix[1], Tensor):
         share = check.features("mix's share", mix[1], "N").to(x.dtype)
         if values_visible(share) and not bool(((share >= 0) & (share <= 1)).all()):
             low, high = (float(bound) for bound in share.detach().aminmax())
-            check.refuse("mix's share", "in 0 .. 1", f"{low:g} .. {high:g}")
+            check.fail("mix's share", "in 0 .. 1", f"{low:g} .. {high:g}")
     else:
         check.share("mix's share", mix[1])
         share = torch.full_like(x[:, 0], float(mix[1]))

@@ -53,7 +53,7 @@ class SimSiamIPIRMLoss(PartitionLoss):
                 check.features(name, part, "N d")
                 check.dtype_of(name, part, "p1", p1)
             if p1.numel() == 0:
-                check.refuse("p1", "of at least one sample and one feature", list(p1.shape))
+                check.fail("p1", "of at least one sample and one feature", list(p1.shape))
             own = self.check_indices(check, indices)
             q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
             return -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2, own

@@ -134,5 +134,5 @@ def check_views(check: Arguments, z1: Tensor, z2: Tensor, temperature: float) ->
     check.features("z2", z2, "N d")
     check.dtype_of("z2", z2, "z1", z1)
     if check.sizes["N"] == 0 or check.sizes["d"] == 0:
-        check.refuse("z1", "of at least one sample and one feature", list(z1.shape))
+        check.fail("z1", "of at least one sample and one feature", list(z1.shape))
     check.positive("temperature", temperature)

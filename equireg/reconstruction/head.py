@@ -91,17 +91,17 @@ class IntermediateReconstructionHead(nn.Module):
             check.count(name, value)
         check.count("hidden_dim", hidden_dim, least=8)
         if hidden_dim % 8:
-            check.refuse("hidden_dim", "a multiple of 8", hidden_dim)
+            check.fail("hidden_dim", "a multiple of 8", hidden_dim)
         check.count("channels", channels)
         sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if len(sides) != 2:
-            check.refuse("image_size", "a side or (height, width)", image_size)
+            check.fail("image_size", "a side or (height, width)", image_size)
         for side in sides:
             check.count("image_size", side)
         check.number("equivariant_fraction", equivariant_fraction)
         if not (0 < equivariant_fraction <= 1 and round(equivariant_fraction * dim) > 0):
             rule = f"above 0 and up to 1, and one of {dim} features or more"
-            check.refuse("equivariant_fraction", rule, equivariant_fraction)
+            check.fail("equivariant_fraction", rule, equivariant_fraction)
         check.option("detach", detach, (True, False))
         self.dim, self.equivariant_dim = dim, round(equivariant_fraction * dim)
         self.image_size, self.patch_size, self.channels, self.detach = (*sides,), patch_size, channels, detach
@@ -132,7 +132,7 @@ class IntermediateReconstructionHead(nn.Module):
         shapes = {2: "B D", 3: "B T D", 4: "B D h w"}
         check.floats("features", features)
         if features.dim() not in shapes:
-            check.refuse("features", "[B, T, D], [B, D, h, w] or [B, D]", list(features.shape))
+            check.fail("features", "[B, T, D], [B, D, h, w] or [B, D]", list(features.shape))
         check.features("features", features, shapes[features.dim()])
         along = 1 if features.dim() == 4 else -1
         sizes = [self.dim - self.equivariant_dim, self.equivariant_dim]
@@ -175,11 +175,11 @@ class IntermediateReconstructionHead(nn.Module):
         check.sizes.update(n=len(self.decoders), B=len(joined), C=self.channels, H=height, W=width)
         check.features("targets", targets, "n B C H W")
         if len(joined) == 0:
-            check.refuse("equivariant1", "of at least one image", list(equivariant1.shape))
+            check.fail("equivariant1", "of at least one image", list(equivariant1.shape))
         if values_visible(targets):
             low, high = (float(bound) for bound in targets.detach().aminmax())
             if not (low >= -_LARGEST_PIXEL and high <= _LARGEST_PIXEL):
-                check.refuse("targets", "in 0 .. 1, or standardised, not 0 .. 255", f"{low:g} .. {high:g}")
+                check.fail("targets", "in 0 .. 1, or standardised, not 0 .. 255", f"{low:g} .. {high:g}")
         accurate = torch.promote_types(targets.dtype, torch.float32)
         total = torch.zeros((), dtype=accurate, device=joined.device)
         for decoder, weight, target in zip(self.decoders, self.image_weights, targets):
@@ -200,19 +200,19 @@ class IntermediateReconstructionHead(nn.Module):
         for name, given in (("equivariant1", equivariant1), ("equivariant2", equivariant2)):
             check.floats(name, given)
             if given.dim() not in (3, 4):
-                check.refuse(name, "[B, T, d] or [B, d, h, w]", list(given.shape))
+                check.fail(name, "[B, T, d] or [B, d, h, w]", list(given.shape))
             check.features(name, given, "B T d" if given.dim() == 3 else "B d h w")
         if equivariant2.shape != equivariant1.shape:
-            check.refuse("equivariant2", f"{list(equivariant1.shape)} as equivariant1", list(equivariant2.shape))
+            check.fail("equivariant2", f"{list(equivariant1.shape)} as equivariant1", list(equivariant2.shape))
         h, w = self.grid
         if equivariant1.dim() == 3 and equivariant1.shape[1] != h * w:
             rule = f"of {h} x {w} tokens, without class or register tokens"
-            check.refuse("equivariant1", rule, list(equivariant1.shape))
+            check.fail("equivariant1", rule, list(equivariant1.shape))
         if equivariant1.dim() == 4:  # a stride rounds up or down
             for place, side in zip(equivariant1.shape[2:], self.image_size):
                 if not max(1, side // self.patch_size) <= place <= math.ceil(side / self.patch_size):
                     rule = f"of {h} x {w} places (images over patch_size)"
-                    check.refuse("equivariant1", rule, list(equivariant1.shape))
+                    check.fail("equivariant1", rule, list(equivariant1.shape))
         # Half precision from an encoder under autocast; under autocast the decoders go back to it by themselves.
         like = next(self.decoders.parameters())
         first, second = (part.to(like.dtype) for part in (equivariant1, equivariant2))
@@ -243,14 +243,14 @@ _LARGEST_PIXEL = 16.0  # beyond any standardised image, below the bytes of one
 def _weights(check: Arguments, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
     """Weights of the images that sum to 1."""
     if given is not None and not isinstance(given, Iterable):
-        check.refuse_type("image_weights", f"{count} numbers, one for each image", type(given).__name__)
+        check.fail_type("image_weights", f"{count} numbers, one for each image", type(given).__name__)
     weights = [1.0] * count if given is None else list(given)
     if len(weights) != count:
-        check.refuse("image_weights", f"{count} numbers, one for each image", weights)
+        check.fail("image_weights", f"{count} numbers, one for each image", weights)
     for weight in weights:
         check.not_negative("image_weights", weight)
     if sum(weights) == 0:
-        check.refuse("image_weights", "above 0 for one image at least", weights)
+        check.fail("image_weights", "above 0 for one image at least", weights)
     shares = [weight / max(weights) for weight in weights]  # whose sum cannot overflow
     return tuple(share / sum(shares) for share in shares)
 
@@ -262,10 +262,10 @@ def _statistics(
         return None
     for name, given in (("mean", mean), ("std", std)):
         if not isinstance(given, Sized) or len(given) != channels:
-            check.refuse(name, f"{channels} numbers, as there are channels, where mean or std is given", given)
+            check.fail(name, f"{channels} numbers, as there are channels, where mean or std is given", given)
         for value in given:
             check.number(name, value)
             if not math.isfinite(value) or (name == "std" and value <= 0):
-                check.refuse(name, "finite and above 0" if name == "std" else "finite", given)
+                check.fail(name, "finite and above 0" if name == "std" else "finite", given)
     first, second = (torch.tensor([float(value) for value in given]).view(-1, 1, 1) for given in (mean, std))  # type: ignore[union-attr]
     return first, second

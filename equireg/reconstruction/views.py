@@ -94,14 +94,14 @@ class IntermediateViews:
         self.parts = _parts(check, "kind", kind)
         self.reconstructed = self.parts if reconstruct is None else _parts(check, "reconstruct", reconstruct)
         if not set(self.reconstructed) <= set(self.parts):
-            check.refuse("reconstruct", f"a part of kind {kind!r}", repr(reconstruct))
+            check.fail("reconstruct", f"a part of kind {kind!r}", repr(reconstruct))
         check.count("num_intermediate", num_intermediate)
         check.option("padding", padding, ("zeros", "border", "reflection"))
         self.kind, self.reconstruct, self.num_intermediate, self.padding = kind, reconstruct, num_intermediate, padding
 
         most = translate if isinstance(translate, (tuple, list)) else (translate, translate)
         if len(most) != 2:
-            check.refuse("translate", "a number or a pair", translate)
+            check.fail("translate", "a number or a pair", translate)
         for share in most:
             check.not_negative("translate", share)
         self.ranges = {
@@ -155,11 +155,11 @@ class IntermediateViews:
         check = Arguments("IntermediateViews.draw")
         check.count("count", count, least=0)
         if not isinstance(size, (tuple, list)) or len(size) != 2:
-            check.refuse("size", "(height, width)", size)
+            check.fail("size", "(height, width)", size)
         for side in size:
             check.count("size", side)
         if generator is not None and not isinstance(generator, torch.Generator):
-            check.refuse_type("generator", "a torch.Generator or None", type(generator).__name__)
+            check.fail_type("generator", "a torch.Generator or None", type(generator).__name__)
         device = generator.device if generator is not None else torch.device("cpu")
         shape = (count, len(self.parameter_names))
         uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
@@ -205,7 +205,7 @@ class IntermediateViews:
                 most = self.ranges["sigma"][1] if name == "sigma" else math.inf  # the kernel is made for it
                 wrong = (column < 0) | (column > most * (1 + 1e-6))
                 if name in (*_FACTORS, "sigma") and wrong.any():
-                    check.refuse("parameters", f"in 0 .. {most:g} for {name}", f"{float(column[wrong][0]):g}")
+                    check.fail("parameters", f"in 0 .. {most:g} for {name}", f"{float(column[wrong][0]):g}")
         return self._apply(images, parameters, 0)
 
     def _apply(self, images: Tensor, parameters: Tensor, whole: int) -> Tensor:
@@ -232,14 +232,14 @@ class IntermediateViews:
         check = Arguments("IntermediateViews")
         check.features("images", images, "B C H W")
         if 0 in images.shape[1:]:
-            check.refuse("images", "of at least one channel and pixel", list(images.shape))
+            check.fail("images", "of at least one channel and pixel", list(images.shape))
         if "color" in self.parts:
             if images.shape[1] != 3:
-                check.refuse("images", "[B, 3, H, W] for colours", list(images.shape))
+                check.fail("images", "[B, 3, H, W] for colours", list(images.shape))
             if values_visible(images) and images.numel():
                 low, high = (float(bound) for bound in images.detach().aminmax())
                 if not (low >= -0.5 and high <= 1.5):  # a resized image may overshoot a little
-                    check.refuse("images", "in 0 .. 1 for colours", f"{low:g} .. {high:g}")
+                    check.fail("images", "in 0 .. 1 for colours", f"{low:g} .. {high:g}")
         return check
 
     def __repr__(self) -> str:
@@ -250,13 +250,13 @@ class IntermediateViews:
 def _parts(check: Arguments, name: str, kind: str | Sequence[str]) -> tuple[str, ...]:
     """The kinds that are no composition, in the order in which they are done."""
     if not isinstance(kind, (str, tuple, list)):
-        check.refuse_type(name, "a kind, or several in a tuple", type(kind).__name__)
+        check.fail_type(name, "a kind, or several in a tuple", type(kind).__name__)
     found: set[str] = set()
     for one in (kind,) if isinstance(kind, str) else kind:
         check.option(name, one, (*_PARAMETERS, *_COMPOSED))
         found |= set(_COMPOSED.get(one, (one,)))
     if not found:
-        check.refuse(name, "at least one kind", "none")
+        check.fail(name, "at least one kind", "none")
     return tuple(part for part in _PARAMETERS if part in found)
 
 
@@ -272,15 +272,15 @@ def _range(
     got = given
     if not isinstance(given, (tuple, list)):
         if center is None:
-            check.refuse_type(name, "a pair of numbers", type(given).__name__)
+            check.fail_type(name, "a pair of numbers", type(given).__name__)
         check.not_negative(name, given)
         given = (max(low, center - given), center + given)
     if len(given) != 2:
-        check.refuse(name, "a pair of numbers", given)
+        check.fail(name, "a pair of numbers", given)
     for bound in given:
         check.number(name, bound)
         if not (math.isfinite(bound) and low <= bound <= high):
-            check.refuse(name, f"finite and within {low} .. {high}", got)
+            check.fail(name, f"finite and within {low} .. {high}", got)
     if given[0] > given[1]:
-        check.refuse(name, "the lowest value first", given)
+        check.fail(name, "the lowest value first", given)
     return float(given[0]), float(given[1])

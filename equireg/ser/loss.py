@@ -52,7 +52,7 @@ def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0
     check = Arguments("patch_nt_xent")
     _check_pair(check, z, z_prime, temperature)
     if len(z) < 2:
-        check.refuse("z", "of at least 2 images: negatives come from other images", list(z.shape))
+        check.fail("z", "of at least 2 images: negatives come from other images", list(z.shape))
     z, z_prime = normalized(z), normalized(z_prime)
     return _loss(z, z_prime, None, 0, temperature)
 
@@ -142,19 +142,19 @@ class SERLoss(nn.Module):
         check = Arguments("SERLoss")
         for name, g in (("g1", g1), ("g2", g2)):
             if not isinstance(g, GridTransform):
-                check.refuse_type(name, "a GridTransform", type(g).__name__)
+                check.fail_type(name, "a GridTransform", type(g).__name__)
         if g1.source != g2.source:
-            check.refuse("g2", f"of g1's source grid {g1.source}", g2.source)
+            check.fail("g2", f"of g1's source grid {g1.source}", g2.source)
         if len(g2) != len(g1):
-            check.refuse("g2", f"of {len(g1)} elements as g1", len(g2))
+            check.fail("g2", f"of {len(g1)} elements as g1", len(g2))
         check.sizes.update(B=len(g1), D=self.dim)
         for name, g, number, tokens in (("tokens1", g1, "T1", tokens1), ("tokens2", g2, "T2", tokens2)):
             check.features(name, tokens, f"B {number} D")
             if tokens.shape[1] != g.target[0] * g.target[1]:
                 rule = f"of {g.target[0]} x {g.target[1]} tokens, without class or register tokens"
-                check.refuse(name, rule, list(tokens.shape))
+                check.fail(name, rule, list(tokens.shape))
         if len(g1) < least:
-            check.refuse("tokens1", f"of at least {least} images: negatives come from others", list(tokens1.shape))
+            check.fail("tokens1", f"of at least {least} images: negatives come from others", list(tokens1.shape))
         relative = g2.__matmul__(g1.inverse())  # g2 @ g1⁻¹; torch.compile of PyTorch 2.6 cannot trace the operator
         moved = relative.on_tokens(self.token_norm(tokens1))
         return normalized(self.projection(moved)), normalized(self.projection(self.token_norm(tokens2)))
@@ -168,7 +168,7 @@ def _check_pair(check: Arguments, z: Tensor, z_prime: Tensor, temperature: float
     check.features("z_prime", z_prime, "B T D")
     check.dtype_of("z_prime", z_prime, "z", z)
     if check.sizes["T"] == 0 or check.sizes["D"] == 0:
-        check.refuse("z", "of at least one token, at least one wide", list(z.shape))
+        check.fail("z", "of at least one token, at least one wide", list(z.shape))
     check.positive("temperature", temperature)
 
 

@@ -55,16 +55,16 @@ class EquivariantViews:
         check.count("patch_size", patch_size)
         sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if len(sides) != 2:
-            check.refuse("image_size", "a side or (height, width)", image_size)
+            check.fail("image_size", "a side or (height, width)", image_size)
         for side in sides:
             check.count("image_size", side)
             if side % patch_size:
-                check.refuse("image_size", f"whole patches of {patch_size}", image_size)
+                check.fail("image_size", f"whole patches of {patch_size}", image_size)
         if photometric is None:
             photometric = mocov3_photometric(image_size)
         policies = (photometric, photometric) if callable(photometric) else photometric
         if not isinstance(policies, (tuple, list)) or len(policies) != 2 or not all(map(callable, policies)):
-            check.refuse("photometric", "a callable or a pair of them", photometric)
+            check.fail("photometric", "a callable or a pair of them", photometric)
         self.image_size = (sides[0], sides[1])
         self.patch_size, self.photometric, self.scale, self.ratio = patch_size, tuple(policies), scale, ratio
         GridTransform.random(0, self.grid, scale=scale, ratio=ratio, generator=torch.Generator())  # refuses bad ranges
@@ -89,7 +89,7 @@ class EquivariantViews:
         check = Arguments("EquivariantViews")
         check.features("images", images, "B C H W")
         if tuple(images.shape[2:]) != self.image_size:
-            check.refuse("images", f"[B, C, {self.image_size[0]}, {self.image_size[1]}]", list(images.shape))
+            check.fail("images", f"[B, C, {self.image_size[0]}, {self.image_size[1]}]", list(images.shape))
         g1, g2 = (
             GridTransform.random(len(images), self.grid, scale=self.scale, ratio=self.ratio, generator=generator)
             for _ in range(2)
@@ -154,10 +154,10 @@ def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     check.tensor("batch", batch)
     check.number("ratio", ratio)
     if not 0 <= ratio <= 1:
-        check.refuse("ratio", "from 0 to 1", ratio)
+        check.fail("ratio", "from 0 to 1", ratio)
     least = 2 if ratio > 0 else 0
     if batch.dim() == 0 or len(batch) < least:
-        check.refuse("batch", f"of at least {max(least, 1)} samples", list(batch.shape))
+        check.fail("batch", f"of at least {max(least, 1)} samples", list(batch.shape))
     size = max(least, round(ratio * len(batch)))
     return batch[: len(batch) - size], batch[len(batch) - size :]
 

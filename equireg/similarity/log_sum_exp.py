@@ -89,13 +89,13 @@ def pair_lse(
     check.features("y", y, "N D")
     check.dtype_of("y", y, "x", x)
     if check.sizes["D"] == 0:
-        check.refuse("x", "at least one wide", list(x.shape))
+        check.fail("x", "at least one wide", list(x.shape))
     if isinstance(scale, Tensor):
         check.features("scale", scale, "")
     else:
         check.number("scale", scale)
         if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite of a symbol
-            check.refuse("scale", "finite", scale)
+            check.fail("scale", "finite", scale)
         scale = torch.full((), scale, dtype=accumulation_dtype(x.dtype), device=x.device)
 
     check.option("relation", relation, ("all", "ne", "eq"))
@@ -103,11 +103,11 @@ def pair_lse(
     row_group, col_group = _both(check, "group", row_group, col_group)
     if (relation == "all") != (row_group is None):
         rule = "None with relation 'all'" if relation == "all" else f"given with relation {relation!r}"
-        check.refuse("row_group", rule, "None" if row_group is None else list(row_group.shape))
+        check.fail("row_group", rule, "None" if row_group is None else list(row_group.shape))
     row_id, col_id = _both(check, "id", row_id, col_id)
 
     if row_select is not None and col_weight is None:
-        check.refuse("row_select", "None without col_weight", "a selection")
+        check.fail("row_select", "None without col_weight", "a selection")
     if col_weight is not None:
         check.features("col_weight", col_weight, "E N" if row_select is None else "E S N")
         check.weights("col_weight", col_weight)
@@ -179,7 +179,7 @@ def _fastest(entries: int) -> str:
 def _both(check: Arguments, kind: str, row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if (row is None) != (col is None):
         missing, given = ("row", "col") if row is None else ("col", "row")
-        check.refuse(f"{missing}_{kind}", f"given together with {given}_{kind}", None)
+        check.fail(f"{missing}_{kind}", f"given together with {given}_{kind}", None)
     if row is None or col is None:
         return None, None
     rows = check.integers(f"row_{kind}", row, "M")
