@@ -79,6 +79,8 @@ def test_public_names_are_there_and_documented_with_an_example():
         if name not in {
             "ClassRisks",
             "Environments",
+            "EnvironmentsReport",
+            "GroupAccuracy",
             "PartitionReport",
         }:  # results, and methods
             assert ">>>" in thing.__doc__, f"{name} has no example"
