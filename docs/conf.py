@@ -50,6 +50,7 @@ ELSEWHERE = {
     "Module": "generated/torch.nn.Module.html#torch.nn.Module",
     "Dataset": "data.html#torch.utils.data.Dataset",
     "Subset": "data.html#torch.utils.data.Subset",
+    "WeightedRandomSampler": "data.html#torch.utils.data.WeightedRandomSampler",
     "device": "tensor_attributes.html#torch.device",
     "ProcessGroup": "distributed.html#torch.distributed.ProcessGroup",
 }
