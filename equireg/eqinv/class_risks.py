@@ -113,7 +113,8 @@ class Compared(NamedTuple):
         """
         share = torch.where(self.size > 1, 1 / self.size.to(values.dtype), 0)
         total, classes = self.processes.total(torch.stack([(values * share).sum(), share.sum()]))
-        return total / classes.clamp(min=1)
+        mean: Tensor = total / classes.clamp(min=1)
+        return mean
 
     def anchor_mean(self, values: Tensor) -> Tensor:
         """The (weighted) mean of values [A] over the anchors that have a positive; 0 without one."""
@@ -122,7 +123,8 @@ class Compared(NamedTuple):
             weight = self.weight[self.first :][: len(self.s)].to(values.dtype)
         share = torch.where(self.size > 1, weight, 0)
         total, anchors = self.processes.total(torch.stack([(values * share).sum(), share.sum()]))
-        return total / torch.where(anchors > 0, anchors, 1)
+        mean: Tensor = total / torch.where(anchors > 0, anchors, 1)
+        return mean
 
     def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
         """The mean over the positives of each anchor, [..., A], 0 where there is none.

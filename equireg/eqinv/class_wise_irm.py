@@ -98,6 +98,7 @@ class ClassWiseIRM(nn.Module):
             and labels other than those fitted at the same index; ``indices`` given before the environments are fitted.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> features, labels = torch.randn(40, 16), torch.arange(40) % 4
         >>> irm = ClassWiseIRM(16, 4).fit_environments(features, labels)
@@ -258,6 +259,7 @@ class ClassWiseIRM(nn.Module):
         """``head ∘ mask`` as one module, for validation, export and plain checkpoints: ``FeatureMask.fold_into``.
 
         Example:
+            >>> import torch
             >>> irm, head = ClassWiseIRM(16, 4), nn.Linear(16, 4)
             >>> features = torch.randn(2, 16)
             >>> folded = irm.fold_into(head)
