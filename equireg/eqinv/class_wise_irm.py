@@ -10,14 +10,16 @@ One loss line beside cross entropy::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equireg._agreement import Checksum, Facts
 from equireg._checks import Arguments
-from equireg.distributed import Checksum, Facts, Group, Processes, settings_of
+from equireg.distributed import Group, Processes
 from equireg.eqinv.adjusted_similarity import Adjust
 from equireg.eqinv.class_risks import check_batch, compare, risk_of, slope_of
 from equireg.eqinv.environments import Environments, similar_in_batch
@@ -210,9 +212,9 @@ class ClassWiseIRM(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
         processes = self.processes
-        labels, indices = processes.agree(
-            lambda: self._checked(features, labels, indices), lambda made: self._facts(features, *made)
-        )
+        with processes.alike() as facts:
+            labels, indices = self._checked(features, labels, indices)
+            facts.update(self._facts(features, labels, indices))
         if len(features) * processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
             return self._zero(features)
         # Contiguous, so that the layers sum in the same order whatever the strides.
@@ -256,8 +258,8 @@ class ClassWiseIRM(nn.Module):
             "labels": labels,
             "indices": indices,
             "environments": bits,
-            "environments' sum": None if bits is None else self._checksum.of(bits),
-            "settings": settings_of(self),
+            "environments' sum": None if bits is None else partial(self._checksum.of, bits),
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
             "whether parameters learn": torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()),
         }
 
@@ -291,6 +293,9 @@ class ClassWiseIRM(nn.Module):
         elif bits is not None and self.environments is None:
             self.environments = Environments().to(self.mask.weight.device)  # takes its sizes from what it loads
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_SETTINGS = ("num_features", "num_classes", "weight", "penalty", "temperature", "denominator", "detach")
 
 
 def _projection(num_features: int) -> nn.Module:
