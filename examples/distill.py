@@ -4,10 +4,9 @@
 
 The teacher is fine-tuned on a few labelled images per class, then frozen. Students start from the same pretrained
 weights and learn from the labels and the teacher: by its logits (``DistillationLoss``), by its maps before the ReLU
-(``OverhaulDistillation``) or by contrast (``ContrastiveDistillation``). The control is fine-tuned with the students'
-seed, without the teacher. Then flips and crops of the test images are merged (``predict_tta``), and all models
-(``ensemble``). ``--checkpoint`` is the ``state_dict`` of a timm ResNet that you pretrained; without one, all start from
-the same random weights.
+(``OverhaulDistillation``) or by contrast (``ContrastiveDistillation``). The control has the students' seed and no
+teacher. Then flips and crops of the test images are merged (``predict_tta``), and all models (``ensemble``).
+``--checkpoint`` is the ``state_dict`` of a timm ResNet that you pretrained; without one, weights are random.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 import timm
 import torch
 from matplotlib.figure import Figure
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -46,7 +46,7 @@ def run(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]
 def pretrained(options: argparse.Namespace, num_classes: int, seed: int) -> nn.Module:
     """The Stage I weights, the same for all, and a new classifier drawn by ``seed``."""
     torch.manual_seed(options.seed)
-    model = timm.create_model(options.model, num_classes=0)
+    model = timm.create_model(options.model, num_classes=0, **options.model_kwargs)
     if options.checkpoint:
         model.load_state_dict(torch.load(options.checkpoint, map_location="cpu", weights_only=True))
     torch.manual_seed(seed)
@@ -56,7 +56,7 @@ def pretrained(options: argparse.Namespace, num_classes: int, seed: int) -> nn.M
 
 def train(student: nn.Module, teacher: nn.Module | None, method: str, loader: DataLoader, epochs: int, bar: tqdm):
     """Train on the labels and, where ``method`` is one of METHODS, from the teacher."""
-    criterion = equireg.DistillationLoss(beta=None if method == "logits" else 0.0)  # with 0, cross entropy alone
+    criterion = equireg.DistillationLoss(beta=None if method == "logits" else 0.0)  # 0: cross entropy alone
     widths = [stage["num_chs"] for stage in student.feature_info][-4:]
     overhaul = equireg.OverhaulDistillation(widths, widths).to(DEVICE)
     contrastive = equireg.ContrastiveDistillation(widths[-1], widths[-1], num_samples=len(loader.dataset)).to(DEVICE)
@@ -101,7 +101,6 @@ def report(table: dict[str, dict[str, float]], path: Path) -> None:
         axes.plot([row[views] for row in table.values()], list(table), marker, label=views)
     axes.set(xlabel="test accuracy, %")
     axes.invert_yaxis()
-    axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -116,6 +115,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="of --model without a classifier; default: random weights")
     parser.add_argument("--model", default="resnet18", help="a ResNet of timm")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="a student for each")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="of timm.create_model")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--shots", type=int, default=50, help="labelled images per class")
     parser.add_argument("--epochs", type=int, default=20)

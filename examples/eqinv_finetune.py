@@ -20,6 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -48,7 +49,7 @@ def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[
     augmented, plain = (
         WithIndex(k_shot(images_of(options, "train", augment), options.shots, seed=seed)) for augment in (True, False)
     )
-    backbone = timm.create_model(options.model, num_classes=0)
+    backbone = timm.create_model(options.model, num_classes=0, **options.model_kwargs)
     if options.checkpoint:
         backbone.load_state_dict(torch.load(options.checkpoint, map_location="cpu", weights_only=True))
     width, num_classes = backbone.num_features, len(plain.classes)
@@ -105,7 +106,7 @@ def report(table: dict[str, list[float]], environments: Environments, path: Path
     left, right = figure.subplots(1, 2)
     for run in zip(*table.values()):
         left.plot(ARMS, run, "o-")
-    left.set(ylabel="test accuracy, %", title="each line: one draw of labelled images")
+    left.set(ylabel="test accuracy, %", xmargin=0.2, title="each line: one draw of labelled images")
     grid = right.imshow(shares(environments.cpu()), vmin=0, vmax=1, cmap="coolwarm")
     right.set(xlabel="class", ylabel="anchor class", title="share of each class in Env#1 of the anchor class")
     figure.colorbar(grid)
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=data and Path(data, "cifar10"), required=not data, help=images)
     parser.add_argument("--checkpoint", type=Path, help="of --model without a classifier; default: random weights")
     parser.add_argument("--model", default="resnet18", help="any of timm")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="of timm.create_model")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--shots", type=int, default=20, help="labelled images per class")
     parser.add_argument("--weight", type=float, default=10.0, help="of the penalty")

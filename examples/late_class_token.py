@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=data and Path(data, "cifar10"), required=not data, help=images)
     parser.add_argument("--checkpoint", type=Path, help="of --model without a classifier; default: random weights")
     parser.add_argument("--model", default="test_vit", help="a ViT of timm; the default is its smallest")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as depth=6")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="of timm.create_model")
     parser.add_argument("--layer", type=int, default=3, help="blocks before the class token enters")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--patch-size", type=int, default=4)
