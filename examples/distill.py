@@ -99,9 +99,9 @@ def report(table: dict[str, dict[str, float]], path: Path) -> None:
     axes = figure.subplots()
     for views, marker in zip(VIEWS, "osD"):
         axes.plot([row[views] for row in table.values()], list(table), marker, label=views)
-    axes.set(xlabel="test accuracy, %")
-    axes.invert_yaxis()
-    axes.legend()
+    axes.set(xlabel="test accuracy, %", ylim=(len(table) - 0.5, -0.5))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"\n{path}")

@@ -107,7 +107,7 @@ def report(table: dict[str, list[float]], environments: Environments, path: Path
     for run in zip(*table.values()):
         left.plot(ARMS, run, "o-")
     left.set(ylabel="test accuracy, %", xmargin=0.2, title="each line: one draw of labelled images")
-    grid = right.imshow(shares(environments.cpu()), vmin=0, vmax=1, cmap="coolwarm")
+    grid = right.imshow(shares(environments.cpu()).numpy(), vmin=0, vmax=1, cmap="coolwarm")
     right.set(xlabel="class", ylabel="anchor class", title="share of each class in Env#1 of the anchor class")
     figure.colorbar(grid)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ def load(source: str, folder: Path | None, count: int) -> tuple[Tensor, Tensor]:
     """Images [N, 3, H, W] in 0 .. 1 and their classes."""
     if source == "digits":
         digits = load_digits()
-        images = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
-        return images, torch.tensor(digits.target)
+        images = torch.tensor(digits.images[:count] / 16, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
+        return images, torch.tensor(digits.target[:count])
     steps = v2.Compose([v2.Resize((32, 32)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     dataset = read_image_folder(folder / "train", transform=steps)
     chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long()
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--source", choices=tuple(TINTS), default="digits")
     data = os.environ.get("EQUIREG_DATA")
     parser.add_argument("--data", type=Path, default=data and Path(data, "cifar10"), help="holds train/<class>/*")
-    parser.add_argument("--images", type=int, default=2000, help="how many of --data")
+    parser.add_argument("--images", type=int, default=2000, help="at most")
     parser.add_argument("--rounds", type=int, default=3, help="each trains, then looks for a partition")
     parser.add_argument("--epochs", type=int, default=10, help="of each round")
     parser.add_argument("--seed", type=int, default=0)
