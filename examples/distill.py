@@ -87,7 +87,7 @@ def train(student: nn.Module, teacher: nn.Module | None, method: str, loader: Da
 def predict(model: nn.Module, batches: DataLoader, views: str) -> Tensor:
     """Class probabilities [N, C] of the images as they are, or merged over flips or ten crops."""
     merge = {"flip": {"crops": "flip"}, "ten crops": {"crops": "ten", "merge": "gmean"}}.get(views)
-    images = [x.to(DEVICE) for x, _ in batches]
+    images = (x.to(DEVICE) for x, _ in batches)
     return torch.cat([equireg.predict_tta(model, x, **merge) if merge else model(x).softmax(1) for x in images]).cpu()
 
 

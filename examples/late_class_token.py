@@ -96,7 +96,7 @@ def report(scores: dict[str, tuple[list[float], list[float]]], accuracies: dict[
     left.legend()
     bars = right.bar(list(accuracies), list(accuracies.values()), color=["C0", "C1"])
     right.bar_label(bars, fmt="%.1f")
-    right.set(ylabel="test accuracy, %")
+    right.set(ylabel="test accuracy, %", ymargin=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"\n{path}")

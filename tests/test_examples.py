@@ -21,7 +21,7 @@ PACKAGES = {"equireg", "lightly", "matplotlib", "sklearn", "timm", "torch", "tor
 
 # What makes each of them small: about a step of each of its trainings.
 TINY_RESNET = "--data images --epochs 1 --model test_resnet --image-size 32 --shots 4"
-PRETRAINING = "--data images --epochs 1 --images 8 --batch-size 4"
+PRETRAINING = "--data images --epochs 1 --images 40 --batch-size 20"
 FLAGS = {
     "colored_mnist.py": "--source digits --epochs 1 --samples 300",
     "distill.py": TINY_RESNET,
@@ -62,7 +62,7 @@ def made_images(tmp_path):
     """``images/{train,test}/<class>/*``: four classes of noise, each with a colour of its own."""
     image = pytest.importorskip("PIL.Image")
     generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", 8), ("test", 6)):
+    for part, count in (("train", 10), ("test", 8)):
         for label in range(4):
             folder = tmp_path / "images" / part / f"class{label}"
             folder.mkdir(parents=True)
