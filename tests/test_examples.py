@@ -25,7 +25,7 @@ PRETRAINING = "--data images --epochs 1 --images 40 --batch-size 20"
 FLAGS = {
     "colored_mnist.py": "--source digits --epochs 1 --samples 300",
     "distill.py": TINY_RESNET,
-    "eqinv_finetune.py": f"{TINY_RESNET} --runs 1",
+    "eqinv_finetune.py": f"{TINY_RESNET} --runs 1 --checkpoint images/encoder.pt",
     "ipirm_pretrain.py": f"{PRETRAINING} --update-every 1",
     "late_class_token.py": "--data images --epochs 1 --image-size 16 --shots 4",
     "planted_partition.py": "--source photographs --data images --rounds 2 --epochs 1",
@@ -59,8 +59,8 @@ def run_alone(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def made_images(tmp_path):
-    """``images/{train,test}/<class>/*``: four classes of noise, each with a colour of its own."""
-    image = pytest.importorskip("PIL.Image")
+    """``images/{train,test}/<class>/*``: four classes of noise, each with a colour of its own; and ``encoder.pt``."""
+    image, timm = pytest.importorskip("PIL.Image"), pytest.importorskip("timm", reason="needs the examples extra")
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", 10), ("test", 8)):
         for label in range(4):
@@ -70,6 +70,7 @@ def made_images(tmp_path):
                 pixels = torch.randint(160, (20, 18, 3), generator=generator)
                 pixels[..., label % 3] += 40 * (1 + label // 3)
                 image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "images" / "encoder.pt")
 
 
 EVERY = pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
