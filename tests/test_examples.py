@@ -142,7 +142,7 @@ def test_colored_mnist_shows_the_papers_figure(run_alone):
 
 def test_planted_partition_is_found(run_alone):
     """The first partition follows the tint of digits; the second one another thing."""
-    output = run_alone("planted_partition.py", "--images 900 --rounds 2 --epochs 12")
+    output = run_alone("planted_partition.py", "--images 600 --rounds 2 --epochs 12")
     first, second = (float(tint) for tint in re.findall(r"^partition \d +(-?[\d.]+)", output, re.M))
     assert first > 0.8
     assert second < 0.5
