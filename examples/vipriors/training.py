@@ -6,11 +6,11 @@
           samples=len(images), batch_size=256, epochs=100, learning_rate=lambda step, steps: cosine(step, steps, 1e-3),
           accelerator=Accelerator(mixed_precision="bf16"), settings={"model": "resnet50"}, resume=True)
 
-accelerate brings devices, several processes (``accelerate launch`` or ``torchrun``), mixed precision and gradient
-accumulation. This file adds four things. A checkpoint is written beside the last one and renamed; its name holds its
-SHA-256, so a damaged one is noticed and the one before it is taken. A step whose loss or gradient is not finite is
-skipped. The random numbers of a step follow from the seed, the step and the process alone, so a run that was killed
-ends in the same bits. A checkpoint of other settings is refused, and the settings that differ are named.
+accelerate brings devices, several processes (``accelerate launch``), mixed precision and gradient accumulation. This
+file adds four things. A checkpoint is written beside the last one and renamed; its name holds its SHA-256, so a damaged
+one is noticed and the one before it is taken. A step whose loss or gradient is not finite is skipped. All random
+numbers follow from the seed, the step and the process, so a killed run ends in the same bits. A checkpoint of other
+settings is refused, and the settings that differ are named.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -86,7 +85,7 @@ def train(
         make_batch: from the step and the indices of its samples in this process to the arguments of ``forward``; may
             draw random numbers from torch, numpy and random.
         folder: gets ``log.jsonl`` and the last two checkpoints; without ``resume`` those there are removed.
-        samples, batch_size: each epoch takes whole batches, of all processes together, in an order of its own.
+        samples, batch_size: an epoch is all whole batches, of all processes together, in an order of its own.
         learning_rate: from the step and the number of steps; times ``lr_scale`` in a parameter group that has one.
         epochs, steps: one of them.
         accelerator: made for this training alone; default: ``Accelerator()``.
@@ -115,14 +114,13 @@ def train(
         found = _last_checkpoint(folder, settings) if resume else None
     start, skipped = (found["step"], found["skipped"]) if found else (0, 0)
     if main:
-        for old in [] if resume else folder.glob("checkpoint-*.pt"):
-            old.unlink()
         rows = [row for row in read_log(folder) if row["step"] <= start] if found else []
         write_file(folder / LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
+        for old in folder.glob("*checkpoint-*.pt") if not resume else ():
+            old.unlink()
     model, optimizer = accelerator.prepare(objective, optimizer)
-    lasting = {"objective": objective, "optimizer": optimizer, "scaler": accelerator.scaler}
-    lasting = {name: part for name, part in lasting.items() if part is not None}
+    lasting = {"objective": objective, "optimizer": optimizer}
+    lasting |= {"scaler": accelerator.scaler} if accelerator.scaler else {}  # of fp16
     for name, part in lasting.items() if found else ():
         part.load_state_dict(found[name])
     loader = iter(DataLoader(batches, None, sampler=range(start * accumulate, steps * accumulate), num_workers=workers))
@@ -152,7 +150,7 @@ def train(
         if accelerator.reduce(broken).item():  # in any process
             for buffer, value in zip(objective.buffers(), buffers):  # statistics of a batch norm would stay NaN
                 buffer.copy_(value)
-            if accelerator.scaler is not None:  # fp16
+            if accelerator.scaler:
                 accelerator.scaler.update()
             skipped, row = skipped + 1, {"skipped": f"loss {row['loss']}, norm of the gradient {norm}"}
         else:
@@ -165,8 +163,8 @@ def train(
             with _named(folder / LOG), open(folder / LOG, "a") as file:
                 file.write(json.dumps({"step": step + 1, **row}) + "\n")
         if skipped >= max_skipped:
-            why = f"loss or gradient were not finite in {skipped} steps in a row, up to step {step + 1}"
-            raise TrainingError(f"{why} ({row['skipped']}); {folder} holds the last good checkpoint")
+            why = f"no finite loss and gradient in {skipped} steps in a row, up to step {step + 1}: {row['skipped']}"
+            raise TrainingError(f"{why}; {folder} holds the last good checkpoint")
         if main and (within + 1 == per_epoch or (step + 1) % save_every == 0 or step + 1 == steps):
             states = {name: part.state_dict() for name, part in lasting.items()}
             _save_checkpoint(folder, {"settings": settings, "step": step + 1, "skipped": skipped, **states})
@@ -178,31 +176,25 @@ def train(
 class _Batches(Dataset):
     """The batch of each part of each step in this process: always the same one."""
 
-    def __init__(self, make_batch: Any, samples: int, batch_size: int, seed: int, rank: int, world: int, parts: int):
-        if batch_size % (world * parts) or not 0 < batch_size <= samples:
-            shares = f"a multiple of {world * parts} (processes, parts) and at most the {samples} samples"
-            raise ValueError(f"batch_size must be {shares}, got {batch_size}")
-        self.make_batch, self.samples, self.batch_size, self.seed = make_batch, samples, batch_size, seed
-        self.rank, self.world, self.parts = rank, world, parts
+    def __init__(self, *how: Any):
+        self.make_batch, self.samples, self.batch_size, self.seed, self.rank, self.world, self.parts = how
+        if self.batch_size % (self.world * self.parts) or not 0 < self.batch_size <= self.samples:
+            shares = f"a multiple of {self.world * self.parts} (processes, parts) and at most {self.samples} (samples)"
+            raise ValueError(f"batch_size must be {shares}, got {self.batch_size}")
 
     def __getitem__(self, place: int) -> tuple[Any, ...]:
         step, part = divmod(place, self.parts)
         epoch, within = divmod(step, self.samples // self.batch_size)
+        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch))
         first = within * self.batch_size + part * self.batch_size // self.parts
-        order = _order(self.samples, self.seed, epoch)[first : first + self.batch_size // self.parts]
+        indices = order[first : first + self.batch_size // self.parts].tolist()
         seed_everything(self.seed, "batch", step, part, self.rank)
-        return self.make_batch(step, order[self.rank :: self.world])
-
-
-@lru_cache(maxsize=1)
-def _order(samples: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
+        return self.make_batch(step, indices[self.rank :: self.world])
 
 
 def _save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """``checkpoint-<step>-<hash>.pt``; the one before it is kept, and older ones go."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(state, buffer := io.BytesIO())
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
     write_file(folder / f"checkpoint-{state['step']:08}-{digest}.pt", buffer.getbuffer())
     for old in sorted(folder.glob("checkpoint-*.pt"))[:-2]:
@@ -211,26 +203,23 @@ def _save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 def _last_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The last one whose bytes are those that were written; None where there never was one."""
-    damaged = None
     for path in sorted(folder.glob("checkpoint-*.pt"), reverse=True):
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != path.stem.split("-")[-1]:
-            damaged = path.with_name(f"damaged-{path.name}")
-            path.rename(damaged)
-            tqdm.write(f"{path} is damaged; going on from the one before it", file=sys.stderr)
+            path.rename(path.with_name(f"damaged-{path.name}"))
+            tqdm.write(f"{path} is damaged; looking for the one before it", file=sys.stderr)
             continue
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             old = state["settings"]
         except Exception as error:  # of nearly any type
-            reason = str(error).splitlines()[0]
-            raise TrainingError(f"{path} is no checkpoint of tensors and plain values: {reason}") from error
+            raise TrainingError(f"{path} is no checkpoint of tensors and plain values") from error
         changed = [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)]
         if changed:
             was = ", ".join(f"{name} {old.get(name)!r} (now {settings.get(name)!r})" for name in changed)
             raise TrainingError(f"{path} was trained with other settings: {was}")
         return state
-    if damaged is not None:
+    if any(folder.glob("damaged-*")):
         raise TrainingError(f"{folder} holds no sound checkpoint; train anew without --resume")
     return None
 
@@ -238,11 +227,12 @@ def _last_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, Any] |
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The rows of ``log.jsonl``; a line that a killed run left unfinished is left out."""
     path = folder / LOG
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """All of it or nothing: whatever happens, the file is the old one or the new one."""
+    """Whatever happens, the file is the old one or the new one, as a whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     with _named(path), contextlib.ExitStack() as undo:
         undo.callback(temporary.unlink, missing_ok=True)
