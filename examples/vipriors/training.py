@@ -21,10 +21,8 @@ import io
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -33,8 +31,6 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-
-LOG = "log.jsonl"
 
 
 class TrainingError(Exception):
@@ -69,8 +65,8 @@ def train(
     settings: dict[str, Any] | None = None,
     seed: int = 0,
     resume: bool = False,
-    before_epoch: Callable[[int], None] | None = None,
-    after_step: Callable[[int], None] | None = None,
+    before_epoch: Callable[[int], object] = lambda epoch: None,
+    after_step: Callable[[int], object] = lambda step: None,
     max_norm: float = math.inf,
     max_skipped: int = 10,
     save_every: int = 500,
@@ -98,8 +94,7 @@ def train(
 
     Raises:
         TrainingError: the checkpoint is of other settings or no checkpoint; or too many steps were skipped.
-        ValueError: the batch size does not fit the samples or the processes.
-        OSError: a file cannot be written; the last checkpoint is kept.
+        ValueError, OSError: the batch size does not fit; a file cannot be written, and the last checkpoint is kept.
     """
     accelerator = accelerator or Accelerator()
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
@@ -115,7 +110,7 @@ def train(
     start, skipped = (found["step"], found["skipped"]) if found else (0, 0)
     if main:
         rows = [row for row in read_log(folder) if row["step"] <= start] if found else []
-        write_file(folder / LOG, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_file(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         for old in folder.glob("*checkpoint-*.pt") if not resume else ():
             old.unlink()
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -124,10 +119,9 @@ def train(
     for name, part in lasting.items() if found else ():
         part.load_state_dict(found[name])
     loader = iter(DataLoader(batches, None, sampler=range(start * accumulate, steps * accumulate), num_workers=workers))
-    bar = tqdm(range(start, steps), title, steps, initial=start, disable=not main)
-    for step in bar:
+    for step in (bar := tqdm(range(start, steps), title, steps, initial=start, disable=not main)):
         epoch, within = divmod(step, per_epoch)
-        if before_epoch is not None and within == 0:
+        if within == 0:
             seed_everything(seed, "epoch", epoch, rank)
             before_epoch(epoch)
         model.train()
@@ -145,7 +139,7 @@ def train(
                 accelerator.backward(loss)
             logged.append({"loss": loss.detach(), **parts})
         norm = float(accelerator.clip_grad_norm_(objective.parameters(), max_norm))
-        row: dict[str, Any] = {name: mean(float(part[name]) for part in logged) for name in logged[0]}
+        row: dict[str, Any] = {name: sum(float(part[name]) for part in logged) / accumulate for name in logged[0]}
         broken = torch.tensor(float(not math.isfinite(row["loss"] + norm)), device=accelerator.device)
         if accelerator.reduce(broken).item():  # in any process
             for buffer, value in zip(objective.buffers(), buffers):  # statistics of a batch norm would stay NaN
@@ -155,21 +149,19 @@ def train(
             skipped, row = skipped + 1, {"skipped": f"loss {row['loss']}, norm of the gradient {norm}"}
         else:
             optimizer.step()
-            if after_step is not None:
-                after_step(step)
+            after_step(step)
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
             skipped, row["lr"] = 0, rate
         if main:
-            with _named(folder / LOG), open(folder / LOG, "a") as file:
+            with _named(folder / "log.jsonl") as path, open(path, "a") as file:
                 file.write(json.dumps({"step": step + 1, **row}) + "\n")
         if skipped >= max_skipped:
             why = f"no finite loss and gradient in {skipped} steps in a row, up to step {step + 1}: {row['skipped']}"
             raise TrainingError(f"{why}; {folder} holds the last good checkpoint")
         if main and (within + 1 == per_epoch or (step + 1) % save_every == 0 or step + 1 == steps):
-            states = {name: part.state_dict() for name, part in lasting.items()}
-            _save_checkpoint(folder, {"settings": settings, "step": step + 1, "skipped": skipped, **states})
+            state = {"settings": settings, "step": step + 1, "skipped": skipped}
+            _save_checkpoint(folder, state | {name: part.state_dict() for name, part in lasting.items()})
     accelerator.wait_for_everyone()
-    accelerator.free_memory()
     return read_log(folder)
 
 
@@ -179,8 +171,8 @@ class _Batches(Dataset):
     def __init__(self, *how: Any):
         self.make_batch, self.samples, self.batch_size, self.seed, self.rank, self.world, self.parts = how
         if self.batch_size % (self.world * self.parts) or not 0 < self.batch_size <= self.samples:
-            shares = f"a multiple of {self.world * self.parts} (processes, parts) and at most {self.samples} (samples)"
-            raise ValueError(f"batch_size must be {shares}, got {self.batch_size}")
+            most = f"a multiple of {self.world * self.parts} and at most the {self.samples} samples"
+            raise ValueError(f"batch_size must be {most}, got {self.batch_size}")
 
     def __getitem__(self, place: int) -> tuple[Any, ...]:
         step, part = divmod(place, self.parts)
@@ -207,49 +199,53 @@ def _last_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, Any] |
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != path.stem.split("-")[-1]:
             path.rename(path.with_name(f"damaged-{path.name}"))
-            tqdm.write(f"{path} is damaged; looking for the one before it", file=sys.stderr)
+            tqdm.write(f"{path} is damaged; looking for the one before it")
             continue
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             old = state["settings"]
         except Exception as error:  # of nearly any type
             raise TrainingError(f"{path} is no checkpoint of tensors and plain values") from error
-        changed = [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)]
-        if changed:
-            was = ", ".join(f"{name} {old.get(name)!r} (now {settings.get(name)!r})" for name in changed)
-            raise TrainingError(f"{path} was trained with other settings: {was}")
+        if changed := differences(old, settings):
+            raise TrainingError(f"{path} was made with other settings: {changed}")
         return state
     if any(folder.glob("damaged-*")):
         raise TrainingError(f"{folder} holds no sound checkpoint; train anew without --resume")
     return None
 
 
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The names of the settings that differ, with both values."""
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)!r} (now {new.get(name)!r})" for name in names)
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The rows of ``log.jsonl``; a line that a killed run left unfinished is left out."""
-    path = folder / LOG
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
     """Whatever happens, the file is the old one or the new one, as a whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with _named(path), contextlib.ExitStack() as undo:
-        undo.callback(temporary.unlink, missing_ok=True)
-        with open(temporary, "wb") as file:
+    try:
+        with _named(path), open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        undo.callback(os.close, directory)
-        os.fsync(directory)  # the new name, too
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the new name, too
+    os.close(directory)
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _named(path: Path) -> Iterator[Path]:
     """An error of the disk says which file it is about."""
     try:
-        yield
+        yield path
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
