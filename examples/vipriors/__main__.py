@@ -156,11 +156,16 @@ def main(arguments: list[str]) -> None:
                 save_json(options.out / "recipe.json", found)
 
 
-if __name__ == "__main__":
+def program(arguments: list[str]) -> None:
+    """``main``; what is wrong with the data, the flags or the disk is said in one line."""
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except (TrainingError, ValueError, OSError) as error:
-        if "--traceback" in sys.argv:
+        if "--traceback" in arguments:
             traceback.print_exc()
         # From a process that loads images comes a whole traceback, with the reason on its last line.
         sys.exit(f"vipriors: {str(error).strip().splitlines()[-1]}")
+
+
+if __name__ == "__main__":
+    program(sys.argv[1:])
