@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 
 class TrainingError(Exception):
-    """What ends a training and is no fault of the program: said in one line."""
+    """What ends a training and is no fault of the program."""
 
 
 def seed_everything(seed: int, *what: object) -> None:
@@ -82,7 +82,7 @@ def train(
             draw random numbers from torch, numpy and random.
         folder: gets ``log.jsonl`` and the last two checkpoints; without ``resume`` those there are removed.
         samples, batch_size: an epoch is all whole batches, of all processes together, in an order of its own.
-        learning_rate: from the step and the number of steps; times ``lr_scale`` in a parameter group that has one.
+        learning_rate: from the step and their number; times ``lr_scale`` in a parameter group that has one.
         epochs, steps: one of them.
         accelerator: made for this training alone; default: ``Accelerator()``.
         settings: plain values, alike in all runs that go on from each other.
@@ -103,13 +103,13 @@ def train(
     steps = per_epoch * (epochs or 0) if steps is None else steps
     how = {"samples": samples, "batch_size": batch_size, "steps": steps, "seed": seed, "processes": world}
     how |= {"accumulate": accumulate, "mixed_precision": accelerator.mixed_precision, **(settings or {})}
-    settings = json.loads(json.dumps(how))  # tuples are lists, as in a checkpoint
+    settings = json.loads(json.dumps(how))  # plain values: tuples are lists
     folder.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
         found = _last_checkpoint(folder, settings) if resume else None
     start, skipped = (found["step"], found["skipped"]) if found else (0, 0)
     if main:
-        rows = [row for row in read_log(folder) if row["step"] <= start] if found else []
+        rows = [row for row in read_log(folder) if row["step"] <= start]
         write_file(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         for old in folder.glob("*checkpoint-*.pt") if not resume else ():
             old.unlink()
@@ -171,8 +171,8 @@ class _Batches(Dataset):
     def __init__(self, *how: Any):
         self.make_batch, self.samples, self.batch_size, self.seed, self.rank, self.world, self.parts = how
         if self.batch_size % (self.world * self.parts) or not 0 < self.batch_size <= self.samples:
-            most = f"a multiple of {self.world * self.parts} and at most the {self.samples} samples"
-            raise ValueError(f"batch_size must be {most}, got {self.batch_size}")
+            fits = f"a multiple of {self.world * self.parts} and at most the {self.samples} samples"
+            raise ValueError(f"batch_size must be {fits}, got {self.batch_size}")
 
     def __getitem__(self, place: int) -> tuple[Any, ...]:
         step, part = divmod(place, self.parts)
