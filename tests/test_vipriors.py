@@ -491,30 +491,25 @@ def test_what_each_regularizer_reaches(backbone, recipe, data):
     options = options_of(recipe, "pretrain", data, backbone, ser=0.5, reconstruction=1, ratio=0.5)
     images = pretrain.unlabelled(options)
     objective, views = pretrain.Objective(options, len(images)), pretrain.Views(options, images)
-    batch = views(0, list(range(8)))
-    first, _, places, turned = batch
-    assert (len(first), len(turned[0]), places.tolist(), turned[2].tolist()) == (4, 4, [0, 1, 2, 3], [4, 5, 6, 7])
+    first, _, places, (x1, x2, rest, g1, g2) = views(0, list(range(8)))
+    assert (len(first), len(x1), places.tolist(), rest.tolist()) == (4, 4, [0, 1, 2, 3], [4, 5, 6, 7])
     early, late = ("layer2", "layer3") if backbone is RESNET else ("blocks.1", "blocks.2")
     net = objective.encoder.net
 
-    def reached(part):
-        """Whether its own loss, the sum without the others, has a gradient in a layer."""
-        found = {}
-        for name in ("reconstruct", "ser"):
-            found[name] = getattr(objective, name)
-        objective.ser = found["ser"] if part == "ser" else None
-        objective.reconstruct = found["reconstruct"] if part == "reconstruct" else None
+    def maps(images):
+        objective.encoder(images)
+        return objective.encoder.maps
+
+    def reached(loss):
         objective.zero_grad()
-        method = objective.method
-        objective.method = lambda *views: (lambda loss, maps: (0 * loss, maps))(*method(*views))
-        objective(*batch)[0].backward()
-        objective.method = method
-        objective.ser, objective.reconstruct = found["ser"], found["reconstruct"]
+        loss.backward()
         layers = {name: net.get_submodule(name).parameters() for name in (early, late)}
         return {name: any(p.grad is not None and bool(p.grad.any()) for p in layer) for name, layer in layers.items()}
 
-    assert reached("ser") == {early: True, late: False}
-    assert reached("reconstruct") == {early: True, late: True}
+    assert reached(objective.ser(maps(x1)[0], maps(x2)[0], g1, g2)) == {early: True, late: False}
+    view, targets, _ = objective.views(torch.rand_like(first))
+    equivariant = [objective.reconstruct.split(maps(images)[1])[1] for images in (first, view)]
+    assert reached(objective.reconstruct(*equivariant, targets)) == {early: True, late: True}
     features = net.eval()(first)
     assert torch.equal(objective.encoder(first), features[:, : features.shape[1] // 2])
 

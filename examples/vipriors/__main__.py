@@ -138,6 +138,7 @@ def main(arguments: list[str]) -> None:
         return print(__doc__)
     if command not in ("all", *STEPS):
         raise TrainingError(f"no step {command!r}; choose from {', '.join(STEPS)}, all")
+    PartialState(cpu=not torch.accelerator.is_available())  # accelerate starts gloo where it is told so
     found: dict[str, Any] = {}
     for step, options in options_of(command, arguments[1:]).items():
         start = time.monotonic()

@@ -8,9 +8,8 @@
 
 accelerate brings devices, several processes (``accelerate launch``), mixed precision and gradient accumulation. This
 file adds four things. A checkpoint is written beside the last one and renamed; its name holds its SHA-256, so a damaged
-one is noticed and the one before it is taken. A step whose loss or gradient is not finite is skipped. All random
-numbers follow from the seed, the step and the process, so a killed run ends in the same bits. A checkpoint of other
-settings is refused, and the settings that differ are named.
+one is noticed and the one before it is taken. A step whose loss or gradient is not finite is skipped. Random numbers
+follow from the seed, the step and the process: a killed run ends in the same bits. Other settings are refused by name.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def train(
         samples, batch_size: an epoch is all whole batches, of all processes together, in an order of its own.
         learning_rate: from the step and their number; times ``lr_scale`` in a parameter group that has one.
         epochs, steps: one of them.
-        accelerator: made for this training alone; default: ``Accelerator()``.
+        accelerator: made for this training alone.
         settings: plain values, alike in all runs that go on from each other.
         before_epoch, after_step: called with their number, from 0; after a skipped step there is no call.
         max_norm: the gradient is clipped to it.
@@ -96,7 +95,7 @@ def train(
         TrainingError: the checkpoint is of other settings or no checkpoint; or too many steps were skipped.
         ValueError, OSError: the batch size does not fit; a file cannot be written, and the last checkpoint is kept.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     accumulate, per_epoch = accelerator.gradient_accumulation_steps, samples // batch_size
     batches = _Batches(make_batch, samples, batch_size, seed, rank, world, accumulate)
@@ -114,8 +113,8 @@ def train(
         for old in folder.glob("*checkpoint-*.pt") if not resume else ():
             old.unlink()
     model, optimizer = accelerator.prepare(objective, optimizer)
-    lasting = {"objective": objective, "optimizer": optimizer}
-    lasting |= {"scaler": accelerator.scaler} if accelerator.scaler else {}  # of fp16
+    scaler = {"scaler": accelerator.scaler} if accelerator.scaler else {}  # of fp16
+    lasting = {"objective": objective, "optimizer": optimizer, **scaler}
     for name, part in lasting.items() if found else ():
         part.load_state_dict(found[name])
     loader = iter(DataLoader(batches, None, sampler=range(start * accumulate, steps * accumulate), num_workers=workers))
