@@ -112,13 +112,14 @@ def draw(results: dict[str, dict[str, float]], losses: dict[str, list[float]], p
     curves, accuracy, equivariance = figure.subplots(1, 3, width_ratios=(3, 2, 3))
     for (name, result), marker in zip(results.items(), "osD"):
         keys, values = list(result), list(result.values())
-        curves.plot(losses[name], label=name)
-        accuracy.plot(keys[:2], values[:2], marker, label=name)
-        equivariance.plot(keys[2::2], values[2::2], marker, label=name)
+        style = {"marker": marker, "linestyle": "", "fillstyle": "none", "markersize": 9, "label": name}
+        curves.plot(losses[name])
+        accuracy.plot(keys[:2], values[:2], **style)
+        equivariance.plot(keys[2::2], values[2::2], **style)
         equivariance.plot(keys[2::2], values[3::2], "_", color="gray")
-    titles = ("SimCLR's loss by step", "accuracy of the class token", "equivariance (gray: of another image)")
-    for axes, title in zip(figure.axes, titles):
-        axes.set_title(title)
+    curves.set(title="SimCLR's loss by step")
+    accuracy.set(title="accuracy of the class token", xlim=(-0.5, 1.5), ylim=(0, 100))
+    equivariance.set(title="equivariance (gray: of another image)", xlim=(-0.5, 2.5), ylim=(0, 1))
     accuracy.legend()
     figure.savefig(path, dpi=110)
 
@@ -134,7 +135,6 @@ def main() -> None:
     options = parser.parse_args()
     train_set, test_set = load(options.data / "train", options.images), load(options.data / "test", 2000)
     options.out.mkdir(parents=True, exist_ok=True)
-
     results, losses = {}, {}
     for name in ("SimCLR", "views alone", "SER"):
         vit, losses[name] = train(name, train_set[0], options)
