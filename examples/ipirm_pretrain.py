@@ -67,8 +67,8 @@ def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mod
         for batch, indices in tqdm(loader, f"{run}, epoch {epoch + 1}"):
             view1, view2 = two_views(batch)
             z1, z2 = model(view1), model(view2)
-            # The one line. Its value rises when the first partition joins, because it then has more terms: beside the loss
-            # of all images a mean over all groups of all partitions, which later partitions are chosen to make large.
+            # The one line. Its value rises when the first partition joins, because it then has more terms: beside the
+            # loss of all images a mean over the groups of all partitions, which are chosen to make it large.
             loss = simclr(z1, z2) if run == BASE else ipirm(z1, z2, indices.to(device))
             optimizer.zero_grad()
             loss.backward()
