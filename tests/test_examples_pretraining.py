@@ -1,0 +1,149 @@
+"""The pretraining examples: each runs as one file, alone, and its runs differ in the method only."""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs the examples extra")
+pytest.importorskip("lightly", reason="needs the examples extra")
+pytest.importorskip("matplotlib", reason="needs the examples extra")
+
+ROOT = Path(__file__).parent.parent
+ROWS = {  # of the table, and how many numbers each has
+    "ser": (("k-NN, %", "linear, %", "quarter turn", "flip, other image", "stretch"), 3),
+    "reconstruction": (("R², rotation", "R², translation", "R², color", "R², blur", "k-NN, %", "linear, %"), 2),
+    "ipirm": (("SimCLR", "random partitions", "found partitions"), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes of noise, each with a colour of its own, not all of one size."""
+    image = pytest.importorskip("PIL.Image")
+    folder, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
+    for part in ("train", "test"):
+        for label in range(2):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for i in range(24):
+                pixels = torch.randint(160, (32 + 8 * label, 40, 3), generator=generator)
+                pixels[..., label] += 90
+                image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / part / f"class{label}" / f"{i}.png")
+    return folder
+
+
+def module_of(stem):
+    """The example, imported."""
+    spec = importlib.util.spec_from_file_location(f"{stem}_pretrain", ROOT / "examples" / f"{stem}_pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(**changes):
+    shared = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "seed": 3}
+    return argparse.Namespace(**{**shared, **changes})
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+@pytest.mark.parametrize("stem", ROWS)
+def test_runs_alone(stem, data, tmp_path):
+    """In an empty folder, with a table, a picture and encoders; without learning they are those of one start."""
+    source = (ROOT / "examples" / f"{stem}_pretrain.py").read_text()
+    assert len(source.splitlines()) <= 150
+    (tmp_path / "alone.py").write_text(source)
+    arguments = ["--data", str(data), "--images", "40", "--epochs", "1", "--batch-size", "20", "--lr", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path)}
+    result = subprocess.run(  # noqa: S603
+        [sys.executable, "alone.py", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    names, numbers = ROWS[stem]
+    for name in names:
+        assert re.search(rf"^{re.escape(name)}{numbers * r' +-?[0-9]+[.][0-9]+'}$", result.stdout, re.M), result.stdout
+    folder = tmp_path / "runs" / f"{stem}_pretrain"
+    picture = (folder / f"{stem}.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(picture) > 20_000
+    states = [torch.load(path, weights_only=True) for path in folder.glob("*.pt")]
+    assert len(states) == (2 if stem == "reconstruction" else 3)
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        learned = [key for key in state if "running" not in key and "num_batches" not in key]
+        assert all(torch.equal(state[key], states[0][key]) for key in learned)
+
+
+def test_ser_of_weight_0_is_its_control(images):
+    example = module_of("ser")
+    (control, _), (same, _), (with_loss, _) = (
+        example.train(name, images, options(weight=weight, ratio=0.5))
+        for name, weight in (("views alone", 1.0), ("SER", 0.0), ("SER", 1.0))
+    )
+    assert equal(control, same)
+    assert not equal(control, with_loss)
+
+
+def test_ser_has_one_base_loss(images, monkeypatch):
+    """Over all images of the batch, turned or not."""
+    example, sizes = module_of("ser"), []
+
+    class Counted(example.NTXentLoss):
+        def forward(self, first, second):
+            sizes.append((len(first), len(second)))
+            return super().forward(first, second)
+
+    monkeypatch.setattr(example, "NTXentLoss", Counted)
+    for name in ("SimCLR", "SER"):
+        example.train(name, images, options(weight=0.5, ratio=0.25))
+    assert sizes == 8 * [(8, 8)]
+
+
+def test_reconstruction_trains_on_the_same_views(images, monkeypatch):
+    """And the second view is another crop than the first, transformed."""
+    example, seen = module_of("reconstruction"), []
+    plain = example.tokens_of
+    monkeypatch.setattr(example, "tokens_of", lambda vit, views: (seen.append(views), plain(vit, views))[1])
+    for with_head in (False, True):
+        example.train(with_head, images / 255, options(weight=1.0, reconstruct="se2"))
+    without, with_reconstruction = seen[:8], seen[8:]
+    assert all(torch.equal(a, b) for a, b in zip(without, with_reconstruction, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(without[::2], without[1::2]))
+
+
+def test_ipirm_without_partitions_is_simclr(images, monkeypatch):
+    """Its loss of weight 0 and lightly's agree in every step, on the same views."""
+    example = module_of("ipirm")
+    calls = []
+    monkeypatch.setattr(example, "find_partition", lambda *arguments: calls.append(torch.rand(3)))
+    (_, base), (_, found) = (
+        example.train(name, images / 255, options(weight=0.0, update_every=1))
+        for name in ("SimCLR", "found partitions")
+    )
+    assert len(calls) == 2
+    assert len(base) == 4
+    assert found == pytest.approx(base, rel=1e-3)
+
+
+def test_ipirm_looks_before_the_first_epoch(images, monkeypatch):
+    """In every run but SimCLR's; random groups and found ones join alike."""
+    example, held = module_of("ipirm"), {}
+    updater = example.PartitionUpdater
+    monkeypatch.setattr(example, "PartitionUpdater", lambda *a, **k: held.setdefault(len(held), updater(*a, **k)))
+    losses = [example.train(run, images / 255, options(weight=0.2, update_every=2))[1] for run in example.RUNS]
+    assert [len(found.partitions) for found in held.values()] == [1, 2, 2]
+    assert min(losses[1][0], losses[2][0]) > losses[0][0]  # a term more
+    assert all(partition.unique().tolist() == [0, 1] for found in held.values() for partition in found.partitions[1:])
