@@ -112,12 +112,10 @@ def main() -> None:
     options, table = parser.parse_args(), {}
     with tqdm(total=options.seeds * (5 * options.epochs + EARLY), unit="epoch") as bar:
         for seed in range(options.seeds):
-            data, *held_out = colored_digits(seed, options.bias)
-            held_out = held_out[options.split == "test"]
+            data, validation, test = colored_digits(seed, options.bias)
             plain = torch.ones(len(data.labels))
             early, _ = train(data, plain, seed, EARLY, bar)
-            features = early(data.images).detach()
-            environments = Environments.split(features, data.labels)
+            environments = Environments.split(features := early(data.images).detach(), data.labels)
             weights = environments.weights(sharpness=options.sharpness)
             irm = ClassWiseIRM(WIDTH, CLASSES, risk_weight=0.1).fit_environments(features, data.labels)
             arms = {
@@ -130,7 +128,7 @@ def main() -> None:
             for name, (of_samples, penalty) in arms.items():
                 bar.set_description(f"seed {seed}: {name}")
                 trained = train(data, of_samples, seed, options.epochs, bar, penalty)
-                table.setdefault(name, []).append(accuracies(*trained, held_out))
+                table.setdefault(name, []).append(accuracies(*trained, test if options.split == "test" else validation))
 
     print(f"\n{environments.report()}\n\nAccuracy on {options.split} images (%), mean ± std of {options.seeds} seeds")
     print(f"{'':32}{'bias-aligned':>16}{'bias-conflicting':>20}")
