@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import time
@@ -11,133 +12,137 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from evidence.plan import SCALES, TUNING_SEED, Group, plan, settings_of
+from evidence import classification, pretraining
+from evidence.experiments import GROUPS, PRETRAINED, TUNING_SEED, Settings, seeds_of, settings_of, tried
+from evidence.networks import fit
 from tqdm.auto import tqdm
-from training import safe_name, write_atomically
+from vipriors.training import write_file
 
 FOUND = "found.json"
+KINDS = {"pretraining": pretraining, "classification": classification}
 
 
-class Job(NamedTuple):
+class Plan(NamedTuple):
     scale: str
     data: Path
     runs: Path
+    groups: tuple[str, ...]
+
+
+class Job(NamedTuple):
+    plan: Plan
     group: str
     arm: str
     seed: int
     split: str
-    chosen: dict[str, Any]
+    chosen: Settings
 
     @property
     def folder(self) -> Path:
-        """Of one run, ``group / arm / seed``; with the value that is tried where it is for validation."""
-        tried = "".join(f", {flag} {value}" for flag, value in self.chosen.items()) if self.split == "val" else ""
-        return self.runs / safe_name(self.group) / safe_name(f"{self.arm}{tried}") / str(self.seed)
+        """``group / arm / seed``; with the value that is tried where it is for validation."""
+        value = "".join(f", {name} {value}" for name, value in self.chosen.items()) if self.split == "val" else ""
+        return self.plan.runs / self.group / f"{self.arm}{value}" / str(self.seed)
+
+    @property
+    def settings(self) -> Settings:
+        return json.loads(json.dumps(settings_of(self.plan.scale, self.group, self.arm, self.chosen)))
+
+    def found(self) -> dict[str, Any] | None:
+        """The results, if it is finished.
+
+        Raises:
+            ValueError: it was run with other settings.
+        """
+        path = self.folder / FOUND
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        if found["settings"] != self.settings:
+            raise ValueError(f"{self.folder} was run with other settings; remove it, or give another --runs")
+        return found
 
 
-def execute(job: Job) -> Path:
-    """Train, unless that is done.
-
-    Raises:
-        ValueError: it was done with other settings.
-    """
-    done = job.folder / FOUND
-    if done.exists():
-        read_found(job)
-        return done
+def execute(job: Job) -> None:
+    """Train and measure on one thread, unless that is done; what it prints goes to ``output.txt``."""
+    if job.found() is not None:
+        return
     torch.set_num_threads(1)
-    start = time.monotonic()
-    arm = plan(SCALES[job.scale], job.data, job.runs)[job.group].arms[job.arm]
-    results = arm.train(job.seed, job.folder, split=job.split, **job.chosen)
-    content = {**results, "settings": settings_of(SCALES[job.scale], job.group), "chosen": job.chosen}
-    content["seconds"] = time.monotonic() - start
+    start, settings = time.monotonic(), job.settings
     job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(done, (json.dumps(content, indent=1) + "\n").encode())
-    return done
+    with open(job.folder / "output.txt", "a") as output, contextlib.redirect_stderr(output):
+        kind, (_, data, runs, _) = KINDS[settings["kind"]], job.plan
+        objective, images = kind.prepare(settings, data, runs, job.folder, job.seed)
+        fit(objective, images, settings, job.folder, job.seed)
+        results = kind.results(objective, settings, data, job.folder, job.split, job.seed)
+    results |= {"settings": settings, "chosen": job.chosen, "seconds": time.monotonic() - start}
+    write_file(job.folder / FOUND, (json.dumps(results, indent=1) + "\n").encode())
+    for checkpoint in job.folder.rglob("checkpoint-*.pt"):
+        checkpoint.unlink()
 
 
-def read_found(job: Job) -> dict[str, Any]:
-    """The results of a finished run of this plan."""
-    found = json.loads((job.folder / FOUND).read_text())
-    expected = json.loads(json.dumps([settings_of(SCALES[job.scale], job.group), job.chosen]))
-    if [found["settings"], found["chosen"]] != expected:
-        raise ValueError(f"{job.folder} was run with other settings; remove it, or give another --runs")
-    return found
-
-
-def run_all(scale: str, data: Path, runs: Path, only: list[str], processes: int) -> None:
-    """First the settings are chosen on validation images, then every arm is trained with every seed."""
-    groups = {name: group for name, group in plan(SCALES[scale], data, runs).items() if not only or name in only}
-    first = {name: group for name, group in groups.items() if not group.needs}
-    later = {name: group for name, group in groups.items() if group.needs}
+def run_all(plan: Plan, processes: int) -> None:
+    """First settings are chosen on validation images, then every arm is trained with every seed."""
+    first = [group for group in plan.groups if not GROUPS[group]["settings"].get("encoder")]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for part in (first, later):
-            tuned = [job for name, group in part.items() for job in tuning(scale, data, runs, name, group)]
-            finish(pool, tuned, "on validation images")
-            jobs = [job for name, group in part.items() for job in final(scale, data, runs, name, group)]
-            finish(pool, jobs, "on test images")
+        for groups in (first, [group for group in plan.groups if group not in first]):
+            finish(pool, [job for group in groups for job in tuning(plan, group)], "on validation images")
+            finish(pool, [job for group in groups for job in final(plan, group)], "on test images")
 
 
-def tuning(scale: str, data: Path, runs: Path, name: str, group: Group) -> list[Job]:
-    """One run for each value of a setting; and the base, from which others start."""
+def tuning(plan: Plan, group: str) -> list[Job]:
+    """One run for each value of a setting; and the encoder that others start from."""
     jobs = []
-    for arm, kind in group.arms.items():
-        tried = [{kind.flag: value} for value in kind.choices] or [{}]
-        if kind.choices or (name == "ipirm" and arm == "off"):
-            jobs += [Job(scale, data, runs, name, arm, TUNING_SEED, "val", chosen) for chosen in tried]
+    for arm in GROUPS[group]["arms"]:
+        values = tried(group, arm) or ([{}] if (group, arm) == PRETRAINED else [])
+        jobs += [Job(plan, group, arm, TUNING_SEED, "val", chosen) for chosen in values]
     return jobs
 
 
-def choose(scale: str, data: Path, runs: Path, name: str, group: Group) -> dict[str, dict[str, Any]]:
+def choose(plan: Plan, group: str) -> dict[str, Settings]:
     """The values with the highest mean accuracy on validation images, for each arm."""
-    chosen: dict[str, dict[str, Any]] = {arm: {} for arm in group.arms}
-    best: dict[str, float] = {}
-    for job in tuning(scale, data, runs, name, group):
-        accuracy = read_found(job)["accuracy"]
+    best: dict[str, tuple[float, Settings]] = {}
+    for job in tuning(plan, group):
+        accuracy = job.found()["accuracy"]
         value = accuracy.get("val", mean(accuracy.values()))
-        if value > best.get(job.arm, -1.0):
-            best[job.arm], chosen[job.arm] = value, job.chosen
-    return chosen | {arm: chosen[kind.like] for arm, kind in group.arms.items() if kind.like}
+        if job.arm not in best or value > best[job.arm][0]:
+            best[job.arm] = value, job.chosen
+    arms = GROUPS[group]["arms"]
+    return {arm: best.get(own.get("like", arm), (0.0, {}))[1] for arm, own in arms.items()}
 
 
-def final(scale: str, data: Path, runs: Path, name: str, group: Group) -> list[Job]:
+def final(plan: Plan, group: str) -> list[Job]:
     """Every arm with every seed, with the settings that were chosen for it."""
-    chosen = choose(scale, data, runs, name, group)
-    seeds = range(SCALES[scale].seeds)
-    return [Job(scale, data, runs, name, arm, seed, "test", chosen[arm]) for seed in seeds for arm in group.arms]
+    chosen, seeds = choose(plan, group), range(seeds_of(plan.scale))
+    return [Job(plan, group, arm, seed, "test", chosen[arm]) for seed in seeds for arm in GROUPS[group]["arms"]]
 
 
 def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
     """All of them, under a bar; a run that fails is told, and the others go on."""
-    waiting = [job for job in jobs if not (job.folder / FOUND).exists()]
+    waiting = [job for job in jobs if job.found() is None]
     futures = {pool.submit(execute, job): job for job in waiting}
-    failed = []
+    failed = 0
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=title, unit="run") as bar:
         for future in as_completed(futures):
             bar.update()
             if error := future.exception():
-                failed.append(f"{futures[future].folder}: {type(error).__name__}: {error}")
-                tqdm.write(failed[-1])
+                failed += 1
+                tqdm.write(f"{futures[future].folder}: {type(error).__name__}: {error}")
     if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and a new start repeats these"
-        )
+        raise ValueError(f"{failed} of {len(jobs)} runs failed; the others are kept, and a new start repeats these")
 
 
-def collect(scale: str, data: Path, runs: Path) -> dict[str, Any]:
+def collect(plan: Plan) -> dict[str, Any]:
     """The results of every group that is finished: group, arm, seed."""
     found: dict[str, Any] = {}
-    for name, group in plan(SCALES[scale], data, runs).items():
-        tuned = tuning(scale, data, runs, name, group)
-        if not all((job.folder / FOUND).exists() for job in tuned):
-            continue
-        jobs = final(scale, data, runs, name, group)
-        if all((job.folder / FOUND).exists() for job in jobs):
-            for job in jobs:
-                found.setdefault(name, {}).setdefault(job.arm, {})[str(job.seed)] = read_found(job)
+    for group in GROUPS:
+        if all(job.found() for job in tuning(plan, group)):
+            results = {job: job.found() for job in final(plan, group)}
+            if all(results.values()):
+                for job, result in results.items():
+                    found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = result
     return found
 
 
-def hours_of(runs: Path) -> float:
+def hours_of(plan: Plan) -> float:
     """Of training and measuring, on validation images too; a run that was stopped counts from where it went on."""
-    return sum(json.loads(path.read_text())["seconds"] for path in runs.rglob(FOUND)) / 3600
+    return sum(json.loads(path.read_text())["seconds"] for path in plan.runs.rglob(FOUND)) / 3600

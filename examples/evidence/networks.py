@@ -1,0 +1,86 @@
+"""The networks of all arms, on pixels in 0 .. 1, and how they are trained: by the recipe's loop, one run a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from evidence.datasets import Images
+from evidence.experiments import Settings
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from vipriors.training import cosine, train
+
+NORMALIZE = v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+
+
+class Encoder(NamedTuple):
+    """What is measured: pixels to features [B, D], and the layer whose map of tokens is looked at."""
+
+    features: nn.Module
+    model: nn.Module
+    layer: str
+
+
+def create(s: Settings) -> nn.Module:
+    """The backbone that the settings name, without a head."""
+    if s["model"] == "digits":
+        return digits_network()
+    sizes = {name: s[name] for name in ("depth", "patch_size") if name in s}
+    if sizes:  # a vision transformer
+        sizes |= {"img_size": s["image_size"], "dynamic_img_size": True, "global_pool": s["pool"], "fc_norm": False}
+    return timm.create_model(s["model"], num_classes=0, **sizes)
+
+
+def digits_network() -> nn.Module:
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    layers = [*block(3, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 128), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    network = nn.Sequential(*layers)
+    network.num_features = 512
+    return network
+
+
+@torch.no_grad()
+def encode(features: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """[N, D] of uint8 pixels, computed where the network is, returned on the CPU."""
+    device = next(getattr(features, "__self__", features).parameters()).device  # a module's, or a method's
+    return torch.cat([features(part.to(device) / 255).float().cpu() for part in pixels.split(250)])
+
+
+def optimizer_of(objective: nn.Module, s: Settings) -> torch.optim.Optimizer:
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    return OPTIMIZERS[s["optimizer"]](parameters, lr=s["lr"], weight_decay=s["weight_decay"])
+
+
+def batch_of(images: Images, places: Tensor, progress: float) -> tuple[Any, ...]:
+    """What every objective takes: uint8 pixels, labels, indices, and the share of the training that is done."""
+    return images.pixels[places], images.labels[places], places, progress
+
+
+def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: int) -> None:
+    """Train the objective, or go on from the folder's last checkpoint."""
+    batch_size = min(s["batch_size"], len(images.labels))
+    per_epoch = len(images.labels) // batch_size
+
+    def make_batch(step: int, indices: list[int]) -> tuple[Any, ...]:
+        return batch_of(images, torch.tensor(indices), step / (s["epochs"] * per_epoch))
+
+    def learning_rate(step: int, steps: int) -> float:
+        """By half a cosine, or to a tenth at 60% and at 80% of the steps."""
+        if s["schedule"] == "steps":
+            return s["lr"] * 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
+        return cosine(step, steps, s["lr"], warmup=s["warmup_epochs"] * per_epoch)
+
+    sizes = {"samples": len(images.labels), "batch_size": batch_size, "epochs": s["epochs"], "seed": seed}
+    how: dict[str, Callable[..., Any]] = {"learning_rate": learning_rate}
+    if hasattr(objective, "before_epoch"):
+        how["before_epoch"] = partial(objective.before_epoch, images=images)
+    train(objective, make_batch, optimizer_of(objective, s), folder=folder, settings=s, resume=True, **sizes, **how)
