@@ -51,23 +51,23 @@ class Arguments:
         self.device: torch.device | None = None
         self.device_of = ""
 
-    def refuse(self, name: str, rule: str, got: object) -> NoReturn:
+    def fail(self, name: str, rule: str, got: object) -> NoReturn:
         raise ValueError(f"{self.function}: {name} must be {rule}, got {got}")
 
-    def refuse_type(self, name: str, rule: str, got: object) -> NoReturn:
+    def fail_type(self, name: str, rule: str, got: object) -> NoReturn:
         raise TypeError(f"{self.function}: {name} must be {rule}, got {got}")
 
     def tensor(self, name: str, value: object, of_what: str = "any kind") -> Tensor:
         """A tensor, of whatever it holds and wherever it lies."""
         if not isinstance(value, Tensor):
-            self.refuse_type(name, f"a tensor of {of_what}", type(value).__name__)
+            self.fail_type(name, f"a tensor of {of_what}", type(value).__name__)
         return value
 
     def floats(self, name: str, value: object) -> Tensor:
         """A tensor of floating point numbers, of any shape."""
         tensor = self.placed(name, value, "floating point numbers")
         if not tensor.is_floating_point():
-            self.refuse_type(name, "a tensor of floating point numbers", tensor.dtype)
+            self.fail_type(name, "a tensor of floating point numbers", tensor.dtype)
         return tensor
 
     def features(self, name: str, value: object, shape: str) -> Tensor:
@@ -78,71 +78,71 @@ class Arguments:
         """A tensor of whole numbers (labels, ids, indices) with the given shape, as int64."""
         tensor = self.placed(name, value, "whole numbers")
         if tensor.dtype not in _INTEGERS:
-            self.refuse_type(name, "a tensor of whole numbers", tensor.dtype)
+            self.fail_type(name, "a tensor of whole numbers", tensor.dtype)
         return self._shaped(name, tensor, shape).long()
 
     def booleans(self, name: str, value: object, shape: str) -> Tensor:
         """A bool tensor with the given shape."""
         tensor = self.placed(name, value, "booleans")
         if tensor.dtype != torch.bool:
-            self.refuse_type(name, "a bool tensor", tensor.dtype)
+            self.fail_type(name, "a bool tensor", tensor.dtype)
         return self._shaped(name, tensor, shape)
 
     def positive(self, name: str, value: object) -> None:
         """A finite number above zero, or a 0-d floating point tensor that learns to be one."""
         if isinstance(value, Tensor):
             if not value.is_floating_point():
-                self.refuse_type(name, "a number or a 0-d floating point tensor", value.dtype)
+                self.fail_type(name, "a number or a 0-d floating point tensor", value.dtype)
             if value.dim() != 0:
-                self.refuse(name, "a number or a 0-d tensor", list(value.shape))
+                self.fail(name, "a number or a 0-d tensor", list(value.shape))
             if not values_visible(value):
                 return
             value = float(value.detach())
         self.number(name, value)
         if not 0 < value < math.inf:  # type: ignore[operator]  # torch.compile cannot trace math.isinf of a symbol
-            self.refuse(name, "finite and above 0", value)
+            self.fail(name, "finite and above 0", value)
 
     def not_negative(self, name: str, value: object) -> None:
         """A finite number, zero or above."""
         self.number(name, value)
         if not 0 <= value < math.inf:  # type: ignore[operator]
-            self.refuse(name, "finite and at least 0", value)
+            self.fail(name, "finite and at least 0", value)
 
     def share(self, name: str, value: object) -> None:
         """A number in 0 .. 1."""
         self.number(name, value)
         if not 0 <= value <= 1:  # type: ignore[operator]
-            self.refuse(name, "in 0 .. 1", value)
+            self.fail(name, "in 0 .. 1", value)
 
     def weights(self, name: str, tensor: Tensor) -> None:
         """Finite numbers at least 0, where looking costs nothing."""
         if values_visible(tensor):
             wrong = ~((tensor >= 0) & (tensor < math.inf))
             if wrong.any():
-                self.refuse(name, "finite and at least 0", float(tensor.detach()[wrong][0]))
+                self.fail(name, "finite and at least 0", float(tensor.detach()[wrong][0]))
 
     def dtype_of(self, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
         """``tensor`` of the dtype of the argument ``like_name``."""
         if tensor.dtype != like.dtype:
-            self.refuse_type(name, f"of {like_name}'s dtype {like.dtype}", tensor.dtype)
+            self.fail_type(name, f"of {like_name}'s dtype {like.dtype}", tensor.dtype)
 
     def number(self, name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            self.refuse_type(name, "a number", f"{type(value).__name__} {value!r}")
+            self.fail_type(name, "a number", f"{type(value).__name__} {value!r}")
 
     def count(self, name: str, value: object, least: int = 1) -> None:
         """A whole number, ``least`` or more."""
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            self.refuse_type(name, "a whole number", f"{type(value).__name__} {value!r}")
+            self.fail_type(name, "a whole number", f"{type(value).__name__} {value!r}")
         if value < least:
-            self.refuse(name, f"at least {least}", value)
+            self.fail(name, f"at least {least}", value)
 
     def option(self, name: str, value: object, allowed: tuple[object, ...]) -> None:
         # `is` for booleans: 1 == True, yet 1 is no spelling of True here.
         for choice in allowed:
             if value is choice or (isinstance(value, str) and value == choice):
                 return
-        self.refuse(name, "one of " + ", ".join(repr(choice) for choice in allowed), repr(value))
+        self.fail(name, "one of " + ", ".join(repr(choice) for choice in allowed), repr(value))
 
     def below(self, name: str, tensor: Tensor, limit: int, what: str) -> None:
         """Every entry of ``tensor`` in ``0 .. limit - 1``; looked at only where that is free."""
@@ -151,14 +151,14 @@ class Arguments:
         wrong = (tensor < 0) | (tensor >= limit)
         if wrong.any():
             place = int(wrong.flatten().nonzero()[0])
-            self.refuse(name, f"in 0 .. {limit - 1} ({what})", f"{int(tensor.flatten()[place])} at position {place}")
+            self.fail(name, f"in 0 .. {limit - 1} ({what})", f"{int(tensor.flatten()[place])} at position {place}")
 
     def finite(self, name: str, tensor: Tensor) -> None:
         """No NaN and no infinity in ``tensor``; for set-up calls, where waiting for the device is no loss."""
         wrong = ~torch.isfinite(tensor)
         if wrong.any():
             row = int(wrong.nonzero()[0][0])
-            self.refuse(name, "finite", f"{float(tensor[wrong][0])} in row {row}")
+            self.fail(name, "finite", f"{float(tensor[wrong][0])} in row {row}")
 
     def placed(self, name: str, value: object, of_what: str) -> Tensor:
         """A tensor on the device of the arguments before it."""
@@ -166,7 +166,7 @@ class Arguments:
         if self.device is None:
             self.device, self.device_of = tensor.device, name
         elif tensor.device != self.device:
-            self.refuse(name, f"on {self.device} as {self.device_of} is", tensor.device)
+            self.fail(name, f"on {self.device} as {self.device_of} is", tensor.device)
         return tensor
 
     def _shaped(self, name: str, tensor: Tensor, shape: str) -> Tensor:
@@ -184,5 +184,5 @@ class Arguments:
             rule = f"[{', '.join(dims)}]"
             if known != dims and tensor.dim() == len(dims):
                 rule += f" = [{', '.join(known)}]"
-            self.refuse(name, rule, list(tensor.shape))
+            self.fail(name, rule, list(tensor.shape))
         return tensor

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from equireg._checks import Arguments
 from equireg._progress import progress_bar
 
+__all__ = ["extract_features", "extract_two_views", "extract_view_features"]
+
 _PARTS = ("images", "labels", "indices")
 Views = Callable[[Tensor, "torch.Generator | None"], tuple[Tensor, Tensor, Tensor]]
 
@@ -53,13 +55,13 @@ def extract_features(
             check = Arguments("extract_features")
             if not isinstance(batch, (tuple, list)) or len(batch) != 3:
                 got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
-                check.refuse_type("loader", "a loader of (images, labels, indices), see WithIndex", got)
+                check.fail_type("loader", "a loader of (images, labels, indices), see WithIndex", got)
             images, labels, indices = (check.tensor(name, part) for name, part in zip(_PARTS, batch))
             features = _encoded(check, encoder, images.to(device))
             labels, indices = check.integers("labels", labels.cpu(), "B"), check.integers("indices", indices.cpu(), "B")
             parts.append((features, labels, indices))
     if not parts:
-        Arguments("extract_features").refuse("loader", "of at least one batch", "none")
+        Arguments("extract_features").fail("loader", "of at least one batch", "none")
     features, labels, indices = (torch.cat(part) for part in zip(*parts))
     return features, labels, indices
 
@@ -111,7 +113,7 @@ def extract_view_features(
             x, x_view = (_encoded(Arguments("extract_view_features"), encoder, part) for part in (images, view))
             parts.append((x, x_view, parameters.cpu()))
     if not parts:
-        check.refuse("loader", "of at least one batch", "none")
+        check.fail("loader", "of at least one batch", "none")
     first, second, parameters = (torch.cat(part) for part in zip(*parts))
     return first, second, parameters
 
@@ -146,19 +148,19 @@ def extract_two_views(
     check = Arguments("extract_two_views")
     check_callable(check, "encoder", encoder)
     if not isinstance(loader, Iterable):
-        check.refuse_type("loader", "a loader of ((view1, view2), ..., indices)", type(loader).__name__)
+        check.fail_type("loader", "a loader of ((view1, view2), ..., indices)", type(loader).__name__)
     with frozen(encoder) as device:
         for batch in progress_bar(loader, "features of two views", shown=progress):
             pair = batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                check.refuse_type("loader", "a loader of ((view1, view2), ..., indices)", type(batch).__name__)
+                check.fail_type("loader", "a loader of ((view1, view2), ..., indices)", type(batch).__name__)
             views = [check.tensor("a view", view, "images").to(device) for view in pair]
             check.sizes.pop("B", None)  # the width is that of all batches, the size that of both views and the indices
             first, second = (_encoded(check, encoder, view) for view in views)
             indices = check.tensor("indices", batch[-1], "whole numbers").cpu()
             parts.append((first, second, check.integers("indices", indices, "B")))
     if not parts:
-        check.refuse("loader", "of at least one batch", "none")
+        check.fail("loader", "of at least one batch", "none")
     first, second, indices = (torch.cat(part) for part in zip(*parts))
     return first, second, indices
 
@@ -181,13 +183,13 @@ def images_of(check: Arguments, batch: Any) -> Tensor:
     """The images of a batch that is them, or begins with them."""
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(images, Tensor):
-        check.refuse_type("loader", "a loader of images, or of tuples that begin with them", type(images).__name__)
+        check.fail_type("loader", "a loader of images, or of tuples that begin with them", type(images).__name__)
     return images
 
 
 def check_callable(check: Arguments, name: str, value: object) -> None:
     if not callable(value):
-        check.refuse_type(name, "a module or a function", type(value).__name__)
+        check.fail_type(name, "a module or a function", type(value).__name__)
 
 
 def _encoded(check: Arguments, encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

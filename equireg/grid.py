@@ -14,6 +14,8 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 
+__all__ = ["GridTransform"]
+
 Grid = tuple[int, int]
 _INTERPOLATIONS = ("bicubic", "bilinear")
 
@@ -109,7 +111,7 @@ class GridTransform:
         h, w = _grid(check, "grid", grid)
         for name, limits in (("scale", scale), ("ratio", ratio)):
             if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
-                check.refuse(name, "two numbers above 0 in rising order", limits)
+                check.fail(name, "two numbers above 0 in rising order", limits)
         device = generator.device if generator is not None else None
         draw = torch.rand(2, generator=generator, device=device).tolist()
         area = scale[0] + draw[0] * (scale[1] - scale[0])
@@ -147,9 +149,9 @@ class GridTransform:
             return NotImplemented
         check = Arguments("GridTransform @")
         if len(first) != len(self):
-            check.refuse("the right operand", f"of {len(self)} elements", len(first))
+            check.fail("the right operand", f"of {len(self)} elements", len(first))
         if first.target != self.source:
-            check.refuse("the right operand", f"onto the grid {self.source} of the left", first.target)
+            check.fail("the right operand", f"onto the grid {self.source} of the left", first.target)
         # A flip reverses the turns before it: F R = R^-1 F.
         before = torch.where(self.flip, -first.quarter_turns, first.quarter_turns)
         return self._like(self.quarter_turns + before, self.flip ^ first.flip, first.source, self.target)
@@ -166,7 +168,7 @@ class GridTransform:
         h, w = self.source
         if check.sizes["T"] != h * w:
             rule = f"of {h} x {w} = {h * w} tokens for each image, without class or register tokens"
-            check.refuse("tokens", rule, list(tokens.shape))
+            check.fail("tokens", rule, list(tokens.shape))
         return self._act(tokens, self.source, self.target, places_first=True)
 
     def on_images(self, images: Tensor, patch_size: int) -> Tensor:
@@ -182,7 +184,7 @@ class GridTransform:
         source = self.source[0] * patch_size, self.source[1] * patch_size
         target = self.target[0] * patch_size, self.target[1] * patch_size
         if tuple(images.shape[2:]) != source:
-            check.refuse("images", f"[B, C, {source[0]}, {source[1]}]", list(images.shape))
+            check.fail("images", f"[B, C, {source[0]}, {source[1]}]", list(images.shape))
         moved = self._act(images.flatten(2), source, target, places_first=False)
         return moved.view(*images.shape[:2], *target)
 
@@ -242,7 +244,7 @@ class GridTransform:
 
 def _grid(check: Arguments, name: str, grid: Grid) -> Grid:
     if len(grid) != 2:
-        check.refuse(name, "(height, width)", grid)
+        check.fail(name, "(height, width)", grid)
     for side in grid:
         check.count(name, side)
     return grid[0], grid[1]

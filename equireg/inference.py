@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from equireg._checks import Arguments, values_visible
 from equireg.similarity import accumulation_dtype
 
+__all__ = ["ensemble", "fit_ensemble_weights", "predict_tta"]
+
 MERGES = ("mean", "gmean", "tsharpen")
 
 
@@ -53,9 +55,9 @@ def predict_tta(
     check = Arguments("predict_tta")
     check.features("images", images, "B C H W")
     if images.numel() == 0:
-        check.refuse("images", "of at least one image and pixel", list(images.shape))
+        check.fail("images", "of at least one image and pixel", list(images.shape))
     if not callable(model):
-        check.refuse_type("model", "a module or a function", type(model).__name__)
+        check.fail_type("model", "a module or a function", type(model).__name__)
     check.option("crops", crops, ("flip", "five", "ten"))
     _check_merge(check, merge, sharpening)
     versions = [images] if crops == "flip" else _five(check, images, crop_size)
@@ -65,7 +67,7 @@ def predict_tta(
     for version in versions:  # one after the other: ten versions of a batch at once would be ten times its memory
         output = check.floats("model's output", model(version))
         if output.dim() != 2 or len(output) != len(images):
-            check.refuse("model's output", f"[{len(images)}, classes]", list(output.shape))
+            check.fail("model's output", f"[{len(images)}, classes]", list(output.shape))
         logits.append(output)
     log_p = torch.stack(logits).to(accumulation_dtype(logits[0].dtype)).log_softmax(-1)
     return _merged(log_p, log_p.new_zeros(len(log_p)), merge, sharpening)
@@ -105,10 +107,10 @@ def ensemble(
     _check_merge(check, merge, sharpening)
     given = torch.ones(len(log_p)) if weights is None else torch.as_tensor(weights)
     if given.shape != (len(log_p),):
-        check.refuse("weights", f"{len(log_p)} numbers, one for each model", list(given.shape))
+        check.fail("weights", f"{len(log_p)} numbers, one for each model", list(given.shape))
     given = given.to(log_p)
     if values_visible(given) and not (bool((given >= 0).all()) and 0 < float(given.sum().detach()) < float("inf")):
-        check.refuse("weights", "finite, at least 0, and not all 0", given.tolist())
+        check.fail("weights", "finite, at least 0, and not all 0", given.tolist())
     return _merged(log_p, given.log(), merge, sharpening)
 
 
@@ -143,7 +145,7 @@ def fit_ensemble_weights(
     check.sizes["B"] = log_p.shape[1]
     labels = check.integers("labels", labels, "B")
     if not ((labels >= 0) & (labels < log_p.shape[2])).all():
-        check.refuse("labels", f"in 0 .. {log_p.shape[2] - 1} (classes)", labels.unique().tolist())
+        check.fail("labels", f"in 0 .. {log_p.shape[2] - 1} (classes)", labels.unique().tolist())
     with torch.inference_mode(False), torch.enable_grad():
         log_p, labels = log_p.detach().double().cpu().clone(), labels.cpu().clone()
         logits = torch.zeros(len(log_p), dtype=torch.float64, requires_grad=True)
@@ -184,7 +186,7 @@ def _five(check: Arguments, images: Tensor, size: int | tuple[int, int] | None) 
     for side, most in ((h, height), (w, width)):
         check.count("crop_size", side)  # type: ignore[arg-type]
         if side > most:  # type: ignore[operator]
-            check.refuse("crop_size", f"at most the images' {height} x {width}", size)
+            check.fail("crop_size", f"at most the images' {height} x {width}", size)
     y, x = round((height - h) / 2), round((width - w) / 2)  # type: ignore[operator]
     corners = [(0, 0), (0, width - w), (height - h, 0), (height - h, width - w), (y, x)]  # type: ignore[operator]
     crops = [images[:, :, top : top + h, left : left + w] for top, left in corners]
@@ -202,19 +204,17 @@ def _stacked(check: Arguments, probabilities: Tensor | Sequence[Tensor]) -> Tens
     """Log-probabilities [M, B, classes]."""
     if not isinstance(probabilities, Tensor):
         if not isinstance(probabilities, (list, tuple)) or not probabilities:
-            check.refuse_type("probabilities", "a tensor, or a list of one or more", type(probabilities).__name__)
+            check.fail_type("probabilities", "a tensor, or a list of one or more", type(probabilities).__name__)
         for part in probabilities:
             check.features("probabilities", part, "B classes")
         probabilities = torch.stack(list(probabilities))
     check.features("probabilities", probabilities, "M B classes")
     if probabilities.numel() == 0:
-        check.refuse("probabilities", "of at least one model, sample and class", list(probabilities.shape))
+        check.fail("probabilities", "of at least one model, sample and class", list(probabilities.shape))
     p = probabilities.to(accumulation_dtype(probabilities.dtype))
     if values_visible(p):
         off = (p.detach().sum(-1) - 1).abs().amax()
         tolerance = 1e-3 if probabilities.dtype.itemsize >= 4 else 2e-2  # half precision rounds each of them
         if not (bool((p.detach() >= 0).all()) and float(off) <= tolerance):
-            check.refuse(
-                "probabilities", "at least 0, with a sum of 1 in each row", f"rows that are {float(off):g} off"
-            )
+            check.fail("probabilities", "at least 0, with a sum of 1 in each row", f"rows that are {float(off):g} off")
     return p.log()

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 
+__all__ = ["irmv1_penalty", "rex_penalty"]
+
 
 def rex_penalty(risk: Tensor) -> Tensor:
     r"""Variance of the risks over environments (risk extrapolation, REx).
@@ -72,5 +74,5 @@ def _environments(function: str, name: str, value: Tensor) -> Tensor:
     check = Arguments(function)
     check.features(name, value, "E" if isinstance(value, Tensor) and value.dim() == 1 else "K E")
     if check.sizes["E"] == 0:
-        check.refuse(name, "over at least one environment", list(value.shape))
+        check.fail(name, "over at least one environment", list(value.shape))
     return value.to(torch.promote_types(value.dtype, torch.float32))

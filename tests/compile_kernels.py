@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from equireg.similarity import kernels, triton_tiles
+from equireg.similarity.triton import kernels
+from equireg.similarity.triton import tiles as triton_tiles
 
 TENSORS = {
     "bf16": {"x", "y", "own", "other"},

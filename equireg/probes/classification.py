@@ -10,6 +10,8 @@ from equireg._checks import Arguments
 from equireg.probes._features import standardized
 from equireg.similarity import normalized
 
+__all__ = ["knn_accuracy", "linear_probe"]
+
 
 @torch.no_grad()
 def knn_accuracy(
@@ -50,7 +52,7 @@ def knn_accuracy(
     classes = _check_samples(check, train_features, train_labels, features, labels)
     check.count("k", k)
     if k > len(train_features):
-        check.refuse("k", f"at most the {len(train_features)} training samples", k)
+        check.fail("k", f"at most the {len(train_features)} training samples", k)
     check.positive("temperature", temperature)
     bank, queries = (_directions(check, name, given) for name, given in named)
     votes_of = F.one_hot(train_labels.long(), classes).to(train_features.device)
@@ -137,10 +139,10 @@ def _check_samples(
     check.integers("labels", labels, "M")
     for name, given in (("train_features", train_features), ("features", features)):
         if given.numel() == 0:
-            check.refuse(name, "of at least one sample and one feature", list(given.shape))
+            check.fail(name, "of at least one sample and one feature", list(given.shape))
     for name, given in (("train_labels", train_labels), ("labels", labels)):
         if int(given.min()) < 0:
-            check.refuse(name, "0 or above", int(given.min()))
+            check.fail(name, "0 or above", int(given.min()))
     return int(max(train_labels.max(), labels.max())) + 1
 
 

@@ -11,6 +11,8 @@ from equireg._checks import Arguments
 from equireg.grid import GridTransform
 from equireg.similarity import normalized
 
+__all__ = ["equivariance_score"]
+
 
 @torch.no_grad()
 def equivariance_score(
@@ -44,15 +46,15 @@ def equivariance_score(
     """
     check = Arguments("equivariance_score")
     if not callable(encode):
-        check.refuse_type("encode", "callable", type(encode).__name__)
+        check.fail_type("encode", "callable", type(encode).__name__)
     if not isinstance(transform, GridTransform):
-        check.refuse_type("transform", "a GridTransform", type(transform).__name__)
+        check.fail_type("transform", "a GridTransform", type(transform).__name__)
     check.option("shuffled", shuffled, (True, False))
     check.sizes["B"] = len(transform)
     check.features("images", images, "B C H W")
     (h, w), (height, width) = transform.source, images.shape[2:]
     if height % h or width % w or height // h != width // w:
-        check.refuse("images", f"of whole square patches on the grid {transform.source}", list(images.shape))
+        check.fail("images", f"of whole square patches on the grid {transform.source}", list(images.shape))
     of_images = encode(images)
     moved = transform.on_tokens(check.features("encode(images)", of_images, "B T D"))
     turned = encode(transform.on_images(images, height // h))

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg._progress import progress_bar
+from equireg.backbones.token_tap import TokenTap
 from equireg.features import check_callable, frozen, images_of
 from equireg.probes._features import standardized
 from equireg.probes.classification import linear_probe
-from equireg.token_tap import TokenTap
+
+__all__ = ["transformation_accuracy", "transformation_r2"]
 
 
 @torch.no_grad()
@@ -78,19 +80,19 @@ def transformation_r2(
     check.not_negative("weight_decay", weight_decay)
     check.count("seed", seed, least=0)
     if seed >= 2**63:
-        check.refuse("seed", "below 2**63", seed)
+        check.fail("seed", "below 2**63", seed)
     generator = torch.Generator().manual_seed(seed)
     train, test = _split(check, "features1", len(features1), held_out, generator)
     if len(train) < 20:  # two of them for the choice of the epoch
-        check.refuse("features1", "of at least 20 rows for training", f"{len(train)} of {len(features1)}")
+        check.fail("features1", "of at least 20 rows for training", f"{len(train)} of {len(features1)}")
     for name, given in (("features1", features1), ("parameters", parameters)):
         if given.shape[1] == 0:
-            check.refuse(name, "of at least one column", list(given.shape))
+            check.fail(name, "of at least one column", list(given.shape))
     constant = (parameters[train].amax(0) == parameters[train].amin(0)) | (
         parameters[test].amax(0) == parameters[test].amin(0)
     )
     if constant.any():
-        check.refuse("parameters", "different from row to row", f"a constant column {int(constant.nonzero()[0])}")
+        check.fail("parameters", "different from row to row", f"a constant column {int(constant.nonzero()[0])}")
 
     # An encoder's precision is not the regressor's.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(features1.device.type, enabled=False):
@@ -141,7 +143,7 @@ def transformation_accuracy(
     check = Arguments("transformation_accuracy")
     check.option("transformation", transformation, ("rotation", "flip"))
     if layers is not None and not (isinstance(layers, (list, tuple)) and layers):
-        check.refuse("layers", "names of layers in a list, or None", repr(layers))
+        check.fail("layers", "names of layers in a list, or None", repr(layers))
     check_callable(check, "model", model)
     found: dict[str, list[Tensor]] = {name: [] for name in layers or ("output",)}
     with frozen(model) as device, ExitStack() as stack:
@@ -156,10 +158,10 @@ def transformation_accuracy(
                 else:
                     pooled = taps[name].tokens.mean(1)
                 if len(pooled) != len(versions) * len(images):
-                    check.refuse("model", "one that gives a row for each image", list(pooled.shape))
+                    check.fail("model", "one that gives a row for each image", list(pooled.shape))
                 parts.append(pooled.unflatten(0, (len(versions), len(images))).float().cpu())
     if not next(iter(found.values())):
-        check.refuse("loader", "of at least one batch", "none")
+        check.fail("loader", "of at least one batch", "none")
     features = {name: torch.cat(parts, 1) for name, parts in found.items()}
     kinds, count = next(iter(features.values())).shape[:2]
     train, test = _split(check, "loader", count, held_out, torch.Generator().manual_seed(0))
@@ -220,19 +222,19 @@ def _split(
     """Rows for training, and those held out."""
     check.number("held_out", held_out)
     if not 0 < held_out < 1:
-        check.refuse("held_out", "above 0 and below 1", held_out)
+        check.fail("held_out", "above 0 and below 1", held_out)
     size = round(held_out * count)
     if size < 2 or count - size < 2:
-        check.refuse(name, f"of enough rows to hold out a share of {held_out}, and to train on the rest", count)
+        check.fail(name, f"of enough rows to hold out a share of {held_out}, and to train on the rest", count)
     order = torch.randperm(count, generator=generator)
     return order[size:], order[:size]
 
 
 def _versions(check: Arguments, images: Tensor, transformation: str) -> list[Tensor]:
     if images.dim() != 4:
-        check.refuse("loader", "a loader of images [B, C, H, W]", list(images.shape))
+        check.fail("loader", "a loader of images [B, C, H, W]", list(images.shape))
     if transformation == "flip":
         return [images, images.flip(-1)]
     if images.shape[2] != images.shape[3]:
-        check.refuse("loader", "a loader of square images, to turn them", list(images.shape))
+        check.fail("loader", "a loader of square images, to turn them", list(images.shape))
     return [images.rot90(turns, (2, 3)) for turns in range(4)]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equireg.similarity import chunked, triton
 from equireg.similarity.dense import Pairs, accumulation_dtype
+from equireg.similarity.streamed import chunked
+from equireg.similarity.triton import launch
 
 _INPUTS = (
     "Tensor x, Tensor? y, Tensor scale, str relation, Tensor? row_group, Tensor? col_group, "
@@ -40,7 +41,7 @@ def pair_lse(
     pairs = Pairs(relation, row_group, col_group, row_id, col_id)
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        forward = triton.forward if backend == "triton" else chunked.forward
+        forward = launch.forward if backend == "triton" else chunked.forward
         return forward(x, y, scale, pairs, col_weight, row_select)
 
 
@@ -80,7 +81,7 @@ def pair_lse_backward(
 ) -> Gradients:
     pairs = Pairs(relation, row_group, col_group, row_id, col_id)
     with torch.autocast(x.device.type, enabled=False):
-        backward = triton.backward if backend == "triton" else chunked.backward
+        backward = launch.backward if backend == "triton" else chunked.backward
         by_row, by_col, by_weight = backward(
             x, y, scale, pairs, col_weight, row_select, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
         )

@@ -141,7 +141,7 @@ def benchmark(settings: Settings) -> Iterator[Row]:
 
 def planted(samples: int = 50_000, few: int = 2048) -> None:
     """Two directions in noise, and ten weaker ones across them."""
-    from equireg.partition_search import adjusted_rand_index
+    from equireg.ipirm.partition_search import adjusted_rand_index
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,190 @@
+"""The token map that leaves any layer of any model, and its grid."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+from equireg.backbones._hookable import calling_thread, check_plain, prefix_tokens
+from equireg.grid import Grid
+
+__all__ = ["TokenTap"]
+
+
+class TokenTap:
+    r"""The tokens that leave a layer of any model, and their grid, while the model runs as it is.
+
+    A context manager: inside of it every forward pass of ``model`` leaves the layer's output in ``tokens`` and ``grid``
+    (those of the last run, where a layer runs twice); at its end no hook is left behind. What ran last stays readable.
+    It follows a forward pass under DistributedDataParallel, activation checkpointing and, if the model is compiled
+    inside of the context, ``torch.compile``. Rows and columns come from the layer's output and the images' sides, so
+    non-square images and dynamic sizes are right.
+
+    Args:
+        model: any module that takes images [B, C, H, W] first.
+        layer: the name of a submodule, as in ``model.named_modules()``: ``"blocks.2"``, ``"layer3"``, ``"stages.1"``.
+        num_prefix_tokens: class, register and distillation tokens before the patches in an output [B, N, D]. None takes
+            the model's own ``num_prefix_tokens``, 1 for torchvision's ViT, otherwise 0.
+        channels_last: whether an output with four dimensions is [B, H, W, D] (Swin) and not [B, D, H, W]. None looks
+            at which of them has the images' aspect, and at the model's ``output_fmt``.
+
+    Raises:
+        TypeError: ``model`` is not a module; on running, an output that is not one tensor.
+        ValueError: a model compiled already, no such layer; on running, an output without a grid; on reading ``tokens``
+            or ``grid``, that the layer has not run, or that its output was changed in place afterwards.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> model = resnet18()
+        >>> with TokenTap(model, "layer2") as tap:
+        ...     logits = model(torch.rand(2, 3, 64, 96))
+        >>> tap.tokens.shape, tap.grid
+        (torch.Size([2, 96, 128]), (8, 12))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        *,
+        num_prefix_tokens: int | None = None,
+        channels_last: bool | None = None,
+    ):
+        self._check = check = Arguments("TokenTap")
+        check_plain(check, "model", model, allow_parallel=True)
+        if num_prefix_tokens is not None:
+            check.count("num_prefix_tokens", num_prefix_tokens, least=0)
+        check.option("channels_last", channels_last, (None, True, False))
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        names = dict(self.model.named_modules())
+        if not isinstance(layer, str) or layer not in names or layer == "":
+            close = difflib.get_close_matches(str(layer), names, n=3, cutoff=0.4) or list(names)[1:4]
+            check.fail("layer", f"the name of a submodule, such as {', '.join(map(repr, close))}", repr(layer))
+        if hasattr(self.model, "unroll") and hasattr(self.model, "reroll"):
+            check.fail("model", "one that keeps its tokens row by row", f"{type(self.model).__name__}, which reorders")
+        self.layer, self.channels_last = layer, channels_last
+        self.num_prefix_tokens = prefix_tokens(self.model) if num_prefix_tokens is None else num_prefix_tokens
+        self._images: dict[int, Grid] = {}  # by thread: height and width of what runs through
+        self._taken: dict[int, tuple[Tensor, Grid, int]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> TokenTap:
+        if self._handles:
+            self._check.fail("the tap", "entered once at a time", "a second entry")
+        self._handles = [
+            self.model.register_forward_pre_hook(self._before),
+            self.model.get_submodule(self.layer).register_forward_hook(self._record),
+            self.model.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off; what ran last stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A model that is copied inside of the context takes its hooks along, but not what ran.
+        return {**self.__dict__, "_images": {}, "_taken": {}}
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of the last forward pass in this thread, [B, T, D], prefix tokens left out, row by row of ``grid``."""
+        tokens, _, version = self._last()
+        if version >= 0 and tokens._version != version:
+            raise ValueError(
+                f"TokenTap: layer {self.layer!r} must not be followed by an operation in place on its output, such as "
+                "ReLU(inplace=True); tap the module that does that"
+            )
+        return tokens
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of ``tokens``."""
+        return self._last()[1]
+
+    def _last(self) -> tuple[Tensor, Grid, int]:
+        found = self._taken.get(threading.get_ident(), self._taken.get(0))
+        if found is None:
+            raise ValueError(
+                f"TokenTap: layer {self.layer!r} must run inside of the context before its tokens are read; "
+                "a model compiled before that does not see the tap"
+            )
+        return found
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].dim() >= 3:
+            self._images[calling_thread()] = (args[0].shape[-2], args[0].shape[-1])
+
+    def _after(self, *_: Any) -> None:
+        self._images.pop(calling_thread(), None)
+
+    def _record(self, module: nn.Module, _: Any, output: Any) -> None:
+        # A checkpointed layer runs again in the backward pass, for gradients of what was recorded already.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
+        if not isinstance(output, Tensor):
+            self._check.fail_type("layer", f"one whose output is a tensor ({self.layer!r})", type(output).__name__)
+        tokens, grid = self._as_tokens(output)
+        if torch.compiler.is_compiling():  # a graph has no thread, so what it leaves is everybody's last
+            self._taken = {0: (tokens, grid, -1)}
+            return
+        self._taken.pop(0, None)
+        self._taken[calling_thread()] = (tokens, grid, -1 if output.is_inference() else output._version)
+
+    def _as_tokens(self, output: Tensor) -> tuple[Tensor, Grid]:
+        image = self._images.get(calling_thread())
+        shape = list(output.shape)
+        if output.dim() == 4:
+            last = self.channels_last
+            if last is None:
+                first_fits, last_fits = _fits((shape[2], shape[3]), image), _fits((shape[1], shape[2]), image)
+                says = getattr(self.model, "output_fmt", None) == "NHWC"
+                last = last_fits and (says or not first_fits)
+            if last:
+                return output.flatten(1, 2), (shape[1], shape[2])
+            return output.flatten(2).transpose(1, 2), (shape[2], shape[3])
+        if output.dim() == 3:
+            # Some layers run before the class token joins (CaiT), so the prefix may be there or not.
+            prefixes = (self.num_prefix_tokens, 0)
+            for exact in (True, False):
+                for prefix in prefixes:
+                    grid = _grid_of(shape[1] - prefix, image, exact)
+                    if grid is not None:
+                        return output[:, prefix:], grid
+        of = f"images of {image[0]} x {image[1]}" if image else "unknown images"
+        self._check.fail("layer", f"one whose output is a map of tokens ({self.layer!r})", f"{shape} for {of}")
+
+
+def _fits(sides: Grid, image: Grid | None) -> bool:
+    """Whether an image could be seen on a grid of these sides, by one stride, rounded up or down."""
+    if image is None:
+        return True
+    (h, w), (height, width) = sides, image
+    low = max(height / (h + 1), width / (w + 1))
+    high = min(height / max(h - 1, 0.5), width / max(w - 1, 0.5))
+    return low < high and h <= height and w <= width
+
+
+def _grid_of(tokens: int, image: Grid | None, exact: bool) -> Grid | None:
+    """The sides whose product is ``tokens`` and whose aspect is the image's; without an image, a square."""
+    if tokens < 1:
+        return None
+    height, width = image or (1, 1)
+    h = round(math.sqrt(tokens * height / width))
+    for rows in (h,) if exact else (h, h - 1, h + 1):
+        if rows > 0 and tokens % rows == 0:
+            sides = rows, tokens // rows
+            if rows * width == sides[1] * height or (not exact and image is not None and _fits(sides, image)):
+                return sides
+    return None

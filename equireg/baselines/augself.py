@@ -1,0 +1,128 @@
+"""AugSelf on an intermediate layer.
+
+It was made for the final embedding. Moved to layer 3 of 12 it gains (Lee et al., ICLR 2026, Table 6: 67.55 → 68.23), so
+this head takes the features of any layer, token maps included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+from equireg.baselines._pooled import pooled
+
+__all__ = ["AugSelfLoss"]
+
+KINDS = ("regression", "binary", "classification")
+
+
+class AugSelfLoss(nn.Module):
+    r"""AugSelf: predict from two views how their augmentations differ.
+
+    For each augmentation a three-layer MLP on both features, concatenated in either order (Lee et al., NeurIPS 2021):
+    ``"regression"`` by squared error after a tanh, ``"binary"`` by cross entropy of one logit, ``"classification"`` by
+    that of all. The loss is their sum.
+
+    Under DistributedDataParallel each process takes the mean over its own samples, and the averaged gradients are those
+    of the whole batch where all have equally many.
+
+    Args:
+        dim: D, the width of the features.
+        targets: for each augmentation, by name, what is predicted and how wide it is: ``{"crop": ("regression", 4),
+            "flip": ("binary", 1), "rotation": ("classification", 4)}``.
+        hidden_dim: width of the hidden layers.
+
+    Raises:
+        TypeError, ValueError: no targets, an unknown kind, a width that is no whole number above 0 (1 for "binary").
+
+    Example:
+        >>> loss = AugSelfLoss(32, {"scale": ("regression", 2), "rotation": ("classification", 4)})
+        >>> features1, features2 = torch.randn(2, 8, 16, 32)
+        >>> scale, turns = torch.rand(8, 2) - 0.5, torch.arange(8) % 4  # of view 2 against view 1
+        >>> forward_targets = {"scale": scale, "rotation": turns}
+        >>> backward_targets = {"scale": -scale, "rotation": -turns % 4}
+        >>> loss(features1, features2, forward_targets, backward_targets).shape
+        torch.Size([])
+    """
+
+    def __init__(self, dim: int, targets: Mapping[str, tuple[str, int]], *, hidden_dim: int = 512):
+        super().__init__()
+        check = Arguments("AugSelfLoss")
+        check.count("dim", dim)
+        check.count("hidden_dim", hidden_dim)
+        if not targets:
+            check.fail("targets", "at least one augmentation", targets)
+        for name, (kind, width) in targets.items():
+            check.option(f"targets[{name!r}]", kind, KINDS)
+            check.count(f"targets[{name!r}]", width)
+            if kind == "binary" and width != 1:
+                check.fail(f"targets[{name!r}]", "('binary', 1)", (kind, width))
+        self.dim, self.targets = dim, dict(targets)
+        self.predictors = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(2 * dim, hidden_dim),
+                    nn.ReLU(),
+                    nn.Linear(hidden_dim, hidden_dim),
+                    nn.ReLU(),
+                    nn.Linear(hidden_dim, width),
+                )
+                for name, (_, width) in targets.items()
+            }
+        )
+
+    def forward(
+        self,
+        features1: Tensor,
+        features2: Tensor,
+        forward_targets: Mapping[str, Tensor],
+        backward_targets: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The loss, a 0-d tensor, over both orders of the views.
+
+        Args:
+            features1: of the first views, [B, D] or tokens [B, T, D], which are averaged over their places.
+            features2: of the second views, likewise.
+            forward_targets: the differences of view 2 against view 1, by name: floating point [B, width] in -1 .. 1 for
+                "regression", bool [B] for "binary", whole numbers [B] for "classification".
+            backward_targets: those of view 1 against view 2.
+
+        Raises:
+            TypeError, ValueError: wrong dtypes, shapes or devices, a difference that is missing or out of range.
+        """
+        check = Arguments("AugSelfLoss")
+        check.sizes["D"] = self.dim
+        first, second = (pooled(check, *named) for named in (("features1", features1), ("features2", features2)))
+        if not len(first):
+            check.fail("features1", "of at least one image", list(features1.shape))
+        both = torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)])
+        total = both.new_zeros((), dtype=torch.promote_types(both.dtype, torch.float32))
+        for name, (kind, width) in self.targets.items():
+            sides = (("forward_targets", forward_targets), ("backward_targets", backward_targets))
+            wanted = torch.cat([_difference(check, *side, name, kind, width) for side in sides])
+            predicted = self.predictors[name](both).to(total.dtype)
+            if kind == "regression":
+                total = total + F.mse_loss(predicted.tanh(), wanted.to(total.dtype))
+            elif kind == "binary":
+                total = total + F.binary_cross_entropy_with_logits(predicted[:, 0], wanted.to(total.dtype))
+            else:
+                total = total + F.cross_entropy(predicted, wanted)
+        return total
+
+
+def _difference(check: Arguments, side: str, given: Mapping[str, Tensor], name: str, kind: str, width: int) -> Tensor:
+    label = f"{side}[{name!r}]"
+    if name not in given:
+        check.fail(side, f"with the difference {name!r}", sorted(given))
+    if kind == "regression":
+        check.sizes[name] = width
+        return check.features(label, given[name], f"B {name}")
+    if kind == "binary":
+        return check.booleans(label, given[name], "B")
+    wanted = check.integers(label, given[name], "B")
+    check.below(label, wanted, width, "classes")
+    return wanted

@@ -1,0 +1,1 @@
+"""Data sets as the methods need them: with indices, with few labels, with contexts."""

@@ -1,0 +1,1 @@
+"""Stage II of the VIPriors recipe: distillation from a frozen teacher."""

@@ -1,0 +1,196 @@
+"""Risks of each class in its two environments, with their slopes (EqInv, Wang et al., ECCV 2022, Eq. 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equireg._checks import Arguments
+from equireg.distributed import Processes
+from equireg.similarity import gram, normalized, split_lse
+
+__all__ = ["ClassRisks", "class_wise_risks"]
+
+
+class ClassRisks(NamedTuple):
+    """Risks of the K classes with at least two samples in the batch, in each of their two environments."""
+
+    classes: Tensor  # int64 [K], ascending
+    risk: Tensor  # [K, 2], Env#1 and Env#2
+    slope: Tensor  # [K, 2], derivative of the risk in the dummy classifier w at w = 1
+
+
+def class_wise_risks(
+    z: Tensor, labels: Tensor, similar: Tensor, *, temperature: float | Tensor = 0.1, denominator: str = "own"
+) -> ClassRisks:
+    r"""Supervised contrastive risk of each class in its two environments, with its slope in the dummy classifier.
+
+    For anchors :math:`i` of class :math:`k`, positives :math:`P(i)` (the other samples of the class), negatives
+    :math:`A_e(i)` (samples of other classes in environment :math:`e`) and cosine similarities over the temperature
+    :math:`s`, Eq. 5 of EqInv is
+
+    .. math::
+        \ell(k, e, w) = \operatorname*{mean}_{i} \operatorname*{mean}_{p \in P(i)}
+        -\log \frac{e^{w s_{ip}}}{e^{w s_{ip}} + \sum_{a \in A_e(i)} e^{w s_{ia}}}
+
+    and its derivative at :math:`w = 1` is the mean of
+    :math:`\mathbb{E}_{\text{softmax over } \{p\} \cup A_e(i)}[s] - s_{ip}`. An environment without negatives has
+    risk 0.
+
+    Args:
+        z: embeddings [B, d], normalised inside.
+        labels: whole numbers [B].
+        similar: bool [B, B]; ``similar[i, a]``: sample a is in Env#1 of the class of sample i. Entries between samples
+            of one class are not used.
+        temperature: a number above 0, or a 0-d tensor (which gets a gradient).
+        denominator: ``"own"``, Eq. 5: each positive stands alone against the negatives. ``"all"``, the released code:
+            all positives of the anchor stand in the denominator, as in SupCon.
+
+    Returns:
+        Classes, risks and slopes; K = 0 where no class has two samples. Float32 (float64 for float64 z).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, a temperature that is not above 0, an unknown denominator.
+
+    K depends on the labels: under ``torch.compile(fullgraph=True)`` this needs
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops``; :class:`ClassWiseIRM` does not. The samples are those of
+    this process; :class:`ClassWiseIRM` can gather the others.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> similar = torch.ones(3, 3, dtype=torch.bool)
+        >>> risks = class_wise_risks(z, torch.tensor([4, 4, 7]), similar, temperature=1.0)
+        >>> risks.classes, risks.risk
+        (tensor([4]), tensor([[0.3133, 0.0000]]))
+    """
+    check = Arguments("class_wise_risks")
+    labels = check_batch(check, "z", z, labels)
+    check.booleans("similar", similar, "B B")
+    check.positive("temperature", temperature)
+    check.option("denominator", denominator, ("own", "all"))
+    compared = compare(z, labels, labels, similar, temperature, Processes("class_wise_risks", False))
+    # A class is represented by its first sample.
+    first = ((compared.size > 1) & ~compared.same.tril(-1).any(1)).nonzero().squeeze(1)
+    first = first[labels[first].argsort()]
+    return ClassRisks(labels[first], risk_of(compared, denominator)[first], slope_of(compared, denominator)[first])
+
+
+class Compared(NamedTuple):
+    """Similarities of A anchors to a batch, and for each what its negatives sum to in the two environments.
+
+    The anchors are the samples of this process; in the batch, that of all ``processes``, they begin at ``first``.
+    Everything is by sample rather than by class, so that all shapes are fixed.
+    """
+
+    s: Tensor  # [A, B], cosine over the temperature
+    same: Tensor  # bool [A, B]: of one class
+    size: Tensor  # [A]: size of the sample's class in the batch
+    lse: Tensor  # [2, A]: log-sum-exp over the negatives
+    mean: Tensor  # [2, A]: their softmax mean
+    first: int
+    processes: Processes
+
+    def positive(self) -> Tensor:
+        """bool [A, B]: another sample of the same class."""
+        places = torch.arange(self.s.shape[1], device=self.s.device)
+        return self.same & (places != places[self.first :][: len(self.s), None])
+
+    def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
+        """The mean over the positives of each anchor, [..., A], 0 where there is none.
+
+        ``of_pair`` takes the similarity of pairs and, for each of ``of_anchor`` [..., A], the value of their anchors.
+        """
+        share = 1 / (self.size - 1).clamp(min=1).to(self.s.dtype)
+        if self.s.device.type == "cpu" and not torch.compiler.is_compiling():
+            # A few positives among many pairs: pick them out. A GPU would have to wait for their number.
+            i, p = self.same.nonzero().unbind(1)
+            others = i + self.first != p
+            i, p = i[others], p[others]
+            of_pairs = of_pair(self.s[i, p], *(values[..., i] for values in of_anchor)) * share[i]
+            return of_pairs.new_zeros(*of_pairs.shape[:-1], len(share)).index_add(-1, i, of_pairs)
+        of_pairs = of_pair(self.s, *(values[..., None] for values in of_anchor))
+        return (of_pairs * (self.positive() * share[:, None])).sum(-1)
+
+    def over_class(self, values: Tensor) -> Tensor:
+        """The mean over the anchors of each one's class, in all processes, [2, A] to [A, 2]."""
+        everyone = self.processes.gather(values.T).flatten(0, 1)  # [B, 2]
+        # As a product: sums in a fixed order on every device.
+        with torch.autocast(values.device.type, enabled=False):
+            return self.same.to(values.dtype) @ everyone / self.size[:, None]
+
+
+def compare(
+    z: Tensor,
+    labels: Tensor,
+    all_labels: Tensor,
+    similar: Tensor,
+    temperature: float | Tensor,
+    processes: Processes,
+) -> Compared:
+    """Of the embeddings [A, d] and labels [A] of this process, the labels [B] of all, and ``similar`` [A, B]."""
+    z = normalized(z)
+    same = labels[:, None] == all_labels[None, :]
+    with torch.autocast(z.device.type, enabled=False):
+        cosine = gram(z) if processes.size == 1 else z @ processes.gather(z).flatten(0, 1).T
+    if isinstance(temperature, Tensor):
+        temperature, bound = temperature.to(z.dtype), math.inf
+    else:
+        bound = 1.0001 / temperature  # a cosine may be rounded above 1
+    # The negatives of both environments in one pass. The table of environments is as large as the matrix of
+    # similarities, so nothing would be won by streaming.
+    s = cosine / temperature
+    lse, mean = split_lse(s, similar, same, bound)
+    return Compared(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
+
+
+def risk_of(compared: Compared, denominator: str) -> Tensor:
+    """Eq. 5 for the class of each anchor, [A, 2]; for a class of one sample a finite number that is no risk."""
+    if denominator == "own":
+        return compared.over_class(compared.over_positives(lambda s, lse: _softplus(lse - s), compared.lse))
+    average, above, _ = _positives(compared)
+    return compared.over_class(above + _softplus(compared.lse - average - above))
+
+
+def slope_of(compared: Compared, denominator: str) -> Tensor:
+    """The derivative of the risk in the dummy classifier, [A, 2], in closed form: no double backward."""
+    lse, mean = compared.lse, compared.mean
+    if denominator == "own":  # the sigmoid is the share of the negatives in the softmax
+
+        def of_pair(s: Tensor, lse: Tensor, mean: Tensor) -> Tensor:
+            return (lse - s).sigmoid() * (mean - s)
+
+        return compared.over_class(compared.over_positives(of_pair, lse, mean))
+    average, above, tilt = _positives(compared)
+    return compared.over_class((lse - average - above).sigmoid() * (mean - average - tilt) + tilt)
+
+
+def _positives(compared: Compared) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over the positives of each anchor, and how far their log-sum-exp and softmax mean lie above it, each [A].
+
+    With one positive both are exactly 0, and small losses keep their digits.
+    """
+    average = compared.over_positives(lambda s: s)
+    kept = compared.positive() | (compared.size < 2)[:, None]  # an anchor without positives keeps something finite
+    above = torch.where(kept, compared.s - average[:, None], -torch.inf)
+    tilt = (above.softmax(-1) * above.masked_fill(~kept, 0)).sum(-1)
+    return average, above.logsumexp(-1), tilt
+
+
+def _softplus(gap: Tensor) -> Tensor:
+    """log(1 + exp(gap)): a small risk keeps its digits, as ``logaddexp(positive, lse) - positive`` would not."""
+    # From 50 on it is linear to the last bit in float64; the default of 20 is not. logsigmoid takes twice the time.
+    return F.softplus(gap, threshold=50)
+
+
+def check_batch(check: Arguments, name: str, features: Tensor, labels: Tensor) -> Tensor:
+    """Features [B, D] and labels [B], the labels as int64."""
+    check.features(name, features, "B D")
+    if check.sizes["D"] == 0:
+        check.fail(name, "at least one wide", list(features.shape))
+    return check.integers("labels", labels, "B")

@@ -1,0 +1,123 @@
+"""IP-IRM on MoCo-v2."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equireg._checks import Arguments
+from equireg.distributed import Group
+from equireg.ipirm.partition_loss import PartitionLoss
+from equireg.ipirm.partitions import PartitionUpdater
+from equireg.ipirm.soft_info_nce import rows_of
+from equireg.similarity import normalized, pair_lse
+
+__all__ = ["MoCoIPIRMLoss"]
+
+
+class MoCoIPIRMLoss(PartitionLoss):
+    r"""MoCo-v2's loss with its queue, invariant over the groups of all partitions.
+
+    L(k, P) is InfoNCE of the queries of group k, each with its own key as the positive and the keys of group k in the
+    queue as negatives; the queue remembers whose they are. As in :class:`IPIRMLoss` otherwise.
+
+    Args:
+        partitions: as of :class:`IPIRMLoss`.
+        num_features: d, width of queries and keys.
+        queue_size: how many keys of earlier batches are negatives. It begins with random directions, as MoCo's does,
+            which belong to no group.
+        temperature: τ, above 0.
+        weight: λ₁ of the squared slopes, at least 0.
+        gather_distributed: as of :class:`IPIRMLoss`; the keys of all processes enter the queue, which is the same in
+            all of them. By default each has a queue of its own; give DistributedDataParallel
+            ``broadcast_buffers=False`` then, or it becomes that of rank 0 at every step.
+
+    The call ``loss(query [B, d], key [B, d], indices [B])`` puts the keys into the queue afterwards, in training mode.
+    A sample is no negative of itself, however old its key.
+
+    Raises:
+        TypeError, ValueError: as :class:`IPIRMLoss`; a batch larger than the queue.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> criterion = MoCoIPIRMLoss(torch.arange(100)[None] % 2, num_features=8, queue_size=64)
+        >>> for batch in torch.arange(96).split(16):
+        ...     loss = criterion(torch.randn(16, 8), torch.randn(16, 8), batch)
+        >>> loss.shape, int((criterion.queue_indices >= 0).sum())
+        (torch.Size([]), 64)
+    """
+
+    queue: Tensor
+    queue_indices: Tensor
+    place: Tensor
+
+    def __init__(
+        self,
+        partitions: PartitionUpdater | Tensor,
+        *,
+        num_features: int = 128,
+        queue_size: int = 4096,
+        temperature: float = 0.2,
+        weight: float = 0.2,
+        gather_distributed: bool | Group = False,
+    ):
+        super().__init__("MoCoIPIRMLoss", partitions, weight, gather_distributed)
+        check = Arguments(self.function)
+        check.count("num_features", num_features)
+        check.count("queue_size", queue_size)
+        check.positive("temperature", temperature)
+        self.temperature = temperature
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, num_features, generator=generator), dim=1))
+        self.register_buffer("queue_indices", torch.full((queue_size,), -1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+        processes = self.processes
+
+        def checked() -> tuple[Tensor, Tensor, Tensor]:
+            check = Arguments(self.function)
+            check.sizes["d"] = self.queue.shape[1]
+            check.features("query", query, "N d")
+            check.features("key", key, "N d")
+            check.dtype_of("key", key, "query", query)
+            if not 0 < len(query) * processes.size <= len(self.queue):
+                places = "" if processes.size == 1 else f" in {processes.size} processes"
+                rule = f"of 1 to queue_size = {len(self.queue)} samples{places}"
+                check.fail("query", rule, list(query.shape))
+            return normalized(query), normalized(key.detach()), self.check_indices(check, indices)
+
+        x, own_key, indices = processes.agree(
+            checked, lambda made: {"query": query, "key": made[1], "training": self.training, **self.facts()}
+        )
+        groups, count = self.groups_of(indices)
+        bank, owners = self.queue.to(x.dtype), self.queue_indices
+        known = owners >= 0
+        in_queue = torch.where(known, self.groups_of(owners.clamp(min=0))[0], -1)  # [P, queue_size]
+        positive = (x * own_key).sum(1) / self.temperature
+
+        scale = 1 / self.temperature
+        everyone = rows_of(*pair_lse(x, bank, scale, row_id=indices, col_id=owners), positive)
+        parts = []
+        for group, of_queue in zip(groups, in_queue):
+            negatives = pair_lse(
+                x, bank, scale, relation="eq", row_group=group, col_group=of_queue, row_id=indices, col_id=owners
+            )
+            parts.append((rows_of(*negatives, positive), group, count))
+        loss = self.combined(everyone, torch.ones_like(positive), parts)
+        if self.training:
+            self._enqueue(processes.gather(own_key).flatten(0, 1), processes.gather(indices).flatten())
+        return loss
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor, indices: Tensor) -> None:
+        """New tensors instead of changed ones: the backward pass needs what the loss saw, compiled or not."""
+        places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue = self.queue.index_copy(0, places, keys.to(self.queue.dtype))
+        self.queue_indices = self.queue_indices.index_copy(0, places, indices)
+        self.place = (self.place + len(keys)) % len(self.queue)
+
+    def extra_repr(self) -> str:
+        shape = f"{self.queue.shape[1]}, queue_size={len(self.queue)}"
+        return f"{shape}, temperature={self.temperature}, {super().extra_repr()}"

@@ -1,0 +1,173 @@
+"""IP-IRM on SimCLR: a contrastive loss that is to be the same in every group of every partition (Step 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equireg._checks import Arguments, values_visible
+from equireg.distributed import Group
+from equireg.ipirm.partition_loss import PartitionLoss
+from equireg.ipirm.partitions import PartitionUpdater
+from equireg.ipirm.soft_info_nce import check_views, rows_of
+from equireg.similarity import normalized, pair_lse
+
+__all__ = ["IPIRMLoss", "mix_images"]
+
+
+class IPIRMLoss(PartitionLoss):
+    r"""SimCLR's loss that is invariant over the groups of all partitions found so far (Step 1 of IP-IRM).
+
+    .. math::
+        \mathcal{L}(\text{all}) + \operatorname*{mean}_{P,\, k}\, \mathcal{L}(k, P), \qquad
+        \mathcal{L} = L + \lambda_1 \Big( \frac{\partial L}{\partial \theta} \Big|_{\theta = 1} \Big)^2
+
+    with L(k, P) InfoNCE over both views of the samples of group k in the batch, whose negatives are the group's other
+    samples, and θ a dummy scale of all similarities (Wang et al., 2021, Eq. 2; the mean over groups and partitions and
+    the global term beside it are the released code's). The slope has a closed form, so nothing is differentiated twice.
+
+    Args:
+        partitions: a :class:`PartitionUpdater`, followed as it grows, or int64 [P, N] of groups 0 .. K - 1. A partition
+            of one group, as the first of the updater's is, is the global term, which is there in any case.
+        temperature: τ of the cosine similarities, above 0.
+        weight: λ₁ of the squared slopes, at least 0.
+        gather_distributed: whether the batch is that of all processes, or of a process group, each with its gradient:
+            the loss is then the same in all of them, and under DistributedDataParallel so are its gradients to one
+            process with the whole batch. Each must bring the same number of samples, or all raise the same ValueError.
+            By default each process takes its own batch.
+
+    The call ``loss(z1 [B, d], z2 [B, d], indices [B], mix=None)`` takes features of two views, normalised here, and the
+    index of each sample in the dataset; it returns a 0-d tensor in float32 (float64 for float64). A group with fewer
+    than two samples in the batch has no negatives and is left out, as is a row without negatives. With ``mix =
+    (partner, share)`` the first views are mixed images, ``share * x[i] + (1 - share) * x[partner[i]]``
+    (``mix_images``): each is an anchor for both its samples, by their shares, against the second views alone.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or ranges; a group without a sample; on CPU also indices out of
+            range.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> partitions = torch.stack([torch.zeros(100, dtype=torch.int64), torch.arange(100) % 2])
+        >>> criterion = IPIRMLoss(partitions)
+        >>> z1, z2, indices = torch.randn(16, 8), torch.randn(16, 8), torch.randperm(100)[:16]
+        >>> loss = criterion(z1, z2, indices)
+        >>> loss.shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        partitions: PartitionUpdater | Tensor,
+        *,
+        temperature: float = 0.5,
+        weight: float = 0.2,
+        gather_distributed: bool | Group = False,
+    ):
+        super().__init__("IPIRMLoss", partitions, weight, gather_distributed)
+        Arguments("IPIRMLoss").positive("temperature", temperature)
+        self.temperature = temperature
+
+    def forward(
+        self, z1: Tensor, z2: Tensor, indices: Tensor, mix: tuple[Tensor, float | Tensor] | None = None
+    ) -> Tensor:
+        processes = self.processes
+
+        def checked() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+            check = Arguments(self.function)
+            check_views(check, z1, z2, self.temperature)
+            own = self.check_indices(check, indices)
+            views = torch.stack([normalized(z1), normalized(z2)])
+            return views, own, None if mix is None else _checked_mix(check, mix, views[0])
+
+        views, indices, parts_of = processes.agree(
+            checked, lambda made: {"z1": z1, "z2": z2, "mix": made[2] and made[2][1], **self.facts()}
+        )
+        everyone, all_indices = processes.gather(views), processes.gather(indices).flatten()
+        all_views = everyone.transpose(0, 1).flatten(1, 2)  # [views, processes · N, d]
+        x1, x2 = views
+        samples = torch.arange(len(all_indices), device=z1.device)
+        mine = samples[processes.rank * len(x1) :][: len(x1)]
+        if parts_of is None:
+            x, label, weights = views.flatten(0, 1), mine.repeat(2), torch.ones_like(views[..., 0]).flatten()
+            # One tensor for both where they are the same: then each similarity is formed once.
+            y, own = (x, label) if processes.size == 1 else (all_views.flatten(0, 1), samples.repeat(2))
+            positive = ((x1 * x2).sum(1) / self.temperature).repeat(2)
+        else:
+            partner, share = parts_of
+            # Each anchor twice, as either of the samples that it is mixed from.
+            x, y, own = x1.repeat(2, 1), all_views[1], samples
+            label = torch.cat([mine, mine[partner]])
+            weights = torch.cat([share, 1 - share])
+            positive = (x * y[label]).sum(1) / self.temperature
+
+        scale = 1 / self.temperature
+        whole = rows_of(*pair_lse(x, y, scale, row_id=label, col_id=own), positive)
+        parts, (groups, count) = [], self.groups_of(all_indices)
+        for group in groups:
+            by_row = group[label]
+            by_col = by_row if label is own else group[own]
+            negatives = pair_lse(
+                x, y, scale, relation="eq", row_group=by_row, col_group=by_col, row_id=label, col_id=own
+            )
+            parts.append((rows_of(*negatives, positive), by_row, count))
+        return self.combined(whole, weights, parts)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, {super().extra_repr()}"
+
+
+def mix_images(
+    images: Tensor, *, alpha: float = 1.0, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Each image mixed with another of the batch (mixup, Zhang et al., 2018), for ``IPIRMLoss(..., mix=...)``.
+
+    .. math:: \lambda_i x_i + (1 - \lambda_i) x_{\text{partner}(i)}, \qquad \lambda_i \sim \text{Beta}(\alpha, \alpha)
+
+    Args:
+        images: [B, ...], floating point.
+        alpha: of the Beta distribution, above 0.
+        generator: source of the partners and shares, on the CPU; None draws from the global one.
+
+    Returns:
+        mixed images [B, ...], partner int64 [B], share of its own image [B].
+
+    Raises:
+        TypeError, ValueError: images that are not floating point, an alpha that is not above 0.
+
+    Example:
+        >>> mixed, partner, share = mix_images(torch.rand(8, 3, 32, 32))
+        >>> mixed.shape, partner.shape, share.shape
+        (torch.Size([8, 3, 32, 32]), torch.Size([8]), torch.Size([8]))
+    """
+    check = Arguments("mix_images")
+    check.floats("images", images)
+    check.positive("alpha", alpha)
+    if images.dim() == 0:
+        check.fail("images", "[B, ...]", [])
+    partner = torch.randperm(len(images), generator=generator)
+    # A Beta variate is a share of two Gamma variates, and of those a small alpha leaves only the logarithms:
+    # log G(a) = log G(a + 1) + log(U) / a. PyTorch's own sampler of Beta takes no generator.
+    shape = torch.full((2, len(images)), float(alpha), dtype=torch.float64)
+    uniform = 1 - torch.rand(shape.shape, dtype=torch.float64, generator=generator)
+    log_gamma = torch._standard_gamma(shape + 1, generator=generator).log() + uniform.log() / alpha
+    share = (log_gamma[0] - log_gamma[1]).sigmoid().to(images.device, images.dtype)
+    partner, share_of = partner.to(images.device), share.view(-1, *[1] * (images.dim() - 1))
+    return torch.lerp(images[partner], images, share_of), partner, share
+
+
+def _checked_mix(check: Arguments, mix: tuple[Tensor, float | Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(mix, tuple) or len(mix) != 2:
+        got = f"{len(mix)} parts" if isinstance(mix, tuple) else type(mix).__name__
+        check.fail("mix", "(partner, share) or None", got)
+    partner = check.integers("mix's partner", mix[0], "N")
+    check.below("mix's partner", partner, len(x), "the batch")
+    if isinstance(mix[1], Tensor):
+        share = check.features("mix's share", mix[1], "N").to(x.dtype)
+        if values_visible(share) and not bool(((share >= 0) & (share <= 1)).all()):
+            low, high = (float(bound) for bound in share.detach().aminmax())
+            check.fail("mix's share", "in 0 .. 1", f"{low:g} .. {high:g}")
+    else:
+        check.share("mix's share", mix[1])
+        share = torch.full_like(x[:, 0], float(mix[1]))
+    return partner, share

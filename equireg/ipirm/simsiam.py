@@ -1,0 +1,64 @@
+"""IP-IRM on SimSiam."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equireg._checks import Arguments
+from equireg.distributed import Group
+from equireg.ipirm.partition_loss import PartitionLoss
+from equireg.ipirm.partitions import PartitionUpdater
+from equireg.ipirm.soft_info_nce import Rows
+from equireg.similarity import normalized
+
+__all__ = ["SimSiamIPIRMLoss"]
+
+
+class SimSiamIPIRMLoss(PartitionLoss):
+    r"""SimSiam's loss that is invariant over the groups of all partitions, as :class:`IPIRMLoss` is for SimCLR.
+
+    .. math:: L(k, P) = -\tfrac{\theta}{2} \operatorname*{mean}_{i \in k} \big( \cos(p_{1i}, z_{2i}) +
+        \cos(p_{2i}, z_{1i}) \big), \qquad \theta = 1
+
+    so that the slope in the dummy scale is the loss itself. No gradient passes into z.
+
+    Args:
+        partitions: as of :class:`IPIRMLoss`.
+        weight: λ₁ of the squared slopes, at least 0.
+        gather_distributed: as of :class:`IPIRMLoss`, though processes exchange only the sums of each group. By default
+            each takes its own batch.
+
+    The call is ``loss(p1, p2, z1, z2, indices)``: predictions and projections of both views, [B, d].
+
+    Raises:
+        TypeError, ValueError: as :class:`IPIRMLoss`.
+
+    Example:
+        >>> criterion = SimSiamIPIRMLoss(torch.arange(100)[None] % 2)
+        >>> p1, p2, z1, z2 = torch.ones(4, 16, 8)
+        >>> criterion(p1, p2, z1, z2, torch.arange(16))
+        tensor(-1.6000)
+    """
+
+    def __init__(
+        self, partitions: PartitionUpdater | Tensor, *, weight: float = 0.2, gather_distributed: bool | Group = False
+    ):
+        super().__init__("SimSiamIPIRMLoss", partitions, weight, gather_distributed)
+
+    def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
+        def checked() -> tuple[Tensor, Tensor]:
+            check = Arguments(self.function)
+            for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
+                check.features(name, part, "N d")
+                check.dtype_of(name, part, "p1", p1)
+            if p1.numel() == 0:
+                check.fail("p1", "of at least one sample and one feature", list(p1.shape))
+            own = self.check_indices(check, indices)
+            q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
+            return -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2, own
+
+        loss, indices = self.processes.agree(checked, lambda _: {"p1": p1, "p2": p2, **self.facts()})
+        groups, count = self.groups_of(indices)
+        rows = Rows(loss, loss, torch.ones_like(loss, dtype=torch.bool))
+        return self.combined(rows, torch.ones_like(loss), [(rows, group, count) for group in groups])

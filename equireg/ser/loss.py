@@ -1,0 +1,188 @@
+"""Soft equivariance regularization: token maps that turn with the image, without being told how.
+
+Of each image two views are taken by known elements ``g1`` and ``g2`` of D4 × scale. The token map of the first,
+moved by ``g2 @ g1.inverse()``, should be that of the second: at each place, against the tokens of all other images
+(Lee et al., ICLR 2026).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+from equireg.distributed import Group, Processes
+from equireg.grid import GridTransform
+from equireg.similarity import mean_contrast, normalized
+
+__all__ = ["SERLoss", "patch_nt_xent"]
+
+
+def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0.3) -> Tensor:
+    r"""Contrastive loss between the tokens of two aligned maps, with negatives from other images only.
+
+    With :math:`s(x, y) = \cos(x, y) / \tau`, image :math:`i` and place :math:`j`,
+
+    .. math::
+        \ell_{ij} = -\log \frac{e^{s(z_{ij}, z'_{ij})}}{e^{s(z_{ij}, z'_{ij})}
+            + \sum_{m \ne i} \sum_n e^{s(z_{ij}, z_{mn})} + \sum_{m \ne i} \sum_n e^{s(z_{ij}, z'_{mn})}}
+
+    averaged over images and places (soft equivariance regularization, Section 3.3). The matrix of similarities is never
+    stored. In a process group the negatives are those of this process; ``SERLoss`` can gather the others.
+
+    Args:
+        z: tokens of the first view, moved onto the second, [B, T, D]. They are normalised here.
+        z_prime: tokens of the second view at the same places, [B, T, D].
+        temperature: τ, above 0; a number, or a 0-d tensor that learns.
+
+    Returns:
+        The loss, a 0-d tensor at least 0, in float32, or float64 for float64 tokens.
+
+    Raises:
+        TypeError: not floating point, or two dtypes that differ.
+        ValueError: shapes or devices that differ, no tokens, a batch of fewer than two images (which has no negatives),
+            a temperature that is not above 0.
+
+    Example:
+        >>> z = torch.eye(4).view(2, 2, 4)  # two images of two places, all tokens different
+        >>> loss = patch_nt_xent(z, z, temperature=0.5)  # -log(e^2 / (e^2 + 2 + 2))
+        >>> round(float(loss), 4)
+        0.4327
+    """
+    check = Arguments("patch_nt_xent")
+    _check_pair(check, z, z_prime, temperature)
+    if len(z) < 2:
+        check.fail("z", "of at least 2 images: negatives come from other images", list(z.shape))
+    z, z_prime = normalized(z), normalized(z_prime)
+    return _loss(z, z_prime, None, 0, temperature)
+
+
+class SERLoss(nn.Module):
+    r"""Soft equivariance of a token map, as a loss beside any self-supervised objective.
+
+    ``loss = ssl_loss + 0.5 * ser(tokens1, tokens2, g1, g2)``. The tokens of an intermediate layer (3 of 12 in the
+    paper) are projected by a two-layer GELU MLP, those of the first view after moving them by
+    :math:`g = g_2 g_1^{-1}`, and compared by ``patch_nt_xent`` (Eq. 2 and 3).
+
+    Args:
+        dim: D, the width of the tokens.
+        projection_dim: width of the projection, and of its hidden layer.
+        temperature: τ, above 0; the paper takes 0.3 with MoCo-v3 and Barlow Twins, 0.5 with DINO.
+        token_norm: put a LayerNorm of its own on the tokens before they are moved, as the released code does. Worth it
+            for the residual stream of a pre-norm ViT, whose tokens have very different lengths.
+        gather_distributed: take negatives from all processes, or from those of a process group, with their gradient.
+            Under DistributedDataParallel the loss and its gradients are then those of one process with the whole batch.
+            Every process must bring the same number of images and places: draw the sizes of the views from generators
+            of one seed. Where they do not fit, all processes raise the same ValueError. In a single process it changes
+            nothing.
+
+    Raises:
+        TypeError, ValueError: a width that is no whole number above 0, a temperature that is not above 0.
+
+    Example:
+        >>> ser = SERLoss(dim=32)
+        >>> g1, g2 = (GridTransform.random(4, (8, 8)) for _ in range(2))
+        >>> tokens1, tokens2 = (torch.randn(4, g.target[0] * g.target[1], 32) for g in (g1, g2))
+        >>> loss = ser(tokens1, tokens2, g1, g2)
+        >>> loss.shape, bool(loss > 0)
+        (torch.Size([]), True)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        projection_dim: int = 512,
+        temperature: float = 0.3,
+        token_norm: bool = False,
+        gather_distributed: bool | Group = False,
+    ):
+        super().__init__()
+        check = Arguments("SERLoss")
+        check.count("dim", dim)
+        check.count("projection_dim", projection_dim)
+        check.positive("temperature", temperature)
+        check.option("token_norm", token_norm, (True, False))
+        self.dim, self.temperature = dim, temperature
+        self.processes = Processes("SERLoss", gather_distributed)
+        self.token_norm = nn.LayerNorm(dim) if token_norm else nn.Identity()
+        self.projection = nn.Sequential(
+            nn.Linear(dim, projection_dim), nn.GELU(), nn.Linear(projection_dim, projection_dim)
+        )
+
+    def forward(self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform) -> Tensor:
+        """The loss, a 0-d tensor.
+
+        Args:
+            tokens1: tokens of the first views, [B, T1, D], where T1 is the number of places of ``g1.target``; class and
+                register tokens left out.
+            tokens2: tokens of the second views, [B, T2, D], likewise with ``g2.target``.
+            g1: what took the images to the first views.
+            g2: what took the same images to the second views.
+
+        Raises:
+            TypeError, ValueError: tokens that do not fit the elements or each other, elements of different source
+                grids, a batch of one image without others to gather.
+        """
+        processes = self.processes
+        if processes.size == 1:
+            return _loss(*self._projected(tokens1, tokens2, g1, g2, 2), None, 0, self.temperature)
+        mine = processes.agree(
+            lambda: self._projected(tokens1, tokens2, g1, g2, 1),
+            lambda maps: {"projected tokens1": maps[0], "projected tokens2": maps[1]},
+        )
+        keys = processes.gather(mine[0]).flatten(0, 1), processes.gather(mine[1]).flatten(0, 1)
+        loss = _loss(*mine, keys, processes.rank * len(mine[0]), self.temperature)
+        return processes.total(loss) / processes.size
+
+    def _projected(
+        self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform, least: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both token maps at the places of the second view, projected and of unit length, [B, T2, projection_dim]."""
+        check = Arguments("SERLoss")
+        for name, g in (("g1", g1), ("g2", g2)):
+            if not isinstance(g, GridTransform):
+                check.fail_type(name, "a GridTransform", type(g).__name__)
+        if g1.source != g2.source:
+            check.fail("g2", f"of g1's source grid {g1.source}", g2.source)
+        if len(g2) != len(g1):
+            check.fail("g2", f"of {len(g1)} elements as g1", len(g2))
+        check.sizes.update(B=len(g1), D=self.dim)
+        for name, g, number, tokens in (("tokens1", g1, "T1", tokens1), ("tokens2", g2, "T2", tokens2)):
+            check.features(name, tokens, f"B {number} D")
+            if tokens.shape[1] != g.target[0] * g.target[1]:
+                rule = f"of {g.target[0]} x {g.target[1]} tokens, without class or register tokens"
+                check.fail(name, rule, list(tokens.shape))
+        if len(g1) < least:
+            check.fail("tokens1", f"of at least {least} images: negatives come from others", list(tokens1.shape))
+        relative = g2.__matmul__(g1.inverse())  # g2 @ g1⁻¹; torch.compile of PyTorch 2.6 cannot trace the operator
+        moved = relative.on_tokens(self.token_norm(tokens1))
+        return normalized(self.projection(moved)), normalized(self.projection(self.token_norm(tokens2)))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, temperature={self.temperature}, gather_distributed={self.processes}"
+
+
+def _check_pair(check: Arguments, z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:
+    check.features("z", z, "B T D")
+    check.features("z_prime", z_prime, "B T D")
+    check.dtype_of("z_prime", z_prime, "z", z)
+    if check.sizes["T"] == 0 or check.sizes["D"] == 0:
+        check.fail("z", "of at least one token, at least one wide", list(z.shape))
+    check.positive("temperature", temperature)
+
+
+def _loss(
+    z: Tensor, z_prime: Tensor, everyone: tuple[Tensor, Tensor] | None, first: int, temperature: float | Tensor
+) -> Tensor:
+    """Mean over the anchors ``z`` [B, T, D], images ``first ..`` of ``everyone``, the maps [all, T, D] of both views.
+
+    None where they are the anchors and their positives themselves. All of unit length.
+    """
+    if isinstance(temperature, Tensor):  # of half precision it would round its inverse
+        temperature = temperature.to(z.dtype)
+    images, places = len(z), z.shape[1]
+    anchor_image = torch.arange(first, first + images, device=z.device).repeat_interleave(places)
+    key_image = torch.arange(len(z if everyone is None else everyone[0]), device=z.device).repeat_interleave(places)
+    keys = None if everyone is None else (everyone[0].flatten(0, 1), everyone[1].flatten(0, 1))
+    return mean_contrast(z.flatten(0, 1), z_prime.flatten(0, 1), keys, temperature, anchor_image, key_image)

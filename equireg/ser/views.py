@@ -1,0 +1,186 @@
+"""Two views of a batch of images, of which we know how one was made from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from equireg._checks import Arguments
+from equireg.grid import Grid, GridTransform
+
+__all__ = ["EquivariantViews", "mocov3_photometric", "split_batch"]
+
+Photometric = Callable[[Tensor], Tensor]
+
+
+class EquivariantViews:
+    r"""Two views of each image by random elements of D4 × scale, with photometric changes of their own.
+
+    The policy :math:`\mathcal{T}_\text{eq}` of soft equivariance regularization (Section 3.2): the photometric part of
+    a self-supervised method's augmentation, its random crop replaced by flips, quarter turns and anisotropic scaling,
+    drawn as by ``GridTransform.random``. Each view has one size for the batch.
+
+    Args:
+        image_size: side of the images in pixels, or (height, width); whole patches.
+        patch_size: side of a patch in pixels, that of the model.
+        photometric: what changes the colours of one image [C, H, W] at a time, at random and without moving anything,
+            such as a ``torchvision.transforms.v2`` pipeline; or a pair of them, one for each view. None takes
+            ``mocov3_photometric(image_size)``. For no change, ``torch.nn.Identity()``.
+        scale: lowest and highest factor of the area.
+        ratio: lowest and highest factor of width over height.
+
+    Raises:
+        TypeError, ValueError: sizes that are not whole patches, ranges out of order, a policy that is not callable.
+
+    Example:
+        >>> views = EquivariantViews(32, 4, photometric=torch.nn.Identity())
+        >>> images = torch.rand(8, 3, 32, 32)
+        >>> x1, x2, g1, g2 = views(images, generator=torch.Generator().manual_seed(0))
+        >>> torch.equal(x1, g1.on_images(images, 4)), len(g2)
+        (True, 8)
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        *,
+        photometric: Photometric | Sequence[Photometric] | None = None,
+        scale: tuple[float, float] = (0.7, 1.3),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ):
+        check = Arguments("EquivariantViews")
+        check.count("patch_size", patch_size)
+        sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        if len(sides) != 2:
+            check.fail("image_size", "a side or (height, width)", image_size)
+        for side in sides:
+            check.count("image_size", side)
+            if side % patch_size:
+                check.fail("image_size", f"whole patches of {patch_size}", image_size)
+        if photometric is None:
+            photometric = mocov3_photometric(image_size)
+        policies = (photometric, photometric) if callable(photometric) else photometric
+        if not isinstance(policies, (tuple, list)) or len(policies) != 2 or not all(map(callable, policies)):
+            check.fail("photometric", "a callable or a pair of them", photometric)
+        self.image_size = (sides[0], sides[1])
+        self.patch_size, self.photometric, self.scale, self.ratio = patch_size, tuple(policies), scale, ratio
+        GridTransform.random(0, self.grid, scale=scale, ratio=ratio, generator=torch.Generator())  # refuses bad ranges
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches in an image."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def __call__(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, GridTransform, GridTransform]:
+        """Views ``x1``, ``x2`` [B, C, H, W], each of a size of its own, and the elements ``g1``, ``g2`` that made them.
+
+        Args:
+            images: [B, C, height, width] of ``image_size``, floating point in 0 .. 1.
+            generator: source of all random numbers, on CPU; the global one stays as it is. None draws from that.
+
+        Raises:
+            TypeError, ValueError: images that are not floating point or not of ``image_size``.
+        """
+        check = Arguments("EquivariantViews")
+        check.features("images", images, "B C H W")
+        if tuple(images.shape[2:]) != self.image_size:
+            check.fail("images", f"[B, C, {self.image_size[0]}, {self.image_size[1]}]", list(images.shape))
+        g1, g2 = (
+            GridTransform.random(len(images), self.grid, scale=self.scale, ratio=self.ratio, generator=generator)
+            for _ in range(2)
+        )
+        x1, x2 = (g.on_images(images, self.patch_size) for g in (g1, g2))
+        with _Seeded(generator):
+            x1, x2 = (_each(policy, x) for policy, x in zip(self.photometric, (x1, x2)))
+        return x1, x2, g1, g2
+
+
+def mocov3_photometric(image_size: int | tuple[int, int]) -> tuple[Photometric, Photometric]:
+    """The two policies of MoCo-v3 without their crop and flip: jitter, grayscale, blur, and solarize in the second.
+
+    Args:
+        image_size: side of the images; the blur's kernel is a tenth of it, which is MoCo-v3's 23 pixels at 224.
+
+    Returns:
+        One ``torchvision.transforms.v2`` pipeline for each view; each takes an image [3, H, W] in 0 .. 1.
+
+    Example:
+        >>> first, second = mocov3_photometric(32)
+        >>> first(torch.rand(3, 32, 32)).shape
+        torch.Size([3, 32, 32])
+    """
+    from torchvision.transforms import v2  # here, so that the losses run without torchvision
+
+    side = image_size if isinstance(image_size, int) else min(image_size)
+    kernel = max(3, side // 10 | 1)  # an odd number
+
+    def policy(blur: float, solarize: float) -> Photometric:
+        steps = [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=blur),
+            v2.RandomSolarize(threshold=0.5, p=solarize),
+        ]
+        composed: Photometric = v2.Compose(steps)
+        return composed
+
+    return policy(blur=1.0, solarize=0.0), policy(blur=0.1, solarize=0.2)
+
+
+def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """The batch in two: ``b1`` for the usual views, and ``ratio`` of it, ``b2``, for equivariant ones.
+
+    ``b2`` has ``round(ratio · B)`` samples, and at least two where the ratio is above 0: one image alone has no
+    negatives. It is the end of the batch, so shuffle first, as loaders do.
+
+    Args:
+        batch: [B, ...]
+        ratio: from 0 to 1; the paper takes 0.01 of 2,048.
+
+    Raises:
+        TypeError, ValueError: not a tensor, a ratio outside of 0 .. 1, a batch too small to split so.
+
+    Example:
+        >>> b1, b2 = split_batch(torch.rand(256, 3, 32, 32), 0.25)
+        >>> len(b1), len(b2)
+        (192, 64)
+    """
+    check = Arguments("split_batch")
+    check.tensor("batch", batch)
+    check.number("ratio", ratio)
+    if not 0 <= ratio <= 1:
+        check.fail("ratio", "from 0 to 1", ratio)
+    least = 2 if ratio > 0 else 0
+    if batch.dim() == 0 or len(batch) < least:
+        check.fail("batch", f"of at least {max(least, 1)} samples", list(batch.shape))
+    size = max(least, round(ratio * len(batch)))
+    return batch[: len(batch) - size], batch[len(batch) - size :]
+
+
+class _Seeded:
+    """The global random numbers, drawn from ``generator`` for a while, and put back where they were."""
+
+    def __init__(self, generator: torch.Generator | None):
+        self.generator = generator
+
+    def __enter__(self) -> None:
+        if self.generator is not None:
+            seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
+            self.before = torch.get_rng_state()
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too
+
+    def __exit__(self, *_: object) -> None:
+        if self.generator is not None:
+            torch.set_rng_state(self.before)
+
+
+def _each(policy: Photometric, images: Tensor) -> Tensor:
+    if isinstance(policy, torch.nn.Identity) or not len(images):
+        return images
+    # torchvision draws once for each call, so an image at a time; clamped, as resizing overshoots 0 .. 1.
+    return torch.stack([policy(image) for image in images.clamp(0, 1)])

@@ -1,0 +1,1 @@
+"""Losses whose gradients are formed in the same pass as their value."""

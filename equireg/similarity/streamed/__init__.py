@@ -1,0 +1,1 @@
+"""Similarity matrices formed tile by tile, on any device."""

@@ -1,0 +1,1 @@
+"""Triton kernels for Nvidia GPUs; imported only when asked for."""

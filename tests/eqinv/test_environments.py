@@ -1,0 +1,292 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from equireg import Environments, adjusted_similarity
+from equireg.eqinv import adjusted_similarity as module
+from equireg.eqinv.environments import similar_in_batch
+from tests import references
+
+ADJUSTMENTS = [True, "median", False]
+
+
+def skewed(samples=40, classes=4, width=6, dtype=torch.float64):
+    """Features whose similarities are skewed within each class, and classes of unequal size."""
+    labels = torch.randint(classes, (samples,)).clamp(max=torch.randint(classes, (samples,)))
+    return torch.randn(samples, width, dtype=dtype).exp() - 0.8, labels
+
+
+@pytest.mark.parametrize("adjust", ADJUSTMENTS)
+def test_similarity_equals_the_loop(adjust):
+    features, labels = skewed()
+    scores = adjusted_similarity(features, labels, 4, adjust=adjust)
+    expected = references.adjusted_similarity(features, labels, 4, adjust)
+    torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(scores == -math.inf, labels == torch.arange(4)[:, None])
+
+
+@pytest.mark.parametrize("adjust", ADJUSTMENTS)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_split_equals_the_loop(adjust, indexed):
+    features, labels = skewed()
+    indices = torch.randperm(60)[:40] if indexed else torch.arange(40)
+    environments = Environments.split(
+        features, labels, 4, indices=indices if indexed else None, num_samples=60 if indexed else None, adjust=adjust
+    )
+    by_index = indices.argsort()  # the loop breaks ties by position: give it the samples in the order of their index
+    scores = references.adjusted_similarity(features, labels, 4, adjust)[:, by_index]
+    for k, (first, second) in enumerate(references.environments(scores, labels[by_index])):
+        members = environments.members(k)
+        assert members[0].tolist() == [int(indices[by_index[n]]) for n in first]
+        assert members[1].tolist() == [int(indices[by_index[n]]) for n in second]
+        similar = environments.similar(torch.tensor([k]), indices[by_index])[0]
+        expected = [n in first or int(labels[by_index[n]]) == k for n in range(40)]
+        assert similar.tolist() == expected
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    features, labels = skewed(200, 7)
+    whole = Environments.split(features, labels, 7)
+    monkeypatch.setattr(module, "_BLOCK_ENTRIES", 200)
+    assert torch.equal(Environments.split(features, labels, 7).bits, whole.bits)
+
+
+def test_ties_go_to_the_lower_index():  # E7
+    features = torch.eye(2)[[0, 1, 1, 1, 1, 1]].double()
+    labels = torch.tensor([0, 1, 1, 1, 1, 1])
+    environments = Environments.split(features, labels)
+    assert [part.tolist() for part in environments.members(0)] == [[1, 2, 3], [4, 5]]
+    indices = torch.tensor([9, 8, 2, 6, 4, 0])
+    environments = Environments.split(features, labels, indices=indices)
+    assert [part.tolist() for part in environments.members(0)] == [[0, 2, 4], [6, 8]]
+
+
+def test_some_ties_only_at_the_middle():
+    similarity = torch.tensor([0.9, 0.5, 0.1, 0.5, 0.5, 0.8, 0.5])
+    features = torch.stack([similarity, (1 - similarity**2).sqrt()], 1)
+    features = torch.cat([torch.tensor([[1.0, 0.0]]), features])
+    environments = Environments.split(features, torch.tensor([0] + [1] * 7), adjust=False)
+    assert [part.tolist() for part in environments.members(0)] == [[1, 6, 2, 4], [5, 7, 3]]
+
+
+@given(seed=st.integers(0, 2**31), samples=st.integers(1, 60), classes=st.integers(1, 8))
+def test_halves(seed, samples, classes):
+    """Env#1 is half, rounded up; the two are disjoint and hold exactly the samples of other classes."""
+    torch.manual_seed(seed)
+    features, labels = torch.randn(samples, 3), torch.randint(classes, (samples,))
+    environments = Environments.split(features, labels, classes)
+    for k in range(classes):
+        first, second = environments.members(k)
+        others = (labels != k).nonzero().squeeze(1)
+        assert len(first) == math.ceil(len(others) / 2)
+        assert torch.equal(torch.cat([first, second]).sort().values, others)
+
+
+@given(seed=st.integers(0, 2**31))
+def test_median_splits_every_class_evenly(seed):
+    torch.manual_seed(seed)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 5, dtype=torch.float64).exp()
+    environments = Environments.split(features, labels, 3, adjust="median")
+    for k in range(3):
+        first, _ = environments.members(k)
+        for other in {0, 1, 2} - {k}:
+            assert int((labels[first] == other).sum()) == 10
+
+
+def test_adjustment_removes_the_class():
+    """A class that is nearer to the anchor as a whole fills Env#1 under plain similarity only (the paper's Fig. 5)."""
+    near, far = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 0.5, 1.0])
+    features = torch.cat(
+        [torch.tensor([[1.0, 0, 0]]).expand(10, 3), near + 0.1 * torch.randn(50, 3), far.expand(50, 3)]
+    )
+    features[60:] += 0.1 * torch.randn(50, 3)
+    labels = torch.tensor([0] * 10 + [1] * 50 + [2] * 50)
+    plain, _ = Environments.split(features, labels, adjust=False).members(0)
+    adjusted, _ = Environments.split(features, labels, adjust=True).members(0)
+    assert (labels[plain] == 1).double().mean() == 1
+    assert 0.35 < (labels[adjusted] == 1).double().mean() < 0.65
+
+
+def test_empty_and_single_classes():
+    features = torch.randn(6, 4)
+    environments = Environments.split(features, torch.tensor([0, 0, 2, 2, 2, 2]), 4)
+    assert len(environments.members(0)[0]) == 2
+    assert [part.tolist() for part in environments.members(1)] == [[0, 1, 2], [3, 4, 5]]  # a zero mean: all are equal
+    alone = Environments.split(features, torch.zeros(6).long())
+    assert [len(part) for part in alone.members(0)] == [0, 0]
+    assert alone.similar(torch.tensor([0]), torch.arange(6)).all()
+
+
+def test_one_sample():  # E1
+    environments = Environments.split(torch.ones(1, 2), torch.tensor([1]), 2)
+    assert [part.tolist() for part in environments.members(0)] == [[0], []]
+
+
+def test_zero_features_are_defined():  # F9
+    scores = adjusted_similarity(torch.zeros(4, 3, dtype=torch.float16), torch.tensor([0, 0, 1, 1]), 2)
+    assert (scores[:, :2][1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_features_are_summed_in_fp32(dtype):
+    features, labels = skewed(80, 5, 32)
+    features = features.to(dtype)
+    scores = adjusted_similarity(features, labels, 5)
+    assert scores.dtype == torch.float32
+    expected = adjusted_similarity(features.double(), labels, 5)
+    torch.testing.assert_close(scores.double(), expected, rtol=2e-6, atol=5e-7)
+
+
+def test_autocast_does_not_change_the_split():
+    features, labels = skewed(80, 5, 32, torch.float32)
+    expected = Environments.split(features, labels), similar_in_batch(features, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Environments.split(features, labels).bits, expected[0].bits)
+        assert torch.equal(similar_in_batch(features, labels), expected[1])
+
+
+def test_one_bit_for_each_class_and_sample():
+    environments = Environments.split(torch.randn(1000, 8), torch.arange(1000) % 10)
+    assert environments.bits.dtype == torch.uint8
+    assert environments.bits.shape == (10, 125)
+    assert {name: value.shape for name, value in environments.state_dict().items()} == {
+        "bits": (10, 125),
+        "labels": (1000,),
+    }
+
+
+@pytest.mark.parametrize("copied", ["state_dict", "pickle", "deepcopy"])  # P10
+def test_saved_and_restored(copied, tmp_path):
+    features, labels = skewed()
+    environments = Environments.split(features, labels, 4)
+    if copied == "state_dict":
+        torch.save(environments.state_dict(), tmp_path / "state.pt")
+        other = Environments()
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    else:
+        other = pickle.loads(pickle.dumps(environments)) if copied == "pickle" else copy.deepcopy(environments)  # noqa: S301
+    classes, samples = torch.arange(4), torch.arange(40)
+    assert torch.equal(other.similar(classes, samples), environments.similar(classes, samples))
+    for k in range(4):  # the same members, by index: the features that rank them are not saved
+        for mine, theirs in zip(other.members(k), environments.members(k)):
+            assert torch.equal(mine, theirs.sort().values)
+    assert other.half().bits.dtype == torch.uint8
+
+
+def test_another_dataset_is_refused_when_loading():  # E6, P9
+    saved = Environments.split(*skewed(), 4).state_dict()
+    other = Environments.split(*skewed(50), 4)
+    before = other.bits.clone()
+    with pytest.raises(RuntimeError, match=r"shape torch.Size\(\[40\]\).*torch.Size\(\[50\]\)"):
+        other.load_state_dict(saved)
+    assert torch.equal(other.bits, before)
+
+
+def test_features_are_kept_by_reference_and_released():
+    features = torch.randn(10, 4)
+    environments = Environments.split(features, torch.arange(10) % 2)
+    assert environments._ranking[0].data_ptr() == features.data_ptr()
+    environments.release()
+    first, second = environments.members(0)
+    assert torch.equal(first, first.sort().values)
+    assert torch.equal(second, second.sort().values)
+
+
+def test_uses_no_random_numbers():  # E9
+    state = torch.get_rng_state()
+    Environments.split(torch.ones(6, 2), torch.arange(6) % 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@given(seed=st.integers(0, 2**31), samples=st.integers(2, 30), classes=st.integers(1, 5))
+def test_split_inside_a_batch_is_the_split_of_the_batch(seed, samples, classes):
+    torch.manual_seed(seed)
+    features, labels = torch.randn(samples, 4, dtype=torch.float64), torch.randint(classes, (samples,))
+    expected = Environments.split(features, labels, classes).similar(labels, torch.arange(samples))
+    assert torch.equal(similar_in_batch(features, labels), expected)
+
+
+def test_real_images(real_images):
+    """On 400 CIFAR-10 images the split equals the loop over samples, pixel features, as they are."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.ToImage(), v2.Resize(8), v2.ToDtype(torch.float32, scale=True)])
+    dataset = ImageFolder(str(real_images / "cifar10" / "train"), transform)
+    chosen = range(0, len(dataset), len(dataset) // 400)
+    features = torch.stack([dataset[n][0].flatten() for n in chosen])
+    labels = torch.tensor([dataset[n][1] for n in chosen])
+    environments = Environments.split(features, labels)
+    x = torch.nn.functional.normalize(features.double(), dim=1)
+    similarity = x @ x.T
+    for k in range(10):
+        plain = similarity[labels == k].mean(0)
+        level = torch.stack([plain[labels == i].mean() for i in range(10)])
+        scores = (plain - level[labels]).masked_fill(labels == k, -math.inf)
+        others = int((labels != k).sum())
+        expected = scores.argsort(descending=True)[:others]
+        got = torch.cat(environments.members(k))
+        # Float32 may exchange neighbours that agree to seven digits.
+        torch.testing.assert_close(scores[got], scores[expected], rtol=0, atol=2e-7)
+
+
+WRONG = {
+    "labels float": (
+        {"labels": torch.zeros(4)},
+        TypeError,
+        "labels must be a tensor of whole numbers, got torch.float32",
+    ),
+    "labels bool": ({"labels": torch.zeros(4).bool()}, TypeError, "labels .* got torch.bool"),
+    "labels length": ({"labels": torch.zeros(5).long()}, ValueError, r"labels must be \[N\] = \[4\], got \[5\]"),
+    "label too large": ({"labels": torch.tensor([0, 1, 7, 0])}, ValueError, "labels .* 0 .. 1 .* got 7 at position 2"),
+    "label negative": ({"labels": torch.tensor([0, -100, 1, 0])}, ValueError, "labels .* got -100 at position 1"),
+    "features list": ({"features": [[1.0]]}, TypeError, "features must be a tensor .* got list"),
+    "features int": ({"features": torch.ones(4, 2).long()}, TypeError, "features .* got torch.int64"),
+    "features map": ({"features": torch.ones(4, 2, 2)}, ValueError, r"features must be \[N, D\], got \[4, 2, 2\]"),
+    "NaN": ({"features": torch.tensor([[1.0], [2.0], [math.nan], [1.0]])}, ValueError, "finite, got nan in row 2"),
+    "inf": ({"features": torch.tensor([[1.0], [math.inf], [1.0], [1.0]])}, ValueError, "finite, got inf in row 1"),
+    "no classes": ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+    "classes float": ({"num_classes": 2.0}, TypeError, "num_classes must be a whole number, got float 2.0"),
+    "adjust": ({"adjust": "mode"}, ValueError, "adjust must be one of True, False, 'median', got 'mode'"),
+    "adjust number": ({"adjust": 1}, ValueError, "adjust must be one of .* got 1"),
+    "no samples": ({"features": torch.ones(0, 2), "labels": torch.ones(0).long()}, ValueError, "at least one sample"),
+    "index twice": ({"indices": torch.tensor([0, 3, 3, 1])}, ValueError, "indices must be all different, got 3 twice"),
+    "index outside": (
+        {"indices": torch.tensor([0, 1, 2, 9]), "num_samples": 9},
+        ValueError,
+        "indices must be in 0 .. 8 .*, got 9",
+    ),
+    "index negative": ({"indices": torch.tensor([0, 1, 2, -1])}, ValueError, "indices must be .* got -1"),
+    "too few samples": ({"num_samples": 3}, ValueError, "num_samples must be at least the 4 rows of features, got 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case):  # F31, F32, E5, E8
+    changes, error, message = WRONG[case]
+    arguments = {"features": torch.ones(4, 2), "labels": torch.tensor([0, 1, 1, 0]), "num_classes": 2} | changes
+    with pytest.raises(error, match=f"Environments.split: .*{message}"):
+        Environments.split(**arguments)
+
+
+def test_wrong_lookups():
+    environments = Environments.split(torch.randn(4, 2), torch.arange(4) % 2, indices=torch.tensor([0, 1, 2, 5]))
+    one = torch.tensor([0])
+    with pytest.raises(ValueError, match=r"classes must be in 0 .. 1 .*, got 2 at position 0"):
+        environments.similar(torch.tensor([2]), one)
+    with pytest.raises(ValueError, match=r"indices must be in 0 .. 5 .*, got 6 at position 1"):
+        environments.similar(one, torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match=r"labels of indices .* not in the split.* got -1 at position 0"):
+        environments.similar(one, torch.tensor([3]))
+    with pytest.raises(TypeError, match="indices must be a tensor of whole numbers, got torch.float32"):
+        environments.similar(one, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"k must be in 0 .. 1 .*, got 2"):
+        environments.members(2)
+    with pytest.raises(TypeError, match="k must be a whole number, got str 'cat'"):
+        environments.members("cat")
