@@ -46,6 +46,9 @@ class Objective(nn.Module):
             return self.head(self.irm.mask(f))
         return self.head(self.s["scale"] * F.normalize(f, dim=1) if self.s["scale"] else f)
 
+    def logits(self, pixels: Tensor) -> Tensor:
+        return self.classify(self.backbone(pixels))
+
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Any:
         self.backbone.train(not self.s["frozen"])
         views = pixels / 255
@@ -57,17 +60,6 @@ class Objective(nn.Module):
         if self.irm is not None and progress >= self.s["irm_from"]:
             loss = loss + self.irm(f, labels, indices)
         return loss, {}
-
-
-class Classifier(nn.Module):
-    """What an objective has trained, as a module of pixels to logits."""
-
-    def __init__(self, objective: Objective):
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.objective.classify(self.objective.backbone(pixels))
 
 
 def weights_of(features: Tensor, images: Images, s: Settings) -> Tensor:
@@ -123,10 +115,9 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
 
 def results(objective: Objective, s: Settings, data: Path, folder: Path, split: str, seed: int) -> dict[str, Any]:
     """Accuracy in percent on validation images, and on the test's if ``split`` is that; there also what is ``told``."""
-    classifier = Classifier(objective.eval())
 
     def predict(pixels: Tensor) -> Tensor:
-        return encode(classifier, pixels).argmax(1)
+        return encode(objective.eval().logits, pixels).argmax(1)
 
     parts = {name: images_of(s, data, name, seed) for name in dict.fromkeys(("val", split))}
     right = {name: (predict(part.pixels) == part.labels).float().mean().item() for name, part in parts.items()}

@@ -28,5 +28,5 @@ def seeds_of(scale: str) -> int:
 
 
 def tried(group: str, arm: str) -> list[Settings]:
-    """One choice for each value of the setting that is chosen for this arm."""
+    """A choice for each value that is tried for this arm."""
     return [{name: value} for name, values in GROUPS[group]["arms"][arm].get("try", {}).items() for value in values]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,28 +51,25 @@ def digits_network() -> nn.Module:
 
 @torch.no_grad()
 def encode(features: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """[N, D] of uint8 pixels, computed where the network is, returned on the CPU."""
-    device = next(getattr(features, "__self__", features).parameters()).device  # a module's, or a method's
+    """[N, D] of uint8 pixels by a module or its method, computed where that is, returned on the CPU."""
+    device = next(getattr(features, "__self__", features).parameters()).device
     return torch.cat([features(part.to(device) / 255).float().cpu() for part in pixels.split(250)])
 
 
-def optimizer_of(objective: nn.Module, s: Settings) -> torch.optim.Optimizer:
+def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: int) -> float:
+    """Train ``objective(pixels, labels, indices, progress)``, or go on from the folder's last checkpoint.
+
+    ``pixels`` are uint8, and ``progress`` is the share of the training that is done. Returns the seconds of a step.
+    """
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    return OPTIMIZERS[s["optimizer"]](parameters, lr=s["lr"], weight_decay=s["weight_decay"])
-
-
-def batch_of(images: Images, places: Tensor, progress: float) -> tuple[Any, ...]:
-    """What every objective takes: uint8 pixels, labels, indices, and the share of the training that is done."""
-    return images.pixels[places], images.labels[places], places, progress
-
-
-def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: int) -> None:
-    """Train the objective, or go on from the folder's last checkpoint."""
-    batch_size = min(s["batch_size"], len(images.labels))
-    per_epoch = len(images.labels) // batch_size
+    optimizer = OPTIMIZERS[s["optimizer"]](parameters, lr=s["lr"], weight_decay=s["weight_decay"])
+    sizes = {"samples": len(images.labels), "batch_size": min(s["batch_size"], len(images.labels))}
+    per_epoch, start, done = sizes["samples"] // sizes["batch_size"], time.perf_counter(), []
 
     def make_batch(step: int, indices: list[int]) -> tuple[Any, ...]:
-        return batch_of(images, torch.tensor(indices), step / (s["epochs"] * per_epoch))
+        done.append(step)
+        places = torch.tensor(indices)
+        return images.pixels[places], images.labels[places], places, step / (s["epochs"] * per_epoch)
 
     def learning_rate(step: int, steps: int) -> float:
         """By half a cosine, or to a tenth at 60% and at 80% of the steps."""
@@ -79,8 +77,8 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
             return s["lr"] * 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
         return cosine(step, steps, s["lr"], warmup=s["warmup_epochs"] * per_epoch)
 
-    sizes = {"samples": len(images.labels), "batch_size": batch_size, "epochs": s["epochs"], "seed": seed}
-    how: dict[str, Callable[..., Any]] = {"learning_rate": learning_rate}
+    how = {"learning_rate": learning_rate, "epochs": s["epochs"], "seed": seed, "settings": s, "resume": True}
     if hasattr(objective, "before_epoch"):
         how["before_epoch"] = partial(objective.before_epoch, images=images)
-    train(objective, make_batch, optimizer_of(objective, s), folder=folder, settings=s, resume=True, **sizes, **how)
+    train(objective, make_batch, optimizer, folder=folder, **sizes, **how)
+    return (time.perf_counter() - start) / max(1, len(done))

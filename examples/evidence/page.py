@@ -9,50 +9,15 @@ import re
 import textwrap
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
+from evidence.experiments import PLAN
 from evidence.intervals import Difference, paired
 
 Rows = dict[str, dict[str, list[float]]]  # measure, arm: a value for each seed
 
 
-class Comparison(NamedTuple):
-    """Arms of some groups against their base: one table. Arms that were not run are left out."""
-
-    base: str
-    arms: dict[str, str]  # what the table calls each of them
-    groups: tuple[str, ...]
-
-
-TITLES = {
-    "vipriors-10": "VIPriors-10",
-    "vipriors-20": "VIPriors-20",
-    "vipriors-50": "VIPriors-50",
-    "cifar10-20": "CIFAR-10, 20 per class",
-    "pacs": "PACS, context shift",
-    "digits": "coloured digits",
-}
-WEIGHTS = {"weights": "weights", "shuffled": "weights shuffled", "contexts": "true contexts balanced"}
-PARTS = {"plain": "plain similarity", "random": "random environments", "open": "open backbone"}
-DIGITS = {"on": "adjusted, open", "weight 0": "without the penalty", "random": "random environments"}
-QUESTIONS = {
-    "eqinv": (
-        Comparison("cross entropy", {"head": "normalised head", "on": "+ ClassWiseIRM", **WEIGHTS}, tuple(TITLES)),
-    ),
-    "eqinv-parts": (
-        Comparison("cross entropy", {"on": "adjusted, frozen", **PARTS}, ("vipriors-20", "pacs")),
-        Comparison("cross entropy", DIGITS, ("digits",)),
-    ),
-    "ser": (Comparison("MoCo-v3", {"views": "views alone (weight 0)", "on": "+ SERLoss"}, ("ser",)),),
-    "reconstruction": (Comparison("VICReg", {"one": "1 image", "two": "2 images"}, ("reconstruction",)),),
-    "ipirm": (Comparison("SimCLR", {"random": "random partitions", "on": "+ partitions"}, ("ipirm",)),),
-}
-CORRUPTED = (  # group, arm, and what they are called
-    ("ipirm", "on", "SimCLR", "+ partitions"),
-    ("ser", "on", "MoCo-v3", "+ SERLoss"),
-    ("reconstruction", "two", "VICReg", "+ 2 images"),
-    ("vipriors-20", "on", "fine-tuned", "+ ClassWiseIRM"),
-)
+TITLES, QUESTIONS = PLAN["titles"], PLAN["questions"]
 R2 = {"rotation": "R², rotation", "translation": "R², translation", "color": "R², colour", "blur": "R², blur"}
 VERDICTS = {
     "higher": "Higher on",
@@ -84,17 +49,17 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     """The tables and sentences of one question, and its picture."""
     blocks, differences = [], []
     for comparison in QUESTIONS[question]:
-        groups = {group: found["runs"][group] for group in comparison.groups if group in found["runs"]}
-        arms = {arm: name for arm, name in comparison.arms.items() if any(arm in runs for runs in groups.values())}
+        groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
+        arms = {arm: name for arm, name in comparison["arms"].items() if any(arm in runs for runs in groups.values())}
         if not arms:
             continue
         tables = {group: measures(runs, ["off", *arms], TITLES.get(group, "")) for group, runs in groups.items()}
         accuracies = {measure: row for rows, _ in tables.values() for measure, row in rows.items()}
-        blocks += ["Accuracy, %:", table(accuracies, comparison.base, arms, 1)]
+        blocks += ["Accuracy, %:", table(accuracies, comparison["base"], arms, 1)]
         for group, (_, others) in tables.items():
             if others:
                 where = f", {TITLES[group]}" if group in TITLES else ""
-                blocks += [f"What the features tell{where}:", table(others, comparison.base, arms, 3)]
+                blocks += [f"What the features tell{where}:", table(others, comparison["base"], arms, 3)]
         blocks.append("\n".join(f"- {sentence(accuracies, arm, name)}" for arm, name in arms.items()))
         times: dict[str, float] = next((found["step_seconds"][g] for g in groups if g in found["step_seconds"]), {})
         if ratios := [f"{name} {times[arm] / times['off']:.2f}" for arm, name in arms.items() if arm in times]:
@@ -151,7 +116,7 @@ def table(rows: Rows, base: str, arms: dict[str, str], digits: int) -> str:
 def corruption_table(runs: dict[str, Any]) -> str:
     """Accuracy under each kind of corruption, the base and its regularized counterpart of every group that has it."""
     columns: dict[str, dict[str, str]] = {}
-    for group, arm, base, name in CORRUPTED:
+    for group, arm, base, name in PLAN["corrupted"]:
         if {"off", arm} <= runs.get(group, {}).keys():
             off, on = (runs[group][one] for one in ("off", arm))
             seeds = sorted(off.keys() & on.keys(), key=int)

@@ -17,12 +17,7 @@ from evidence.measures import measure
 from evidence.networks import NORMALIZE, Encoder, create, encode
 from evidence.views import Colors, crops
 from lightly.loss import VICRegLoss
-from lightly.models.modules.heads import (
-    BYOLPredictionHead,
-    MoCoProjectionHead,
-    SimCLRProjectionHead,
-    VICRegProjectionHead,
-)
+from lightly.models.modules import heads
 from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 from vipriors.training import cosine, seed_everything
@@ -48,8 +43,8 @@ class MoCoV3(nn.Module):
         super().__init__()
         self.s, vit = s, create(s)
         self.backbone = LateClassToken(vit, s["layer"] if s["equivariant"] else 0)
-        self.projection = MoCoProjectionHead(vit.embed_dim, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
-        self.prediction = BYOLPredictionHead(256, s["hidden_dim"], 256)
+        self.projection = heads.MoCoProjectionHead(vit.embed_dim, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
+        self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
         self.teacher = copy.deepcopy(nn.ModuleList([self.backbone, self.projection])).requires_grad_(False)
         self.ser = SERLoss(vit.embed_dim, token_norm=True)
         self.colors = [Colors(0.2, blur=1.0), Colors(0.2, blur=0.1, solarize=0.2)]
@@ -101,7 +96,7 @@ class VICReg(nn.Module):
             shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": num_images}
             self.head = IntermediateReconstructionHead(width, **shape, mean=NORMALIZE.mean, std=NORMALIZE.std)
             width -= self.head.equivariant_dim
-        self.projection = VICRegProjectionHead(width, s["hidden_dim"], s["hidden_dim"])
+        self.projection = heads.VICRegProjectionHead(width, s["hidden_dim"], s["hidden_dim"])
         # Its 25 : 25 : 1, on a scale where a regularizer of weight 1 counts; Adam does not mind.
         self.loss = VICRegLoss(lambda_param=1.0, mu_param=1.0, nu_param=0.04)
 
@@ -129,7 +124,7 @@ class SimCLR(nn.Module):
         super().__init__()
         self.s, self.network = s, create(s)
         self.backbone = nn.Sequential(NORMALIZE, self.network)
-        self.projection = SimCLRProjectionHead(self.network.num_features, s["hidden_dim"], 128)
+        self.projection = heads.SimCLRProjectionHead(self.network.num_features, s["hidden_dim"], 128)
         self.partitions = PartitionUpdater(samples)
         self.loss = IPIRMLoss(self.partitions, weight=s["weight"] if s["partitions"] else 0.0)  # without: NT-Xent
         self.colors = Colors()
