@@ -40,16 +40,15 @@ def main() -> None:
     if options.scale == "test" and options.docs == parser.get_default("docs"):
         parser.error("--scale test needs --docs, or it would write over the page")
     missing = [name for name in ("cifar10", "tiny-vipriors64", "pacs64") if not (options.data / name).is_dir()]
+    if missing and not options.page_only:
+        parser.error(f"--data, or the variable EQUIREG_DATA, must name a folder that holds {', '.join(missing)}")
     saved = options.docs / "results.json"
-    if not options.page_only:
-        if missing:
-            parser.error(f"--data, or the variable EQUIREG_DATA, must name a folder that holds {', '.join(missing)}")
-        try:
-            results = train(options)
-        except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
-        saved.write_text(json.dumps(results, indent=1) + "\n")
-    print(write_page(json.loads(saved.read_text()), options.docs))
+    try:
+        if not options.page_only:
+            saved.write_text(json.dumps(train(options), indent=1) + "\n")
+        print(write_page(json.loads(saved.read_text()), options.docs))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:

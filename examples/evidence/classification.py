@@ -79,7 +79,7 @@ def weights_of(features: Tensor, images: Images, s: Settings) -> Tensor:
 def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
     own = dict(s["data"])
     read, root = READERS[own.pop("reader")], data / own.pop("folder", "")
-    return read(root, split, s["image_size"], seed if s["draw"] else None, **own)
+    return read(root, split, s["image_size"], draw=seed if s["draw"] else None, **own)
 
 
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[Objective, Images]:

@@ -37,7 +37,7 @@ def pixels_of(files: ImageFiles, size: int) -> Images:
 
 
 @cache
-def folders(root: Path, split: str, size: int, draw: int | None = None, shots: int = 0) -> Images:
+def folders(root: Path, split: str, size: int, *, draw: int | None = None, shots: int = 0) -> Images:
     """A folder for each class; in training so many ``shots`` of each, the first ones or drawn by a seed.
 
     Where there is no ``val`` it is the last fifth of each class's training images, and ``train`` the others.
@@ -51,13 +51,13 @@ def folders(root: Path, split: str, size: int, draw: int | None = None, shots: i
 
 
 @cache
-def domains(root: Path, split: str, size: int, draw: int | None, shots: int, bias: float = 0.95) -> Images:
+def domains(root: Path, split: str, size: int, *, draw: int | None, shots: int, bias: float = 0.95) -> Images:
     """As PACS. In training each class is mostly in a domain of its own; held-out images are evenly in all domains."""
     return pixels_of(read_domains(root, split, bias=bias, held_out=0.3, shots=shots, seed=draw or 0), size)
 
 
 @cache
-def digits(root: Path, split: str, size: int, draw: int | None, conflicting: float = 0.05) -> Images:
+def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: float = 0.05) -> Images:
     """scikit-learn's, coloured by class but for a few; held-out ones are those in the colour of another class."""
     generator, gray = torch.Generator().manual_seed(draw or 0), load_digits()
     order = torch.randperm(len(gray.target), generator=generator)
@@ -73,7 +73,7 @@ def digits(root: Path, split: str, size: int, draw: int | None, conflicting: flo
 
 
 @cache
-def under_corruptions(root: Path, split: str, size: int, draw: int | None, conflicting: float) -> Images:
+def under_corruptions(root: Path, split: str, size: int, *, draw: int | None, conflicting: float) -> Images:
     """In training each class is mostly under a corruption of its own; held-out images are under another's."""
     images, generator = folders(root, split, size), torch.Generator().manual_seed(draw or 0)
     classes = int(images.labels.max()) + 1

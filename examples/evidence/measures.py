@@ -39,7 +39,7 @@ def measure(encoder: Encoder, s: Settings, data: Path, split: str, seed: int) ->
         held_out = folders(data / folder, split, size)
         test = encode(encoder.features, held_out.pixels)
         for shots in s["shots"][name]:
-            few = folders(data / folder, "train", size, shots, seed)
+            few = folders(data / folder, "train", size, draw=seed, shots=shots)
             x = encode(encoder.features, few.pixels)
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(x, few.labels)
             right = torch.from_numpy(probe.predict(test)) == held_out.labels

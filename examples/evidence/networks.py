@@ -36,7 +36,7 @@ def create(s: Settings) -> nn.Module:
     sizes = {name: s[name] for name in ("depth", "patch_size") if name in s}
     if sizes:  # a vision transformer
         sizes |= {"img_size": s["image_size"], "dynamic_img_size": True, "global_pool": s["pool"], "fc_norm": False}
-    return timm.create_model(s["model"], num_classes=0, **sizes)
+    return timm.create_model(s["model"], num_classes=0, **sizes).to(memory_format=torch.channels_last)
 
 
 def digits_network() -> nn.Module:

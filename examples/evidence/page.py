@@ -1,4 +1,4 @@
-"""Writes the page of results: for each question a table, a picture, and a sentence that says what the intervals say.
+"""Writes the page of results: for each question tables, a picture, and what the intervals say in words.
 
 The prose is in ``page.md``, where ``{eqinv}`` and its like stand for what is written here.
 """
@@ -15,21 +15,17 @@ from evidence.experiments import PLAN
 from evidence.intervals import Difference, paired
 
 Rows = dict[str, dict[str, list[float]]]  # measure, arm: a value for each seed
-
-
-TITLES, QUESTIONS = PLAN["titles"], PLAN["questions"]
+TITLES = PLAN["titles"]
 R2 = {"rotation": "R², rotation", "translation": "R², translation", "color": "R², colour", "blur": "R², blur"}
-VERDICTS = {
-    "higher": "Higher on",
-    "lower": "Lower on",
-    "no difference told": "No difference that these seeds can tell on",
-}
+NOTHING = "no difference told"
+WORDS = {"higher": "Higher on", "lower": "Lower on", NOTHING: "No difference that these seeds can tell on"}
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
     """``results.md`` and ``results-<question>.png`` in ``folder``."""
-    blocks = {question: answer(found, question, folder) for question in QUESTIONS}
-    blocks |= {"corrupted": corruption_table(found["runs"]), "machine": as_markdown(found["machine"])}
+    blocks = {question: answer(found, question, folder) for question in PLAN["questions"]}
+    blocks["corrupted"] = corruption_table(found["runs"])
+    blocks["machine"] = re.sub(r"([\\`*_{}\[\]()#!|$~^:<>&])", r"\\\1", found["machine"])
     text = Path(__file__).with_name("page.md").read_text().format_map({**found, **blocks})
     path = folder / "results.md"
     path.write_text("\n\n".join(map(wrapped, text.strip().split("\n\n"))) + "\n")
@@ -40,49 +36,43 @@ def wrapped(block: str) -> str:
     """Paragraphs and list items at 125 columns; tables, pictures and code as they are."""
     if block.startswith(("|", "!", "#", "    ")):
         return block
-    items = block.split("\n") if block.startswith("- ") else [block]
-    rules = {"subsequent_indent": "  " * block.startswith("- "), "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(item, 125, **rules) for item in items)
+    items, indent = (block.split("\n"), "  ") if block.startswith("- ") else ([block], "")
+    how = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(item, 125, **how) for item in items)
 
 
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     """The tables and sentences of one question, and its picture."""
-    blocks, differences = [], []
-    for comparison in QUESTIONS[question]:
+    blocks: list[str] = []
+    sides: tuple[list[Any], list[Any]] = ([], [])  # what the picture shows of accuracies, and of what has no unit
+    for comparison in PLAN["questions"][question]:
         groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
         arms = {arm: name for arm, name in comparison["arms"].items() if any(arm in runs for runs in groups.values())}
         if not arms:
             continue
-        tables = {group: measures(runs, ["off", *arms], TITLES.get(group, "")) for group, runs in groups.items()}
-        accuracies = {measure: row for rows, _ in tables.values() for measure, row in rows.items()}
+        rows = {group: measures(runs, ["off", *arms], TITLES.get(group, "")) for group, runs in groups.items()}
+        accuracies = {measure: row for first, _ in rows.values() for measure, row in first.items()}
         blocks += ["Accuracy, %:", table(accuracies, comparison["base"], arms, 1)]
-        for group, (_, others) in tables.items():
+        for group, (_, others) in rows.items():
             if others:
                 where = f", {TITLES[group]}" if group in TITLES else ""
                 blocks += [f"What the features tell{where}:", table(others, comparison["base"], arms, 3)]
         blocks.append("\n".join(f"- {sentence(accuracies, arm, name)}" for arm, name in arms.items()))
-        times: dict[str, float] = next((found["step_seconds"][g] for g in groups if g in found["step_seconds"]), {})
+        times = next((found["step_seconds"][group] for group in groups if group in found["step_seconds"]), {})
         if ratios := [f"{name} {times[arm] / times['off']:.2f}" for arm, name in arms.items() if arm in times]:
             blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
-        chosen = [
-            f"{TITLES.get(group, '')} {name}: {flag} {value:g}".strip()
-            for group, runs in groups.items()
-            for arm, name in arms.items()
-            for flag, value in next(iter(runs.get(arm, {"": {"chosen": {}}}).values()))["chosen"].items()
-        ]
+        chosen = []
+        for group, arm in ((group, arm) for group, runs in groups.items() for arm in arms if arm in runs):
+            for name, value in next(iter(groups[group][arm].values()))["chosen"].items():
+                chosen.append(f"{TITLES.get(group, '')} {arms[arm]}: {name} {value:g}".strip())
         if chosen:
             blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
-        for rows in tables.values():
-            for side, part in enumerate(rows):
-                differences += [
-                    (side, measure, name, paired(row[arm], row["off"]))
-                    for measure, row in part.items()
-                    for arm, name in arms.items()
-                    if arm in row
-                ]
+        for side, part in ((side, part) for pair in rows.values() for side, part in zip(sides, pair)):
+            for measure, row in part.items():
+                side += [(measure, name, paired(row[arm], row["off"])) for arm, name in arms.items() if arm in row]
     if not blocks:
         return "Not run."
-    draw(differences, folder / f"results-{question}.png")
+    draw(sides, folder / f"results-{question}.png")
     return "\n\n".join([f"![Paired differences and their 95% intervals](results-{question}.png)", *blocks])
 
 
@@ -91,45 +81,45 @@ def measures(runs: dict[str, Any], arms: list[str], title: str) -> tuple[Rows, R
     accuracies: Rows = {}
     others: Rows = {}
     arms = [arm for arm in arms if arm in runs]
-    for seed in sorted(set.intersection(*(set(runs[arm]) for arm in arms)), key=int):
-        for arm in arms:
-            run = runs[arm][seed]
-            accuracy = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
-            if "corrupted" in run:
-                accuracy[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
-            told = {"equivariance": run["equivariance"]} if "equivariance" in run else {}
-            told |= {R2[kind]: value for kind, value in run.get("r2", {}).items()}
-            for rows, values in ((accuracies, accuracy), (others, told)):
-                for name, value in values.items():
-                    rows.setdefault(name, {}).setdefault(arm, []).append(value)
+    seeds = sorted(set.intersection(*(set(runs[arm]) for arm in arms)), key=int)
+    for arm, run in ((arm, runs[arm][seed]) for seed in seeds for arm in arms):
+        accuracy = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
+        if "corrupted" in run:
+            accuracy[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
+        told = {"equivariance": run["equivariance"]} if "equivariance" in run else {}
+        told |= {R2[kind]: value for kind, value in run.get("r2", {}).items()}
+        for rows, values in ((accuracies, accuracy), (others, told)):
+            for name, value in values.items():
+                rows.setdefault(name, {}).setdefault(arm, []).append(value)
     return accuracies, others
 
 
 def table(rows: Rows, base: str, arms: dict[str, str], digits: int) -> str:
-    lines = [row_of(["", base, *arms.values()]), row_of(["---"] * (len(arms) + 2))]
+    lines = [["", base, *arms.values()], ["---"] * (len(arms) + 2)]
     for measure, row in rows.items():
         cells = [cell(row[arm], row["off"], digits) if arm in row else "" for arm in arms]
-        lines.append(row_of([as_markdown(measure), number(mean(row["off"]), digits), *cells]))
-    return "\n".join(lines)
+        lines.append([measure, number(mean(row["off"]), digits), *cells])
+    return markdown(lines)
 
 
 def corruption_table(runs: dict[str, Any]) -> str:
-    """Accuracy under each kind of corruption, the base and its regularized counterpart of every group that has it."""
-    columns: dict[str, dict[str, str]] = {}
+    """Accuracy under each kind of corruption, of the base and its regularized counterpart in groups that have it."""
+    head, cells = [""], {}
     for group, arm, base, name in PLAN["corrupted"]:
         if {"off", arm} <= runs.get(group, {}).keys():
+            head += [base, name]
             off, on = (runs[group][one] for one in ("off", arm))
             seeds = sorted(off.keys() & on.keys(), key=int)
             for kind in off[seeds[0]]["corrupted"]:
                 values, others = ([arms[seed]["corrupted"][kind] for seed in seeds] for arms in (off, on))
-                columns.setdefault(base, {})[kind] = number(mean(values), 1)
-                columns.setdefault(name, {})[kind] = cell(others, values, 1)
-    if not columns:
-        return "Not run."
-    lines = [row_of(["", *columns]), row_of(["---"] * (len(columns) + 1))]
-    for kind in next(iter(columns.values())):
-        lines.append(row_of([kind.replace("_", " "), *(column[kind] for column in columns.values())]))
-    return "\n".join(lines)
+                cells.setdefault(kind, [kind.replace("_", " ")]).extend(
+                    [number(mean(values), 1), cell(others, values, 1)]
+                )
+    return markdown([head, ["---"] * len(head), *cells.values()]) if cells else "Not run."
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def cell(values: list[float], base: list[float], digits: int) -> str:
@@ -137,7 +127,7 @@ def cell(values: list[float], base: list[float], digits: int) -> str:
     difference = paired(values, base)
     center, low, high = (number(value, digits, "+") for value in difference)
     text = f"{number(mean(values), digits)} ({center}: {low} to {high})"
-    return text if difference.verdict == "no difference told" else f"**{text}**"
+    return text if difference.verdict == NOTHING else f"**{text}**"
 
 
 def number(value: float, digits: int, sign: str = "") -> str:
@@ -145,32 +135,20 @@ def number(value: float, digits: int, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
-def row_of(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def as_markdown(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]()#!|$~^:<>&])", r"\\\1", text)
-
-
 def sentence(rows: Rows, arm: str, name: str) -> str:
     """What the intervals of one arm's accuracies say, in words."""
-    said: dict[str, list[str]] = {}
-    for measure, row in rows.items():
-        if arm in row:
-            said.setdefault(paired(row[arm], row["off"]).verdict, []).append(as_markdown(measure))
-    parts = [f"{text} {'; '.join(said[verdict])}" for verdict, text in VERDICTS.items() if verdict in said]
-    return f"**{name}**: {'. '.join(parts)}."
+    told = [(paired(row[arm], row["off"]).verdict, measure) for measure, row in rows.items() if arm in row]
+    said = {verdict: "; ".join(measure for one, measure in told if one == verdict) for verdict in WORDS}
+    return f"**{name}**: {'. '.join(f'{WORDS[verdict]} {where}' for verdict, where in said.items() if where)}."
 
 
-def draw(differences: list[tuple[int, str, str, Difference]], path: Path) -> None:
+def draw(sides: tuple[list[tuple[str, str, Difference]], ...], path: Path) -> None:
     """Every paired difference with its interval: accuracies on the left, what has no unit on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sides = [[one[1:] for one in differences if one[0] == side] for side in (0, 1)]
     used = [side for side in sides if side]
     names = list(dict.fromkeys(name for side in used for _, name, _ in side))
     size = (6.5 * len(used), 1.6 + 0.26 * max(map(len, used)))
