@@ -59,6 +59,23 @@ def adjusted_similarity(features, labels, num_classes, adjust=True):
     return scores
 
 
+def context_weights(scores, labels, sharpness, cap):
+    """Weights and contexts of all samples, from their similarities [C, N]: one sample and one class after the other."""
+    y = labels.tolist()
+    highest = [max(float(s) for s in scores[:, n]) for n in range(len(y))]
+    contexts = [next(k for k in range(len(scores)) if float(scores[k, n]) == highest[n]) for n in range(len(y))]
+    weights = [0.0] * len(y)
+    for k in set(y):
+        members = [n for n in range(len(y)) if y[n] == k]
+        mean = sum(highest[n] for n in members) / len(members)
+        spread = sum((highest[n] - mean) ** 2 for n in members) / max(len(members) - 1, 1)
+        z = [(highest[n] - mean) / math.sqrt(spread) if spread > 1e-14 else 0.0 for n in members]
+        raised = [math.exp(sharpness * min(value, cap)) for value in z]
+        for n, value in zip(members, raised):
+            weights[n] = value / (sum(raised) / len(members))
+    return torch.tensor(weights, dtype=torch.float64), contexts
+
+
 def environments(scores, labels):
     """For each class the ranked members of Env#1 and Env#2."""
     split = []

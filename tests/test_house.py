@@ -14,7 +14,7 @@ ROOT = Path(equireg.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"similarity", "distributed", "grid", "invariance", "features", "image_transforms", "_checks", "_progress"}
-OUTSIDE = {"torch", "einops", "tqdm", "torchvision", "PIL", "triton"} | set(sys.stdlib_module_names)
+OUTSIDE = {"torch", "einops", "tqdm", "torchvision", "PIL", "triton", "matplotlib"} | set(sys.stdlib_module_names)
 NEIGHBOURS = {"probes": {"backbones"}}  # the one arrow between rooms: a probe reads token maps
 
 

@@ -38,6 +38,7 @@ class DistillationLoss(nn.Module):
         TypeError, ValueError: wrong types, shapes or ranges; on CPU also labels out of range; no labels with α above 0.
 
     Example:
+        >>> import torch
         >>> criterion = DistillationLoss(temperature=2.0, alpha=0.0)
         >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
         >>> float(criterion(logits, logits)), bool(criterion(logits, -logits) > 0)
@@ -110,6 +111,7 @@ class FeatureDistillation(nn.Module):
         TypeError, ValueError: wrong types or shapes.
 
     Example:
+        >>> import torch
         >>> criterion = FeatureDistillation(64, 128)
         >>> criterion(torch.randn(4, 49, 64), torch.randn(4, 49, 128)).shape
         torch.Size([])

@@ -96,7 +96,8 @@ class Scores:
             of_class = (classes[:, None] == labels[rows]).to(self.dtype)
             with torch.autocast(features.device.type, enabled=False):
                 self.means += times_transposed(of_class, self._normalized(rows).T)
-        self.means /= labels.bincount(minlength=num_classes).clamp(min=1)[:, None]
+        self.sizes = labels.bincount(minlength=num_classes)
+        self.means /= self.sizes.clamp(min=1)[:, None]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Scores of a few classes at a time, so that the buffer stays small."""

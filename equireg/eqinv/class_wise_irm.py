@@ -20,7 +20,8 @@ from equireg._checks import Arguments
 from equireg.distributed import Checksum, Facts, Group, Processes, settings_of
 from equireg.eqinv.adjusted_similarity import Adjust
 from equireg.eqinv.class_risks import check_batch, compare, risk_of, slope_of
-from equireg.eqinv.environments import Environments, similar_in_batch
+from equireg.eqinv.environments import Environments
+from equireg.eqinv.halves import similar_in_batch
 from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
 from equireg.similarity import accumulation_dtype

@@ -1,6 +1,6 @@
 """Environments without labels: each class splits the samples of all others into similar and dissimilar ones.
 
-EqInv (Wang et al., ECCV 2022), Step 2.
+EqInv (Wang et al., ECCV 2022), Step 2; and, of the same similarities, the context of each sample and its weight.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import math
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.data import WeightedRandomSampler
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, values_visible
 from equireg.eqinv.adjusted_similarity import Adjust, Scores, check_samples
-from equireg.similarity import normalized
+from equireg.eqinv.context_weights import class_weights, standardized
+from equireg.eqinv.halves import bit_of, first_half, packed
+from equireg.eqinv.report import EnvironmentsReport
+from equireg.eqinv.whitening import whitened
 
 __all__ = ["Environments"]
 
@@ -27,22 +30,41 @@ class Environments(nn.Module):
     Env#2 the rest. Samples of class k itself belong to both. Kept as
     one bit for each class and sample, in buffers: it moves with ``.to``, and ``state_dict`` saves and restores it.
 
-    Made by :meth:`split`; ``Environments()`` is empty and waits for ``load_state_dict``.
+    The even split tells two environments apart only a little; :meth:`weights` use the whole ranking. In any loop::
+
+        loss = (environments.weights(indices) * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+    Made by :meth:`split`. ``Environments()`` is empty and waits for ``load_state_dict``; so does
+    ``Environments(num_classes, num_samples)``, whose buffers have their full size from the start.
 
     Attributes:
         bits: uint8 [C, ceil(N / 8)], bit ``n % 8`` of byte ``n // 8``: whether sample n is in Env#1 of the class.
         labels: int64 [N], -1 for a dataset index that took no part in the split.
+        contexts: int32 [N], the inferred context of each sample, -1 where there is none.
+        scores: int32 [N], the bits of float32 z(n): how much further the sample is in that context than its class is.
+        fitted: whether a split was made or loaded.
     """
 
     bits: Tensor
     labels: Tensor
+    contexts: Tensor
+    scores: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 0, num_samples: int = 0) -> None:
         super().__init__()
-        self.register_buffer("bits", torch.zeros(0, 0, dtype=torch.uint8))
-        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
-        # What members are ranked by, by reference and outside the state: a stored ranking would be 30 times the bits.
-        self._ranking: tuple[Tensor, Tensor, Adjust] | None = None
+        check = Arguments("Environments")
+        check.count("num_classes", num_classes, least=0)
+        check.count("num_samples", num_samples, least=0)
+        self.register_buffer("bits", torch.zeros(num_classes, math.ceil(num_samples / 8), dtype=torch.uint8))
+        self.register_buffer("labels", torch.full((num_samples,), -1))
+        self.register_buffer("contexts", torch.full((num_samples,), -1, dtype=torch.int32))
+        # As whole numbers, so that neither ``.half()`` nor a moving average of the model changes them.
+        self.register_buffer("scores", torch.zeros(num_samples, dtype=torch.int32))
+        self.fitted = False
+        # Rows of features, their dataset indices and ``adjust``, by reference and outside the state: what ``members``
+        # are sorted by. A stored order would be 30 times the bits.
+        self._ranked_by: tuple[Tensor, Tensor, Adjust] | None = None
+        self._weights: dict[tuple[float | str, float], Tensor] = {}
 
     @property
     def num_classes(self) -> int:
@@ -65,6 +87,7 @@ class Environments(nn.Module):
         indices: Tensor | None = None,
         num_samples: int | None = None,
         adjust: Adjust = True,
+        whiten: int | None = None,
     ) -> Environments:
         r"""Split the samples of a dataset for every class.
 
@@ -78,6 +101,8 @@ class Environments(nn.Module):
             indices: dataset index of each row, [N], all different; by default 0 .. N - 1.
             num_samples: length of the dataset; by default N, or the largest index plus one.
             adjust: as in :func:`adjusted_similarity`.
+            whiten: project the features on so many principal axes of unit variance first; None takes them as they are.
+                Worth it with two or three classes and wide features: 16 to 64 axes.
 
         Returns:
             The environments. The features are kept by reference, not copied, to rank :meth:`members`: do not change
@@ -118,16 +143,28 @@ class Environments(nn.Module):
             check.fail("num_samples", f"at least the {len(labels)} rows of features", num_samples)
 
         where = torch.arange(len(labels), device=labels.device) if indices is None else indices
-        environments = cls()
-        environments.labels = labels.new_full((num_samples,), -1).index_copy_(0, where, labels)
-        num_bytes = math.ceil(num_samples / 8)
-        environments.bits = torch.zeros(num_classes, num_bytes, dtype=torch.uint8, device=labels.device)
-        for classes, scores in Scores(features, labels, num_classes, adjust).blocks():
-            first = _first_half(scores, order)
+        features = features if whiten is None else whitened(check, features, whiten)
+        environments = cls(num_classes, num_samples).to(labels.device)
+        environments.labels.index_copy_(0, where, labels)
+        num_bytes = environments.bits.shape[1]
+        similarities = Scores(features, labels, num_classes, adjust)
+        most = torch.full((len(labels),), -math.inf, dtype=similarities.dtype, device=labels.device)
+        context = torch.full_like(labels, -1)
+        for classes, scores in similarities.blocks():
+            first = first_half(scores, order)
             chosen = first.new_zeros(len(scores), num_bytes * 8)
             chosen.index_copy_(1, where, first)
-            environments.bits[classes] = _pack(chosen)
-        environments._ranking = (features, where, adjust)
+            environments.bits[classes] = packed(chosen)
+            there = similarities.sizes[classes] > 0  # a class without samples is nobody's context
+            highest, place = scores.masked_fill_(~there[:, None], -math.inf).max(0)
+            context = torch.where(highest > most, place + classes.start, context)
+            most = torch.maximum(most, highest)
+        if int((similarities.sizes > 0).sum()) > 1:
+            z = standardized(most.cpu(), labels.cpu(), num_classes).float().to(labels.device)
+            environments.scores.index_copy_(0, where, z.view(torch.int32))
+            environments.contexts.index_copy_(0, where, context.int())
+        environments.fitted = True
+        environments._ranked_by = (features, where, adjust)
         return environments
 
     def similar(self, classes: Tensor, indices: Tensor) -> Tensor:
@@ -153,14 +190,11 @@ class Environments(nn.Module):
         check = Arguments("Environments.similar")
         check.device, check.device_of = self.bits.device, "the environments"
         classes = check.integers("classes", classes, "A")
-        indices = check.integers("indices", indices, "B")
         check.below("classes", classes, self.num_classes, "num_classes")
-        check.below("indices", indices, self.num_samples, "num_samples")
-        labels = self.labels[indices]
-        check.below("labels of indices", labels, self.num_classes, "-1 marks a sample that was not in the split")
+        indices, labels = self._placed(check, indices)
         place = classes[:, None] * self.bits.shape[1] + indices // 8  # three times faster than indexing by both
         byte = self.bits.flatten().index_select(0, place.flatten()).view(place.shape)
-        return _bit(byte, indices) | (classes[:, None] == labels)
+        return bit_of(byte, indices) | (classes[:, None] == labels)
 
     def members(self, k: int) -> tuple[Tensor, Tensor]:
         """The samples of other classes in the two environments of class ``k``, the most similar first within each.
@@ -188,76 +222,176 @@ class Environments(nn.Module):
         if k >= self.num_classes:
             check.fail("k", f"in 0 .. {self.num_classes - 1} (num_classes)", k)
         others = ((self.labels >= 0) & (self.labels != k)).nonzero().squeeze(1)
-        if self._ranking is not None:
-            features, indices, adjust = self._ranking
+        if self._ranked_by is not None:
+            features, indices, adjust = self._ranked_by
             scores = Scores(features, self.labels.to(features.device)[indices], self.num_classes, adjust)
             table = self.labels.new_full((self.num_samples,), -math.inf, dtype=scores.dtype)
             table[indices] = scores.block(slice(k, k + 1))[0].to(table.device)
             others = others[table[others].sort(descending=True, stable=True).indices]
-        first = _bit(self.bits[k][others // 8], others)
+        first = bit_of(self.bits[k][others // 8], others)
         return others[first], others[~first]
+
+    def weights(self, indices: Tensor | None = None, *, sharpness: float | str = 1.0, cap: float = 2.5) -> Tensor:
+        r"""Weights that make up for what is rare: the samples of each class that are in another class's context.
+
+        With :math:`a(n) = \max_{k \ne y_n} s(k, n)` of :func:`adjusted_similarity`, and its mean and standard deviation
+        over the class of the sample,
+
+        .. math::
+            z(n) = \frac{a(n) - \text{mean}\, a}{\text{std}\, a}, \qquad
+            w(n) = \frac{e^{t \min(z(n), c)}}{\operatorname*{mean}_{m: y_m = y_n} e^{t \min(z(m), c)}}
+
+        They are this library's, not the paper's. They help where a class is mostly seen in one context, and
+        :meth:`report` tells beforehand whether it is.
+
+        Args:
+            indices: dataset indices [B] of samples that took part in the split; None for all N.
+            sharpness: t, at least 0; 0 gives 1 everywhere. ``"auto"`` takes it from the shape of the scores: 0 where
+                they look as in data without bias, up to 1 (:attr:`EnvironmentsReport.sharpness`).
+            cap: c, above 0. Without it one sample could outweigh a hundred.
+
+        Returns:
+            float32 [B] or [N], of mean 1 within each class over the dataset, on the device of the environments.
+
+        Raises:
+            TypeError, ValueError: arguments of a wrong type or range; fewer than two classes; a sample that took no
+                part in the split (on CPU; with None on every device).
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> labels = torch.arange(60) % 3
+            >>> features = torch.eye(3)[labels] + 0.1 * torch.randn(60, 3)
+            >>> features[0] = torch.tensor([0.5, 1.0, 0.0])  # a sample of class 0 that looks like class 1
+            >>> environments = Environments.split(features, labels)
+            >>> int(environments.weights().argmax()), environments.context(torch.tensor([0]))
+            (0, tensor([1]))
+        """
+        check = Arguments("Environments.weights")
+        if sharpness != "auto":
+            check.not_negative("sharpness", sharpness)
+        check.positive("cap", cap)
+        if indices is not None:
+            check.device, check.device_of = self.bits.device, "the environments"
+            indices, _ = self._placed(check, indices)
+        everyone = self._weights.get((sharpness, cap))
+        if everyone is None or everyone.device != self.labels.device:
+            everyone = self._weights[sharpness, cap] = self._all_weights(check, sharpness, cap)
+        if indices is not None:
+            return everyone[indices]
+        if bool((self.labels < 0).any()):
+            check.fail("indices", "given where samples took no part in the split", None)
+        return everyone
+
+    def context(self, indices: Tensor | None = None) -> Tensor:
+        """The inferred context of samples: the other class that each resembles most, beyond its own class.
+
+        Args:
+            indices: dataset indices [B] of samples that took part in the split; None for all N, with -1 for one that
+                did not.
+
+        Returns:
+            int64 [B] or [N]: the arg max over k ≠ y of :func:`adjusted_similarity`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`weights`.
+        """
+        check = Arguments("Environments.context")
+        check.device, check.device_of = self.bits.device, "the environments"
+        self._check_contexts(check)
+        return self.contexts.long() if indices is None else self.contexts[self._placed(check, indices)[0]].long()
+
+    def sampler(
+        self,
+        num_samples: int | None = None,
+        *,
+        sharpness: float | str = 1.0,
+        cap: float = 2.5,
+        generator: torch.Generator | None = None,
+    ) -> WeightedRandomSampler:
+        """Draws samples as often as they weigh, for a loop whose loss cannot be touched.
+
+        ``DataLoader(dataset, sampler=environments.sampler())``; samples that took no part in the split are not drawn.
+
+        Args:
+            num_samples: how many to draw in an epoch; by default as many as took part.
+            sharpness: as of :meth:`weights`.
+            cap: as of :meth:`weights`.
+            generator: of the draws.
+
+        Raises:
+            TypeError, ValueError: as :meth:`weights`.
+        """
+        check = Arguments("Environments.sampler")
+        took_part = (self.labels >= 0).nonzero().squeeze(1)
+        weights = torch.zeros(self.num_samples, dtype=torch.float64)
+        weights[took_part.cpu()] = self.weights(took_part, sharpness=sharpness, cap=cap).cpu().double()
+        if num_samples is None:
+            num_samples = len(took_part)
+        check.count("num_samples", num_samples)
+        return WeightedRandomSampler(weights, num_samples, generator=generator)  # type: ignore[arg-type]
+
+    def report(self) -> EnvironmentsReport:
+        """For each class how far it looks biased, and in which other classes' contexts its samples are; printable.
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> print(Environments.split(torch.randn(300, 4), torch.arange(300) % 3).report())
+            0 of 3 classes look biased; sharpness 'auto' is 0.00
+             class  samples  kurtosis  in another class's context (class: samples)
+                 2      100     -0.6   -
+                 1      100     -0.7   -
+                 0      100     -1.1   -
+        """
+        self._check_contexts(Arguments("Environments.report"))
+        took_part = (self.labels >= 0).nonzero().squeeze(1)
+        z = self.scores[took_part].view(torch.float32).cpu()
+        return EnvironmentsReport(z, self.labels[took_part].cpu(), self.contexts[took_part].cpu(), self.num_classes)
 
     def release(self) -> None:
         """Let the features of the split go; :meth:`members` then comes by index."""
-        self._ranking = None
+        self._ranked_by = None
+
+    def _placed(self, check: Arguments, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Dataset indices [B] and the labels fitted there, of samples that took part in the split."""
+        indices = check.integers("indices", indices, "B")
+        check.below("indices", indices, self.num_samples, "num_samples")
+        labels = self.labels[indices]
+        check.below("labels of indices", labels, self.num_classes, "-1 marks a sample that was not in the split")
+        return indices, labels
+
+    def _check_contexts(self, check: Arguments) -> None:
+        if not self.fitted:
+            check.fail("the environments", "fitted", "none")
+        if values_visible(self.contexts) and bool((self.contexts < 0).all()):
+            check.fail("the environments", "of two classes or more, in a state that has contexts", "no contexts")
+
+    def _all_weights(self, check: Arguments, sharpness: float | str, cap: float) -> Tensor:
+        """[N], 0 where a sample took no part."""
+        self._check_contexts(check)
+        labels, z = self.labels.cpu(), self.scores.cpu().view(torch.float32).double()
+        took_part = labels >= 0
+        weights = torch.zeros_like(z)
+        t = self.report().sharpness if sharpness == "auto" else float(sharpness)
+        weights[took_part] = class_weights(z[took_part], labels[took_part], self.num_classes, t, cap)
+        return weights.float().to(self.labels.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickles and copies carry the environments, not the features of a whole dataset.
-        return {**self.__dict__, "_ranking": None}
+        return {**self.__dict__, "_ranked_by": None, "_weights": {}}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # The sizes are those of the dataset that was saved; an empty object takes them, a filled one must agree.
-        for name in ("bits", "labels"):
+        for name in ("bits", "labels", "contexts", "scores"):
             saved, mine = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and mine.numel() == 0:
                 setattr(self, name, torch.empty_like(saved, device=mine.device))
+        if prefix + "bits" in state_dict and prefix + "scores" not in state_dict:
+            # Saved before there were weights: the environments are there, their contexts are not.
+            saved = state_dict[prefix + "labels"]
+            empty = {"contexts": torch.full_like(saved, -1, dtype=torch.int32), "scores": torch.zeros_like(saved).int()}
+            self.contexts, self.scores = (torch.empty_like(part, device=self.labels.device) for part in empty.values())
+            state_dict = state_dict | {prefix + name: part for name, part in empty.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._ranking = None
-
-
-def similar_in_batch(features: Tensor, labels: Tensor) -> Tensor:
-    """The split made of one batch alone: bool [B, B], whether sample a is in Env#1 of the class of sample i.
-
-    The same ranking as :meth:`Environments.split` with the class means of the batch; of fixed shape, for compilation.
-    """
-    x = normalized(features)
-    same = labels[:, None] == labels[None, :]
-    weight = same.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        means = (weight @ x) / weight.sum(1, keepdim=True)  # row i: mean of the class of sample i
-        scores = (means @ (x - means).T).masked_fill(same, -math.inf)
-    place = scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(place).scatter_(1, place, torch.arange(len(x), device=x.device).expand_as(place))
-    return (rank < (same.logical_not().sum(1, keepdim=True) + 1) // 2) | same
-
-
-def _first_half(scores: Tensor, order: Tensor | None) -> Tensor:
-    """The higher half, rounded up, of each row's entries that are not -inf; the first in ``order`` among equals."""
-    half = ((scores != -math.inf).sum(1) + 1) // 2
-    threshold = scores.new_full((len(scores),), math.inf)
-    for size in half.unique().tolist():  # one size where the classes are of one size
-        if size > 0:
-            rows = half == size
-            threshold[rows] = scores[rows].kthvalue(scores.shape[1] - size + 1).values
-    first = scores > threshold[:, None]
-    equal = scores == threshold[:, None]
-    room = half - first.sum(1)
-    crowded = (equal.sum(1) > room).nonzero().squeeze(1)  # more equals than places: the earlier ones
-    if len(crowded):
-        queue = equal[crowded] if order is None else equal[crowded][:, order]
-        admitted = queue & (queue.cumsum(1, dtype=torch.int32) <= room[crowded, None])
-        if order is not None:
-            admitted = torch.empty_like(admitted).index_copy_(1, order, admitted)
-        equal[crowded] = admitted
-    return first | equal
-
-
-def _pack(bits: Tensor) -> Tensor:
-    """bool [C, 8 n] to uint8 [C, n], the first bit lowest."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    eights = rearrange(bits.to(torch.uint8), "classes (byte place) -> classes byte place", place=8)
-    return (eights << places).sum(-1, dtype=torch.uint8)
-
-
-def _bit(byte: Tensor, indices: Tensor) -> Tensor:
-    return byte & (1 << (indices % 8)).to(torch.uint8) != 0
+        labels = state_dict.get(prefix + "labels")
+        self.fitted = labels is not None and bool((labels >= 0).any())
+        self._ranked_by, self._weights = None, {}

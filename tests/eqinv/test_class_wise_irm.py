@@ -256,7 +256,7 @@ def test_fits_from_a_loader_and_an_encoder():
     with torch.no_grad():
         features = encoder.eval()(images)
     assert torch.equal(irm.environments.bits, Environments.split(features, labels).bits)
-    assert irm.environments._ranking is None  # a whole dataset's features are not kept alive
+    assert irm.environments._ranked_by is None  # a whole dataset's features are not kept alive
 
 
 def test_numbers_of_numpy_are_numbers():

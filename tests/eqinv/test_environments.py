@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from equireg import Environments, adjusted_similarity
 from equireg.eqinv import adjusted_similarity as module
-from equireg.eqinv.environments import similar_in_batch
+from equireg.eqinv.halves import similar_in_batch
 from tests import references
 
 ADJUSTMENTS = [True, "median", False]
@@ -158,6 +158,8 @@ def test_one_bit_for_each_class_and_sample():
     assert {name: value.shape for name, value in environments.state_dict().items()} == {
         "bits": (10, 125),
         "labels": (1000,),
+        "contexts": (1000,),
+        "scores": (1000,),
     }
 
 
@@ -191,7 +193,7 @@ def test_another_dataset_is_refused_when_loading():  # E6, P9
 def test_features_are_kept_by_reference_and_released():
     features = torch.randn(10, 4)
     environments = Environments.split(features, torch.arange(10) % 2)
-    assert environments._ranking[0].data_ptr() == features.data_ptr()
+    assert environments._ranked_by[0].data_ptr() == features.data_ptr()
     environments.release()
     first, second = environments.members(0)
     assert torch.equal(first, first.sort().values)

@@ -51,7 +51,7 @@ RECORDS = [
         reference=lambda p, *args: loss_references.augself(p, *args, kinds=KINDS),
         refused={
             "F2 whole numbers": refused_type(1, "AugSelfLoss: features2"),
-            "missing": Refused(ValueError, r"there must be with .* 'scale', got \[\]", replace(2, {})),
+            "missing": Refused(ValueError, r"forward_targets must be with .* 'scale', got \[\]", replace(2, {})),
             "hidden_dim": Refused(ValueError, "hidden_dim must be at least 1, got 0", options={"hidden_dim": 0}),
         },
         empty=Refused(ValueError, r"features1 must be of at least one image, got \[0, 5\]"),

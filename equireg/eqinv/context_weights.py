@@ -1,0 +1,65 @@
+"""Weights from adjusted similarity: a sample counts the more, the more it looks like another class than its own does.
+
+The ranking by adjusted similarity finds the samples in another class's context; a split into halves dilutes them, a
+weight does not. From :func:`adjusted_similarity`, for sample n of class y,
+
+    a(n) = max over k ≠ y of s(k, n)                                     its context: the arg max
+    z(n) = (a(n) − mean of a over class y) / std of a over class y
+    w(n) = exp(t · min(z(n), c)), divided by its mean over class y       sharpness t, cap c
+
+Everything here is on the CPU, in float64, and sums in the order of the samples: the same bits on every device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """How the scores of each class are spread, [C]: 0 in both for a normal distribution, above it with a long tail."""
+
+    excess_kurtosis: Tensor
+    skewness: Tensor
+
+
+def standardized(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """z [N]: the values less the mean of their class, over its standard deviation; 0 in a class of one or of equals."""
+    values = values.double()
+    size = labels.bincount(minlength=num_classes)
+    centered = values - class_mean(values, labels, num_classes)[labels]
+    variance = class_mean(centered.square(), labels, num_classes) * (size / (size - 1).clamp(min=1))
+    # A spread below what the similarities are rounded to is none.
+    std = variance.sqrt()[labels]
+    return torch.where(std > 1e-7, centered / std.clamp(min=1e-7), 0)
+
+
+def class_weights(z: Tensor, labels: Tensor, num_classes: int, sharpness: float, cap: float) -> Tensor:
+    """w [N], of mean 1 within each class."""
+    weights = (sharpness * z.clamp(max=cap)).exp()
+    return weights / class_mean(weights, labels, num_classes)[labels]
+
+
+def shape_of(z: Tensor, labels: Tensor, num_classes: int) -> Shape:
+    """Excess kurtosis and skewness of the scores of each class, 0 for a class of fewer than four samples."""
+    counts = labels.bincount(minlength=num_classes) >= 4
+    second, third, fourth = (class_mean(z**power, labels, num_classes) for power in (2, 3, 4))
+    second = second.clamp(min=1e-12)
+    kurtosis, skewness = fourth / second.square() - 3, third / second**1.5
+    return Shape(torch.where(counts, kurtosis, 0), torch.where(counts, skewness, 0))
+
+
+def class_mean(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The mean over the samples of each class, [C]; 0 for a class without samples."""
+    total = torch.zeros(num_classes, dtype=values.dtype).index_add_(0, labels, values)
+    return total / labels.bincount(minlength=num_classes).clamp(min=1)
+
+
+def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
+    """t in 0 .. 1 from the shape of the scores: half of the mean excess kurtosis over the classes."""
+    there = sizes >= 4
+    if not there.any():
+        return 0.0
+    return float((shape.excess_kurtosis[there].mean() / 2).clamp(0, 1))
