@@ -58,31 +58,34 @@ def domains(root: Path, split: str, size: int, *, draw: int | None, shots: int, 
 
 @cache
 def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: float = 0.05) -> Images:
-    """scikit-learn's, coloured by class but for a few; held-out ones are those in the colour of another class."""
+    """scikit-learn's, in ten colours for contexts."""
     generator, gray = torch.Generator().manual_seed(draw or 0), load_digits()
     order = torch.randperm(len(gray.target), generator=generator)
-    labels = torch.tensor(gray.target)[order].long()
-    colors = torch.randint(10, labels.shape, generator=generator)
-    biased = torch.rand(labels.shape, generator=generator) < 1 - conflicting
-    colors = torch.where(biased & (split == "train"), labels, colors)
-    pixels = (torch.tensor(gray.images)[order][:, None] / 16 * COLORS[colors][:, :, None, None]).round()
-    kept = {"train": labels >= 0, "val": colors != labels, "test": colors != labels}[split]
     first, last = {"train": (0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1)}[split]
-    kept[: int(first * len(labels))] = kept[int(last * len(labels)) :] = False
-    return Images(pixels.to(torch.uint8), labels, colors).at(kept)
+    order = order[int(first * len(order)) : int(last * len(order))]
+    labels = torch.tensor(gray.target)[order].long()
+    colors = biased(labels, split, conflicting, generator)
+    pixels = torch.tensor(gray.images)[order][:, None] / 16 * COLORS[colors][:, :, None, None]
+    return Images(pixels.round().to(torch.uint8), labels, colors)
 
 
 @cache
 def under_corruptions(root: Path, split: str, size: int, *, draw: int | None, conflicting: float) -> Images:
-    """In training each class is mostly under a corruption of its own; held-out images are under another's."""
+    """A folder for each class, and a kind of corruption for each context."""
     images, generator = folders(root, split, size), torch.Generator().manual_seed(draw or 0)
-    classes = int(images.labels.max()) + 1
-    others = (images.labels + torch.randint(1, classes, images.labels.shape, generator=generator)) % classes
-    biased = torch.rand(images.labels.shape, generator=generator) < 1 - conflicting
-    contexts, pixels = torch.where(biased & (split == "train"), images.labels, others), images.pixels.clone()
-    for context in range(classes):
-        pixels[contexts == context] = corrupted(pixels[contexts == context], KINDS[context], severity=3, seed=context)
+    contexts, pixels = biased(images.labels, split, conflicting, generator), images.pixels.clone()
+    for context in contexts.unique().tolist():
+        own = contexts == context
+        pixels[own] = corrupted(pixels[own], KINDS[context], severity=3, seed=context)
     return Images(pixels, images.labels, contexts)
+
+
+def biased(labels: Tensor, split: str, conflicting: float, generator: torch.Generator) -> Tensor:
+    """In training each class is in a context of its own but for the share ``conflicting``; held out, in another's."""
+    classes = int(labels.max()) + 1
+    others = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
+    own = (torch.rand(labels.shape, generator=generator) >= conflicting) & (split == "train")
+    return torch.where(own, labels, others)
 
 
 READERS = {"folders": folders, "domains": domains, "digits": digits, "corruptions": under_corruptions}
