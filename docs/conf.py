@@ -12,14 +12,14 @@ from sphinx.application import Sphinx
 
 import equireg
 
-sys.path.insert(0, str(Path(__file__).parent))  # for mathml.py
+sys.path.insert(0, str(Path(__file__).parent))  # for api_pages.py and mathml.py
 
 project = "equireg"
 author = "The equireg developers"
 copyright = author
 version = release = equireg.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "mathml"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "api_pages", "mathml"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -50,6 +50,7 @@ ELSEWHERE = {
     "Module": "generated/torch.nn.Module.html#torch.nn.Module",
     "Dataset": "data.html#torch.utils.data.Dataset",
     "Subset": "data.html#torch.utils.data.Subset",
+    "WeightedRandomSampler": "data.html#torch.utils.data.WeightedRandomSampler",
     "device": "tensor_attributes.html#torch.device",
     "ProcessGroup": "distributed.html#torch.distributed.ProcessGroup",
 }

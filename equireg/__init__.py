@@ -1,22 +1,24 @@
 """Plug-in regularizers that make vision models learn more from less data.
 
 A module (a file, not a folder) lists its public names in ``__all__``; all of them can be imported from ``equireg``.
+Type checkers and editors read the same list in ``__init__.pyi``, which ``hatch_build.py`` writes when the package is
+installed.
 """
 
-import importlib
-import pkgutil
+from importlib import import_module as _import_module
+from pkgutil import walk_packages as _walk_packages
+from typing import Any as _Any
 
 __version__ = "0.1.0"
-__all__: list[str] = []
 
 # Left out are modules of one underscore, and those that need a package of their own: who wants these imports them.
 _OPTIONAL = {"integrations", "triton"}
 
-for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+_public: dict[str, _Any] = {}
+for _module in _walk_packages(__path__, f"{__name__}."):
     _parts = _module.name.split(".")[1:]
     if not _module.ispkg and _OPTIONAL.isdisjoint(_parts) and not any(_part.startswith("_") for _part in _parts):
-        _names = importlib.import_module(_module.name)
-        for _name in getattr(_names, "__all__", ()):
-            globals()[_name] = getattr(_names, _name)
-            __all__.append(_name)
-__all__.sort()
+        _names = _import_module(_module.name)
+        _public |= {_name: getattr(_names, _name) for _name in getattr(_names, "__all__", ())}
+globals().update(_public)
+__all__ = sorted(_public)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run an encoder over a loader that tells the index of each sample.
 
-    An ``nn.Module`` is put in eval mode for the time, and put back afterwards, also where it fails. Images go to the
+    An ``nn.Module`` is put in eval mode for the time, and put back afterwards, also where it fails; so are the modules
+    of a bound method (``model.forward_features``), and those that a function or a partial refers to. Images go to the
     device of its first parameter; what comes back lies on the CPU. A progress bar shows where tqdm is installed.
 
     Args:
@@ -167,16 +170,33 @@ def extract_two_views(
 
 @contextmanager
 def frozen(encoder: Any) -> Iterator[torch.device]:
-    """An ``nn.Module`` in eval mode for a while, and the device of its first parameter; of other callables, the CPU."""
-    modes = {module: module.training for module in encoder.modules()} if isinstance(encoder, nn.Module) else {}
-    first = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
+    """Puts the modules that an encoder runs in eval mode for a while; the device of their first parameter, or the CPU."""
+    owners = _modules_of(encoder)
+    modes = {module: module.training for owner in owners for module in owner.modules()}
+    first = next((parameter for owner in owners for parameter in owner.parameters()), None)
     try:
-        if isinstance(encoder, nn.Module):
-            encoder.eval()
+        for owner in owners:
+            owner.eval()
         yield torch.device("cpu") if first is None else first.device
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _modules_of(encoder: Any) -> list[nn.Module]:
+    """The module itself; or those that a method belongs to, or that a partial or a plain function refers to."""
+    if isinstance(encoder, nn.Module):
+        return [encoder]
+    if isinstance(encoder, functools.partial):
+        parts = [encoder.func, *encoder.args, *encoder.keywords.values()]
+        return [module for part in parts for module in _modules_of(part)]
+    if isinstance(getattr(encoder, "__self__", None), nn.Module):
+        return [encoder.__self__]
+    if not isinstance(encoder, FunctionType):
+        return []
+    enclosed = [cell.cell_contents for cell in encoder.__closure__ or () if cell != CellType()]
+    named = [encoder.__globals__.get(name) for name in encoder.__code__.co_names]
+    return [thing for thing in (*enclosed, *named) if isinstance(thing, nn.Module)]
 
 
 def images_of(check: Arguments, batch: Any) -> Tensor:

@@ -87,7 +87,7 @@ def environments(scores, labels):
     return split
 
 
-def class_risk(z, labels, similar, k, e, temperature, denominator="own", w=1.0):
+def class_risk(z, labels, similar, k, e, temperature, denominator="own", w=1.0, weights=None):
     """Eq. 5 of EqInv for class k in environment e (0 or 1), differentiable in z and w; None without a pair."""
     z = units(z)
     members = [i for i, label in enumerate(labels.tolist()) if label == k]
@@ -106,7 +106,22 @@ def class_risk(z, labels, similar, k, e, temperature, denominator="own", w=1.0):
             own = torch.exp(w * (z[i] @ z[p]) / temperature)
             terms.append(-torch.log(own / ((own if denominator == "own" else whole) + negative)))
         of_anchors.append(sum(terms) / len(terms))
-    return sum(of_anchors) / len(of_anchors)
+    share = [1.0 if weights is None else float(weights[i]) for i in members]
+    return sum(s * term for s, term in zip(share, of_anchors)) / sum(share)
+
+
+def sup_con(z, labels, temperature, weights=None):
+    """SupCon over a batch (Khosla et al., 2020, Eq. 2), a (weighted) mean over the anchors that have a positive."""
+    z = units(z)
+    terms, share = [], []
+    for i in range(len(z)):
+        positives = [p for p in range(len(z)) if p != i and labels[p] == labels[i]]
+        if positives:
+            whole = sum(torch.exp(z[i] @ z[a] / temperature) for a in range(len(z)) if a != i)
+            logs = [torch.log(torch.exp(z[i] @ z[p] / temperature) / whole) for p in positives]
+            terms.append(-sum(logs) / len(logs))
+            share.append(1.0 if weights is None else float(weights[i]))
+    return sum(s * term for s, term in zip(share, terms)) / sum(share)
 
 
 def class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator):

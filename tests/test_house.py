@@ -1,6 +1,7 @@
 """The house stands: arrows go down, names are listed once, and no step prints, asserts or waits."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -54,7 +55,8 @@ def test_no_circle():
 
 
 def test_few_things_lie_at_the_top():
-    assert len([p for p in ROOT.iterdir() if p.name != "__pycache__"]) <= 21
+    written = {"__pycache__", "__init__.pyi"}  # by Python, and when the package is installed
+    assert len([p for p in ROOT.iterdir() if p.name not in written]) <= 21
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -71,6 +73,20 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_a_name_is_public_once():
+    """``import equireg`` takes the last module that has it, and says nothing."""
+    found = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" and path.stem != "__init__":
+                for name in ast.literal_eval(node.value):
+                    found.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    twice = {name: files for name, files in found.items() if len(files) > 1}
+    assert not twice, f"two modules have the same public name: {twice}"
+    hidden = [name for name in found if (ROOT / name).exists() or (ROOT / f"{name}.py").exists()]
+    assert not hidden, f"public names that hide a module of the package: {hidden}"
+
+
 def test_public_names_are_there_and_documented_with_an_example():
     assert equireg.__all__ == sorted(equireg.__all__)
     for name in equireg.__all__:
@@ -79,6 +95,8 @@ def test_public_names_are_there_and_documented_with_an_example():
         if name not in {
             "ClassRisks",
             "Environments",
+            "EnvironmentsReport",
+            "GroupAccuracy",
             "PartitionReport",
         }:  # results, and methods
             assert ">>>" in thing.__doc__, f"{name} has no example"
@@ -114,3 +132,14 @@ def test_version_stands_in_one_place():
 
     assert version("equireg") == equireg.__version__
     assert f"version: {equireg.__version__}" in (ROOT.parent / "CITATION.cff").read_text()
+
+
+def test_faults_that_tests_cite_are_explained():
+    """``# F23`` in a comment, or ``"F23 twice"`` as the name of a case."""
+    lines = [line for path in (ROOT.parent / "tests").rglob("*.py") for line in path.read_text().splitlines()]
+    comments = "\n".join(line.partition("# ")[2] for line in lines)
+    cited = set(re.findall(r"\b[A-Z]\d{1,2}\b", comments)) | set(re.findall(r'"([A-Z]\d{1,2}) \w', "\n".join(lines)))
+    explained = re.findall(r"^\| ([A-Z]\d+) \|", (ROOT.parent / "docs/faults.md").read_text(), re.M)
+    assert len(explained) == len(set(explained))
+    assert sorted(cited - set(explained)) == [], "explain them in docs/faults.md"
+    assert sorted(set(explained) - cited) == [], "no test cites them: take them out of docs/faults.md"

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -82,7 +83,7 @@ def test_the_wheel_holds_the_package_alone(wheel):
     information = f"equireg-{equireg.__version__}.dist-info"
     about = {f"{information}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     assert "equireg/py.typed" in files
-    assert set(files) == sources("equireg") | about
+    assert set(files) == sources("equireg") | about | {"equireg/__init__.pyi"}
     for name in set(files) - about:
         assert files[name] == (ROOT / name).read_bytes(), name
     assert wheel.name == f"equireg-{equireg.__version__}-py3-none-any.whl"
@@ -99,7 +100,7 @@ def test_the_wheel_asks_for_three_packages(wheel):
 def test_the_source_archive_holds_what_the_tests_need(unpacked):
     held = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     assert sources("equireg", "examples", "tests") <= held
-    assert {"README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "pyproject.toml"} <= held
+    assert {"README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "pyproject.toml", "hatch_build.py"} <= held
 
 
 def test_the_suite_is_collected_from_the_source_archive(unpacked):
@@ -143,14 +144,32 @@ def test_importing_costs_at_most_a_twentieth_of_pytorch(installed, tmp_path):
 
 
 def test_public_names_are_those_of_the_inventory():
-    """A name that is missing here breaks a user's program: taking one out needs a word in the changelog."""
+    """A name that is gone breaks a user's program: taking it out of the inventory needs a word in the changelog."""
     names = (ROOT / "tests/public_names.txt").read_text().split()
-    assert names == sorted(names)
-    assert set(names) == set(equireg.__all__)
-    assert all(hasattr(equireg, name) for name in names)
+    assert names == sorted(set(names))
+    assert set(names) <= set(equireg.__all__), "removed; a new name needs no edit of the inventory"
+    assert all(hasattr(equireg, name) for name in equireg.__all__)
     # Whatever else can be reached from the package is a module of it.
-    others = {name for name in vars(equireg) if not name.startswith("_")} - set(names)
+    others = {name for name in vars(equireg) if not name.startswith("_")} - set(equireg.__all__)
     assert {name for name in others if f"equireg.{name}" not in sys.modules} == set()
+
+
+def test_type_checkers_see_the_names_that_python_finds():
+    """The stub is read from the source of the modules, the names come from importing them."""
+    pytest.importorskip("hatchling", reason="needs the dev extra")
+    package = Path(equireg.__file__).parent
+    names = {}
+    exec(runpy.run_path(str(ROOT / "hatch_build.py"))["stub"](package), names)  # noqa: S102
+    assert names.pop("__all__") == equireg.__all__
+    assert {name: names[name] for name in equireg.__all__} == {name: getattr(equireg, name) for name in equireg.__all__}
+
+
+def test_an_editable_install_brings_the_types(unpacked):
+    """Into the folder it points to, where a type checker looks for them; so a new method needs another install."""
+    stub = unpacked / "equireg/__init__.pyi"
+    stub.unlink(missing_ok=True)
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel:editable", "-d", unpacked / "dist", folder=unpacked)
+    assert "import ClassWiseIRM as ClassWiseIRM" in stub.read_text()
 
 
 USER = """\

@@ -81,6 +81,29 @@ def check_samples(
     return labels, num_classes
 
 
+def check_indices(
+    check: Arguments, indices: Tensor | None, num_samples: int | None, count: int
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Dataset indices of ``count`` samples, the order that sorts them, and the length of the dataset."""
+    order = None
+    if indices is not None:
+        indices = check.integers("indices", indices, "N")
+        ranked, order = indices.sort()
+        twice = ranked[1:] == ranked[:-1]
+        if twice.any():
+            check.fail("indices", "all different", f"{int(ranked[1:][twice][0])} twice")
+        if (indices < 0).any():
+            check.fail("indices", "at least 0", int(indices.min()))
+    if num_samples is None:
+        num_samples = count if indices is None else int(indices.max()) + 1
+    check.count("num_samples", num_samples)
+    if indices is not None and (indices >= num_samples).any():
+        check.fail("indices", f"in 0 .. {num_samples - 1} (num_samples)", int(indices.max()))
+    if indices is None and count > num_samples:
+        check.fail("num_samples", f"at least the {count} rows of features", num_samples)
+    return indices, order, num_samples
+
+
 class Scores:
     """Similarities of all samples to a block of classes; holds the class means and the norms, not the scores."""
 

@@ -75,8 +75,7 @@ def class_wise_risks(
     check.positive("temperature", temperature)
     check.option("denominator", denominator, ("own", "all"))
     compared = compare(z, labels, labels, similar, temperature, Processes("class_wise_risks", False))
-    # A class is represented by its first sample.
-    first = ((compared.size > 1) & ~compared.same.tril(-1).any(1)).nonzero().squeeze(1)
+    first = compared.first_of_each_class()
     first = first[labels[first].argsort()]
     return ClassRisks(labels[first], risk_of(compared, denominator)[first], slope_of(compared, denominator)[first])
 
@@ -93,6 +92,7 @@ class Compared(NamedTuple):
     size: Tensor  # [A]: size of the sample's class in the batch
     lse: Tensor  # [2, A]: log-sum-exp over the negatives
     mean: Tensor  # [2, A]: their softmax mean
+    weight: Tensor | None  # [B]: of the samples as anchors; None for all alike
     first: int
     processes: Processes
 
@@ -100,6 +100,17 @@ class Compared(NamedTuple):
         """bool [A, B]: another sample of the same class."""
         places = torch.arange(self.s.shape[1], device=self.s.device)
         return self.same & (places != places[self.first :][: len(self.s), None])
+
+    def first_of_each_class(self) -> Tensor:
+        """The first of the anchors of each class with two samples or more, int64 [K]."""
+        own = self.same[:, self.first :][:, : len(self.s)]
+        return ((self.size > 1) & ~own.tril(-1).any(1)).nonzero().squeeze(1)
+
+    def own_weight(self) -> Tensor:
+        """The weight of each anchor, [A]."""
+        if self.weight is None:
+            return torch.ones_like(self.s[:, 0])
+        return self.weight.to(self.s.dtype)[self.first :][: len(self.s)]
 
     def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
         """The mean over the positives of each anchor, [..., A], 0 where there is none.
@@ -118,11 +129,15 @@ class Compared(NamedTuple):
         return (of_pairs * (self.positive() * share[:, None])).sum(-1)
 
     def over_class(self, values: Tensor) -> Tensor:
-        """The mean over the anchors of each one's class, in all processes, [2, A] to [A, 2]."""
+        """The (weighted) mean over the anchors of each one's class, in all processes, [2, A] to [A, 2]."""
         everyone = self.processes.gather(values.T).flatten(0, 1)  # [B, 2]
+        share, total = self.same.to(values.dtype), self.size
+        if self.weight is not None:
+            share = share * self.weight.to(values.dtype)
+            total = share.sum(1)
         # As a product: sums in a fixed order on every device.
         with torch.autocast(values.device.type, enabled=False):
-            return self.same.to(values.dtype) @ everyone / self.size[:, None]
+            return share @ everyone / total[:, None]
 
 
 def compare(
@@ -132,6 +147,7 @@ def compare(
     similar: Tensor,
     temperature: float | Tensor,
     processes: Processes,
+    weight: Tensor | None = None,
 ) -> Compared:
     """Of the embeddings [A, d] and labels [A] of this process, the labels [B] of all, and ``similar`` [A, B]."""
     z = normalized(z)
@@ -146,15 +162,27 @@ def compare(
     # similarities, so nothing would be won by streaming.
     s = cosine / temperature
     lse, mean = split_lse(s, similar, same, bound)
-    return Compared(s, same, same.sum(1), lse, mean, processes.rank * len(z), processes)
+    return Compared(s, same, same.sum(1), lse, mean, weight, processes.rank * len(z), processes)
 
 
 def risk_of(compared: Compared, denominator: str) -> Tensor:
     """Eq. 5 for the class of each anchor, [A, 2]; for a class of one sample a finite number that is no risk."""
     if denominator == "own":
         return compared.over_class(compared.over_positives(lambda s, lse: _softplus(lse - s), compared.lse))
-    average, above, _ = _positives(compared)
-    return compared.over_class(above + _softplus(compared.lse - average - above))
+    average, lse_excess, _ = _positives(compared)
+    return compared.over_class(lse_excess + _softplus(compared.lse - average - lse_excess))
+
+
+def sup_con_of(compared: Compared) -> Tensor:
+    """SupCon over the whole batch, whatever the environments: the loss of each anchor [A], 0 where it has no positive.
+
+    -mean over p in P(i) of s_ip + log (sum over P(i) of exp(s_ip) + sum over all negatives of exp(s_ia)).
+    """
+    average, lse_excess, _ = _positives(compared)
+    known = (compared.lse != -math.inf).any(0)  # where there is no negative at all, logaddexp has no gradient
+    negatives = torch.logaddexp(*torch.where(known, compared.lse, 0))
+    negatives = torch.where(known, negatives, -math.inf)
+    return torch.where(compared.size > 1, lse_excess + _softplus(negatives - average - lse_excess), 0)
 
 
 def slope_of(compared: Compared, denominator: str) -> Tensor:
@@ -166,8 +194,9 @@ def slope_of(compared: Compared, denominator: str) -> Tensor:
             return (lse - s).sigmoid() * (mean - s)
 
         return compared.over_class(compared.over_positives(of_pair, lse, mean))
-    average, above, tilt = _positives(compared)
-    return compared.over_class((lse - average - above).sigmoid() * (mean - average - tilt) + tilt)
+    average, lse_excess, mean_excess = _positives(compared)
+    of_negatives = (lse - average - lse_excess).sigmoid()
+    return compared.over_class(of_negatives * (mean - average - mean_excess) + mean_excess)
 
 
 def _positives(compared: Compared) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,9 +206,9 @@ def _positives(compared: Compared) -> tuple[Tensor, Tensor, Tensor]:
     """
     average = compared.over_positives(lambda s: s)
     kept = compared.positive() | (compared.size < 2)[:, None]  # an anchor without positives keeps something finite
-    above = torch.where(kept, compared.s - average[:, None], -torch.inf)
-    tilt = (above.softmax(-1) * above.masked_fill(~kept, 0)).sum(-1)
-    return average, above.logsumexp(-1), tilt
+    deviation = torch.where(kept, compared.s - average[:, None], -torch.inf)
+    mean_excess = (deviation.softmax(-1) * deviation.masked_fill(~kept, 0)).sum(-1)
+    return average, deviation.logsumexp(-1), mean_excess
 
 
 def _softplus(gap: Tensor) -> Tensor:

@@ -9,72 +9,42 @@ One loss line beside cross entropy::
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from equireg._checks import Arguments
-from equireg.distributed import Checksum, Facts, Group, Processes, settings_of
+from equireg._checks import Arguments, values_visible
+from equireg.distributed import Checksum, Group, Processes
 from equireg.eqinv.adjusted_similarity import Adjust
-from equireg.eqinv.class_risks import check_batch, compare, risk_of, slope_of
+from equireg.eqinv.batch import checked_batch, facts_of, zero_of
+from equireg.eqinv.class_risks import Compared, compare, risk_of, slope_of, sup_con_of
 from equireg.eqinv.environments import Environments
+from equireg.eqinv.feature_mask import FeatureMask
+from equireg.eqinv.fitting import fitted_environments
 from equireg.eqinv.halves import similar_in_batch
-from equireg.features import extract_features
 from equireg.invariance import irmv1_penalty, rex_penalty
-from equireg.similarity import accumulation_dtype
 
-__all__ = ["ClassWiseIRM", "FeatureMask"]
+__all__ = ["ClassWiseIRM"]
 
 
-class FeatureMask(nn.Module):
-    r"""Selects features by a learnable vector: :math:`\sigma(m) \circ x`.
+class ClassWiseIRMParts(NamedTuple):
+    """What the loss is made of, for the K classes of this process that have two samples or more in the batch."""
 
-    EqInv (Wang et al., 2022), Section 4, Step 3. The vector starts uniform in [0, 1).
-
-    Args:
-        num_features: width D of the features.
-        scale: None for the masked features as they are (the paper). A number gives ``scale · normalize(σ(m) ∘ x)``;
-            the released code classifies with ``scale=10``.
-
-    Example:
-        >>> mask = FeatureMask(4)
-        >>> mask(torch.ones(2, 4)).shape
-        torch.Size([2, 4])
-    """
-
-    def __init__(self, num_features: int, *, scale: float | None = None):
-        super().__init__()
-        check = Arguments("FeatureMask")
-        check.count("num_features", num_features)
-        if scale is not None:
-            check.positive("scale", scale)
-        self.weight = nn.Parameter(torch.rand(num_features))
-        self.scale = scale
-
-    def select(self, features: Tensor) -> Tensor:
-        """The masked features, [..., D], without the scale."""
-        return features * self.weight.sigmoid()
-
-    def forward(self, features: Tensor) -> Tensor:
-        check = Arguments("FeatureMask")
-        check.floats("features", features)
-        if features.shape[-1:] != self.weight.shape:
-            check.fail("features", f"[..., {len(self.weight)}]", list(features.shape))
-        selected = self.select(features)
-        return selected if self.scale is None else self.scale * F.normalize(selected, dim=-1, eps=1e-6)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)}" + ("" if self.scale is None else f", scale={self.scale}")
+    loss: Tensor  # 0-d, as ``forward`` gives it, with gradient
+    risk: Tensor  # [K, 2], Env#1 and Env#2
+    penalty: Tensor  # [K], before its weight
+    classes: Tensor  # int64 [K], ascending
 
 
 class ClassWiseIRM(nn.Module):
     r"""Class-wise invariant risk minimisation over environments it finds by itself.
 
     .. math::
-        L = \operatorname*{mean}_k \Big[ \sum_e \ell(k, e) + \lambda \cdot
+        L = \operatorname*{mean}_k \Big[ \rho \sum_e \ell(k, e) + \lambda \cdot
         \begin{cases} \text{Var}_e\, \ell(k, e) & \text{REx, Eq. 16} \\
         \sum_e (\partial \ell(k, e, w) / \partial w |_{w=1})^2 & \text{IRMv1, Eq. 6} \end{cases} \Big]
 
@@ -84,13 +54,25 @@ class ClassWiseIRM(nn.Module):
     Args:
         num_features: width D of the backbone's features.
         num_classes: how many there are, C.
-        weight: λ, at least 0. The paper uses 2, 10 and 100 at 10, 20 and 50 images per class.
+        weight: λ, at least 0; can be set later (``irm.weight = 100.0`` from some epoch on). Choose it on validation
+            images. The paper contradicts itself: its supplementary B prints 2, 10 and 100 for 10, 20 and 50 images
+            per class, and in the same sentence that λ should fall with more samples; its Fig. 6a finds 10 best at 20
+            images; the released command uses 100 at 10 images.
         penalty: ``"rex"`` or ``"irmv1"``.
         temperature: of the cosine similarities, above 0.
         denominator: as in :func:`class_wise_risks`.
         projection: g; by default Linear(D, 512, no bias), BatchNorm, ReLU, Linear(512, 128).
-        detach: whether the backbone gets no gradient from this loss (the paper). It then trains the mask and g alone;
-            with False it trains the backbone too.
+        detach: what the backbone φ learns from. ``"penalty"``: from the risk, not from the penalty, which trains the
+            mask and g alone (the paper's text, the released code). True: from neither (Eq. 7 to the letter). False:
+            from both (the paper's ablation, Fig. 6a).
+        contrast: ``"environments"``, the risk above; ``"batch"``, instead of it SupCon over the whole batch, which the
+            released code takes.
+        penalty_on: ``"projection"``, the risks of z; ``"features"``, those of the masked features, without g.
+        risk_weight: ρ, of the contrast, at least 0. With few images per class in a batch the contrast mostly pushes
+            classes apart: 0.1 was better than 1 where it was tried on 50 classes with 10 images.
+        sample_weights: weigh the anchors of the risk, and of SupCon, by :meth:`Environments.weights`.
+        num_samples: length of the dataset. The environments are then buffers of full size from the start, for moving
+            averages of the model, DistributedDataParallel and checkpoints that are made before the environments.
         gather_distributed: whether the batch is that of all processes, or of a process group, with its gradient: the
             loss is then the same in all of them, and under DistributedDataParallel so are its gradients to one process
             with the whole batch. (The penalty is the square of a mean, so the mean of each process's loss is another.)
@@ -98,22 +80,23 @@ class ClassWiseIRM(nn.Module):
             normalises over the batch of its process, unless it is made a ``SyncBatchNorm``.
 
     Attributes:
-        mask: the :class:`FeatureMask` that the classifier shares: ``head(irm.mask(features))``.
-        environments: the fitted :class:`Environments`, saved with ``state_dict``; None before
-            :meth:`fit_environments`.
+        mask: the :class:`FeatureMask` that the classifier shares: ``head(irm.mask(features))``. Validate and export
+            through it too: :meth:`fold_into`.
+        environments: the fitted :class:`Environments`, saved in ``state_dict``; None before :meth:`fit_environments`
+            (with ``num_samples``, of full size and not ``fitted``).
 
     Without fitted environments, or for a loader that gives no indices, each batch is split by itself: an approximation,
     better the more samples of each class a batch holds.
 
     Shapes and behaviour of the call ``irm(features [B, D], labels [B], indices [B] | None) -> loss``: a 0-d tensor in
-    float32 (float64 for float64 features). Where no class has two samples, the loss is a zero with zero gradients. By
-    default each process of a distributed run takes the classes of its own batch. The environments are buffers, which
-    ``DistributedDataParallel`` sends to every process at each step unless told ``broadcast_buffers=False``: tell it so
-    where the dataset is large.
+    float32 (float64 for float64 features). Where no class has two samples, the loss is a zero with zero gradients; the
+    first such batch warns (on CPU). By default each process of a distributed run takes the classes of its own batch.
+    The environments are buffers, which ``DistributedDataParallel`` sends to every process at each step unless told
+    ``broadcast_buffers=False``: tell it so where the dataset is large.
 
     Raises:
-        TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range;
-            ``indices`` given before the environments are fitted.
+        TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range,
+            and labels other than those fitted at the same index; ``indices`` given before the environments are fitted.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -123,6 +106,8 @@ class ClassWiseIRM(nn.Module):
         >>> loss = irm(features[batch], labels[batch], batch)
         >>> loss.shape, bool(loss > 0)
         (torch.Size([]), True)
+        >>> irm.parts(features[batch], labels[batch], batch).classes
+        tensor([0, 1, 2, 3])
     """
 
     environments: Environments | None
@@ -137,27 +122,85 @@ class ClassWiseIRM(nn.Module):
         temperature: float = 0.1,
         denominator: str = "own",
         projection: nn.Module | None = None,
-        detach: bool = True,
+        detach: bool | str = "penalty",
+        contrast: str = "environments",
+        penalty_on: str = "projection",
+        risk_weight: float = 1.0,
+        sample_weights: bool = False,
+        num_samples: int | None = None,
         gather_distributed: bool | Group = False,
     ):
         super().__init__()
         check = Arguments("ClassWiseIRM")
         check.count("num_features", num_features)
         check.count("num_classes", num_classes)
-        check.not_negative("weight", weight)
         check.option("penalty", penalty, ("rex", "irmv1"))
         check.positive("temperature", temperature)
         check.option("denominator", denominator, ("own", "all"))
-        check.option("detach", detach, (True, False))
+        check.option("detach", detach, ("penalty", True, False))
+        check.option("contrast", contrast, ("environments", "batch"))
+        check.option("penalty_on", penalty_on, ("projection", "features"))
+        check.not_negative("risk_weight", risk_weight)
+        check.option("sample_weights", sample_weights, (True, False))
+        if num_samples is not None:
+            check.count("num_samples", num_samples)
         if projection is not None and not isinstance(projection, nn.Module):
             check.fail_type("projection", "an nn.Module or None", type(projection).__name__)
         self.num_features, self.num_classes = num_features, num_classes
         self.weight, self.penalty = weight, penalty
         self.temperature, self.denominator, self.detach = temperature, denominator, detach
-        self.processes, self._checksum = Processes("ClassWiseIRM", gather_distributed), Checksum()
+        self.contrast, self.penalty_on, self.risk_weight = contrast, penalty_on, risk_weight
+        self.sample_weights = sample_weights
+        self.processes, self.checksum = Processes("ClassWiseIRM", gather_distributed), Checksum()
+        self._warned = False
         self.mask = FeatureMask(num_features)
         self.projection = projection if projection is not None else _projection(num_features)
-        self.register_module("environments", None)
+        self.register_module("environments", None if num_samples is None else Environments(num_classes, num_samples))
+
+    @classmethod
+    def released(
+        cls,
+        num_features: int,
+        num_classes: int,
+        *,
+        weight: float = 100.0,
+        num_samples: int | None = None,
+        gather_distributed: bool | Group = False,
+    ) -> ClassWiseIRM:
+        r"""The objective of the authors' code, which is not that of their paper.
+
+        .. math:: L = \text{CE}(\text{head}(f)) + \tfrac{0.1}{0.07} \text{SupCon}(g(f)) +
+            \lambda \operatorname*{mean}_k \text{Var}_e\, \ell'(k, e), \qquad
+            f = 10 \cdot \text{normalize}(\sigma(m) \circ \phi)
+
+        SupCon runs over the whole batch (both views) and trains φ. :math:`\ell'` are the risks of the masked features
+        themselves, with all positives in the denominator, and do not train φ. The mask normalises, with scale 10: the
+        head is a plain linear layer on ``irm.mask(features)``. The released command sets λ to 0 for the first ten of
+        fifty epochs.
+        """
+        irm = cls(
+            num_features,
+            num_classes,
+            weight=weight,
+            denominator="all",
+            contrast="batch",
+            penalty_on="features",
+            risk_weight=0.1 / 0.07,
+            num_samples=num_samples,
+            gather_distributed=gather_distributed,
+        )
+        irm.mask.scale = 10.0
+        return irm
+
+    @property
+    def weight(self) -> float:
+        """λ, of the penalty."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        Arguments("ClassWiseIRM").not_negative("weight", weight)
+        self._weight = weight
 
     def fit_environments(
         self,
@@ -168,6 +211,7 @@ class ClassWiseIRM(nn.Module):
         encoder: Callable[[Tensor], Tensor] | None = None,
         num_samples: int | None = None,
         adjust: Adjust = True,
+        whiten: int | None = None,
         progress: bool = True,
     ) -> ClassWiseIRM:
         """Find the environments of a dataset, from its features or from a loader and an encoder.
@@ -180,6 +224,7 @@ class ClassWiseIRM(nn.Module):
             encoder: images [B, ...] to features [B, D]. Run in eval mode without gradient, and left as it was.
             num_samples: length of the dataset where it is more than the samples given here.
             adjust: as in :func:`adjusted_similarity`.
+            whiten: as in :meth:`Environments.split`.
             progress: whether ``encoder`` runs with a progress bar, where tqdm is installed.
 
         Returns:
@@ -187,101 +232,136 @@ class ClassWiseIRM(nn.Module):
             (``environments.release()`` lets them go); those of ``encoder`` are let go at once.
 
         Raises:
-            TypeError, ValueError: as :meth:`Environments.split`; what goes with ``encoder`` and what does not.
+            TypeError, ValueError: as :meth:`Environments.split`; what goes with ``encoder`` and what does not; a loader
+                that leaves samples of its dataset out, unless ``num_samples`` is given.
         """
-        check = Arguments("ClassWiseIRM.fit_environments")
-        if encoder is not None:
-            if isinstance(features, Tensor):
-                check.fail_type("features", "a loader where encoder is given", "a tensor")
-            if labels is not None or indices is not None:
-                check.fail("labels and indices", "None where encoder is given: the loader gives them", "given")
-            features, labels, indices = extract_features(encoder, features, progress=progress)
-        elif not isinstance(features, Tensor):
-            check.fail_type("features", "a tensor, or a loader together with encoder", type(features).__name__)
-        elif labels is None:
-            check.fail("labels", "given with features", None)
-        # The width of these features may be another than num_features: any frozen encoder will do.
-        environments = Environments.split(
-            features, labels, self.num_classes, indices=indices, num_samples=num_samples, adjust=adjust
-        )
-        if encoder is not None:
-            environments.release()  # nobody else holds these features, and they may be gigabytes
-        self.environments = environments.to(self.mask.weight.device)
+        if num_samples is None and self.environments is not None and not self.environments.fitted:
+            num_samples = self.environments.num_samples
+        environments = fitted_environments(
+            *(features, labels, indices),
+            num_classes=self.num_classes,
+            encoder=encoder,
+            num_samples=num_samples,
+            progress=progress,
+            adjust=adjust,
+            whiten=whiten,
+        ).to(self.mask.weight.device)
+        if self.environments is not None and self.environments.num_samples == environments.num_samples:
+            self.environments.become(environments)  # in place: who holds these buffers sees the change
+        else:
+            self.environments = environments
         return self
 
+    def fold_into(self, head: nn.Module) -> nn.Module:
+        """``head ∘ mask`` as one module, for validation, export and plain checkpoints: ``FeatureMask.fold_into``.
+
+        Example:
+            >>> irm, head = ClassWiseIRM(16, 4), nn.Linear(16, 4)
+            >>> features = torch.randn(2, 16)
+            >>> folded = irm.fold_into(head)
+            >>> type(folded).__name__, torch.allclose(folded(features), head(irm.mask(features)), atol=1e-6)
+            ('Linear', True)
+        """
+        return self.mask.fold_into(head)
+
     def forward(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
+        return self._terms(features, labels, indices)[0]
+
+    def parts(self, features: Tensor, labels: Tensor, indices: Tensor | None = None) -> ClassWiseIRMParts:
+        """The loss, and what it is made of, detached: what to log.
+
+        Args:
+            features: as of the call itself, like the others.
+
+        Returns:
+            ``(loss, risk [K, 2], penalty [K], classes [K])``.
+        """
+        loss, terms = self._terms(features, labels, indices)
+        if terms is None:
+            nothing = loss.detach().new_zeros(0)
+            return ClassWiseIRMParts(loss, nothing.view(0, 2), nothing, labels[:0].long())
+        compared, risk, penalty = terms
+        first = compared.first_of_each_class()
+        first = first[labels[first].argsort()]
+        return ClassWiseIRMParts(loss, risk.detach()[first], penalty.detach()[first], labels[first].long())
+
+    def _terms(
+        self, features: Tensor, labels: Tensor, indices: Tensor | None
+    ) -> tuple[Tensor, tuple[Compared, Tensor, Tensor] | None]:
+        """The loss; the comparison of the batch, and by sample the risks [B, 2] and penalties [B] of its class."""
         processes = self.processes
         labels, indices = processes.agree(
-            lambda: self._checked(features, labels, indices), lambda made: self._facts(features, *made)
+            lambda: checked_batch(self, features, labels, indices), lambda made: facts_of(self, features, *made)
         )
         if len(features) * processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
-            return self._zero(features)
+            return zero_of(self, features), None
         # Contiguous, so that the layers sum in the same order whatever the strides.
-        seen = (features.detach() if self.detach else features).contiguous()
-        z = self.projection(self.mask.select(seen))
-        all_labels = processes.gather(labels).flatten()
-        similar = self._similar(features.detach(), labels, all_labels, indices)
-        compared = compare(z, labels, all_labels, similar, self.temperature, processes)
+        features = features.contiguous()
+        by_risk = features.detach() if self.detach is True else features
+        by_penalty = features if self.detach is False else features.detach()
+        relations = self._relations(features.detach(), labels, indices)
+
+        compared = compare(self.projection(self.mask(by_risk)), labels, *relations)
         risk = risk_of(compared, self.denominator)
-        of_class = risk.sum(1)
-        if self.weight > 0 and self.penalty == "rex":
-            of_class = of_class + self.weight * rex_penalty(risk)
-        elif self.weight > 0:
-            of_class = of_class + self.weight * irmv1_penalty(slope_of(compared, self.denominator))
+        penalised = self._penalised(by_penalty, compared, labels, relations) if self.weight > 0 else compared
+        if self.penalty == "rex":
+            penalty = rex_penalty(risk if penalised is compared else risk_of(penalised, self.denominator))
+        else:
+            penalty = irmv1_penalty(slope_of(penalised, self.denominator))
+
         # Each class with two samples or more counts once: a sample of n weighs 1 / n.
         share = torch.where(compared.size > 1, 1 / compared.size.to(risk.dtype), 0)
-        loss, classes = processes.total(torch.stack([(of_class * share).sum(), share.sum()]))
-        per_class: Tensor = loss / classes.clamp(min=1)
-        return per_class
+        if self.contrast == "environments":
+            of_anchor, of_anchors = risk.sum(1) * share, share
+        else:
+            of_anchors = torch.where(compared.size > 1, compared.own_weight(), 0)
+            of_anchor = sup_con_of(compared) * of_anchors
+        of_penalty = penalty * share if self.weight > 0 else torch.zeros_like(share)
+        sums = [of_anchor.sum(), of_anchors.sum(), of_penalty.sum(), share.sum()]
+        contrast, anchors, penalties, classes = processes.total(torch.stack(sums))
+        self._warn_of_no_pair(classes)
+        # Where there is no pair, all sums are 0.
+        loss = self.risk_weight * contrast / torch.where(anchors > 0, anchors, 1)
+        return loss + self.weight * penalties / classes.clamp(min=1), (compared, risk, penalty)
 
-    def _checked(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        check = Arguments("ClassWiseIRM")
-        check.sizes["D"] = self.num_features
-        labels = check_batch(check, "features", features, labels)
-        check.below("labels", labels, self.num_classes, "num_classes")
-        if indices is not None:
-            indices = check.integers("indices", indices, "B")
-            if self.environments is None:
-                check.fail("indices", "None before fit_environments", list(indices.shape))
-            check.below("indices", indices, self.environments.num_samples, "samples of the environments")
-        alone = len(features) == 1 and self.processes.size > 1 and self.training
-        if alone and any(isinstance(module, nn.BatchNorm1d) for module in self.projection.modules()):
-            check.fail("features", "of at least 2 samples, for the projection's BatchNorm", list(features.shape))
-        return labels, indices
+    def _penalised(self, features: Tensor, compared: Compared, labels: Tensor, relations: Any) -> Compared:
+        """What the penalty compares: what the risk does, where both are of one embedding with one gradient."""
+        if self.penalty_on == "features":
+            return compare(self.mask.select(features), labels, *relations)
+        if self.detach != "penalty":
+            return compared
+        # The same values once more, without the gradient into φ; running statistics count the batch only once.
+        buffers = {name: buffer.clone() for name, buffer in self.projection.named_buffers()}
+        return compare(functional_call(self.projection, buffers, (self.mask(features),)), labels, *relations)
 
-    def _facts(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Facts:
-        """What processes have to agree on."""
-        bits = None if indices is None or self.environments is None else self.environments.bits
-        return {
-            "features": features,
-            "labels": labels,
-            "indices": indices,
-            "environments": bits,
-            "environments' sum": None if bits is None else self._checksum.of(bits),
-            "settings": settings_of(self),
-            "whether parameters learn": torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()),
-        }
-
-    def _similar(self, features: Tensor, labels: Tensor, all_labels: Tensor, indices: Tensor | None) -> Tensor:
-        """Which samples of all processes are in Env#1 of the class of each of ours, bool [B, all]."""
+    def _relations(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Any, ...]:
+        """What ``compare`` takes beside embeddings: the labels of all processes, which of their samples are in Env#1 of
+        the class of each of ours, bool [B, all], the temperature, the processes, and the weights of all samples."""
         processes = self.processes
+        all_labels, weights = processes.gather(labels).flatten(), None
         if indices is not None and self.environments is not None:
-            return self.environments.similar(labels, processes.gather(indices).flatten())
-        similar = similar_in_batch(processes.gather(features).flatten(0, 1), all_labels)
-        return similar[processes.rank * len(labels) :][: len(labels)]
+            everyone = processes.gather(indices).flatten()
+            similar = self.environments.similar(labels, everyone)
+            weights = self.environments.weights(everyone) if self.sample_weights else None
+        else:
+            similar = similar_in_batch(processes.gather(features).flatten(0, 1), all_labels)
+            similar = similar[processes.rank * len(labels) :][: len(labels)]
+        return all_labels, similar, self.temperature, processes, weights
 
-    def _zero(self, features: Tensor) -> Tensor:
-        """Zero, with a zero gradient for all the loss can reach: distributed training waits for every parameter."""
-        zero = features.new_zeros((), dtype=accumulation_dtype(features.dtype))
-        for part in [*self.parameters()] if self.detach else [features, *self.parameters()]:
-            zero = zero + part.flatten()[:0].sum()
-        return zero
+    def _warn_of_no_pair(self, classes: Tensor) -> None:
+        if not self._warned and values_visible(classes) and not classes:
+            self._warned = True
+            text = (
+                "ClassWiseIRM: no class has two samples in this batch, so there is nothing to compare and the loss is 0"
+            )
+            warnings.warn(f"{text}; draw batches of several samples a class", stacklevel=5)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, {self.num_classes}, weight={self.weight}, penalty={self.penalty!r}, "
-            f"temperature={self.temperature}, denominator={self.denominator!r}, detach={self.detach}, "
-            f"gather_distributed={self.processes}"
+            f"temperature={self.temperature}, denominator={self.denominator!r}, detach={self.detach!r}, "
+            f"contrast={self.contrast!r}, penalty_on={self.penalty_on!r}, risk_weight={self.risk_weight}, "
+            f"sample_weights={self.sample_weights}, gather_distributed={self.processes}"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

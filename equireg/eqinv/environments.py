@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import WeightedRandomSampler
 
 from equireg._checks import Arguments, values_visible
-from equireg.eqinv.adjusted_similarity import Adjust, Scores, check_samples
+from equireg.eqinv.adjusted_similarity import Adjust, Scores, check_indices, check_samples
 from equireg.eqinv.context_weights import class_weights, standardized
 from equireg.eqinv.halves import bit_of, first_half, packed
 from equireg.eqinv.report import EnvironmentsReport
@@ -124,24 +124,7 @@ class Environments(nn.Module):
         labels, num_classes = check_samples(check, features, labels, num_classes, adjust)
         if len(labels) == 0:
             check.fail("features", "of at least one sample", list(features.shape))
-        order = None
-        if indices is not None:
-            indices = check.integers("indices", indices, "N")
-            ranked, order = indices.sort()
-            twice = ranked[1:] == ranked[:-1]
-            if twice.any():
-                check.fail("indices", "all different", f"{int(ranked[1:][twice][0])} twice")
-            if (indices < 0).any():
-                check.fail("indices", "at least 0", int(indices.min()))
-        if num_samples is None:
-            num_samples = len(labels) if indices is None else int(indices.max()) + 1
-        check.count("num_samples", num_samples)
-        if indices is not None:
-            if (indices >= num_samples).any():
-                check.fail("indices", f"in 0 .. {num_samples - 1} (num_samples)", int(indices.max()))
-        elif len(labels) > num_samples:
-            check.fail("num_samples", f"at least the {len(labels)} rows of features", num_samples)
-
+        indices, order, num_samples = check_indices(check, indices, num_samples, len(labels))
         where = torch.arange(len(labels), device=labels.device) if indices is None else indices
         features = features if whiten is None else whitened(check, features, whiten)
         environments = cls(num_classes, num_samples).to(labels.device)
@@ -350,6 +333,24 @@ class Environments(nn.Module):
     def release(self) -> None:
         """Let the features of the split go; :meth:`members` then comes by index."""
         self._ranked_by = None
+
+    def check_labels(self, check: Arguments, indices: Tensor, labels: Tensor) -> None:
+        """Labels [B] that are those fitted at the same dataset indices; looked at only where that is free."""
+        if not values_visible(labels):
+            return
+        fitted = self.labels[indices]
+        wrong = (fitted != labels) & (fitted >= 0)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            rule = f"those of the fitted samples, {int(fitted[i])} at index {int(indices[i])}"
+            check.fail("labels", rule, int(labels[i]))
+
+    @torch.no_grad()
+    def become(self, other: Environments) -> None:
+        """Take what another of the same sizes has, in place."""
+        for name, buffer in other.named_buffers():
+            getattr(self, name).copy_(buffer)
+        self.fitted, self._ranked_by, self._weights = other.fitted, other._ranked_by, {}
 
     def _placed(self, check: Arguments, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Dataset indices [B] and the labels fitted there, of samples that took part in the split."""

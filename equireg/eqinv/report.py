@@ -42,7 +42,7 @@ class EnvironmentsReport:
 
     @property
     def looks_biased(self) -> Tensor:
-        """bool [C]: an excess kurtosis above 1."""
+        """Of each class, bool: an excess kurtosis above 1."""
         return self.excess_kurtosis > 1
 
     def __str__(self) -> str:

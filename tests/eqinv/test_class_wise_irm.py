@@ -39,11 +39,17 @@ def plain(**options):
 class Given(nn.Module):
     """Environments that answer a fixed table."""
 
-    num_samples = 1000
+    num_samples, fitted = 1000, True
 
-    def __init__(self, table):
+    def __init__(self, table, weights=None):
         super().__init__()
-        self.table = table
+        self.table, self.of_samples = table, weights
+
+    def check_labels(self, check, indices, labels):
+        pass
+
+    def weights(self, indices):
+        return self.of_samples
 
     def similar(self, classes, indices):
         return self.table
@@ -104,6 +110,7 @@ def test_any_batch_equals_the_loop(seed, samples, classes, penalty, denominator)
     similar = torch.rand(samples, samples) < torch.rand(())
     irm = plain(width=3, classes=6, weight=2.0, penalty=penalty, denominator=denominator, temperature=0.3)
     irm.environments = Given(similar)
+    irm._warned = True
     loss = irm(z, labels, torch.arange(samples))
     if labels.bincount().max() < 2:
         assert loss == 0
@@ -150,8 +157,10 @@ def test_no_class_with_two_samples():  # F30
     assert risks.classes.shape == (0,)
     assert risks.risk.shape == risks.slope.shape == (0, 2)
     irm = plain(width=4, detach=False)
-    loss = irm(z, torch.arange(3))
+    with pytest.warns(UserWarning, match="no class has two samples in this batch"):
+        loss = irm(z, torch.arange(3))
     assert loss == 0
+    assert irm(z.detach(), torch.arange(3)) == 0  # it warns once
     loss.backward()
     assert torch.equal(z.grad, torch.zeros(3, 4))
     assert torch.equal(irm.mask.weight.grad, torch.zeros(4))
@@ -343,7 +352,7 @@ WRONG_MODULE = {
     "temperature bool": ({"temperature": True}, TypeError, "temperature must be a number, got bool True"),
     "denominator": ({"denominator": "both"}, ValueError, "denominator must be one of 'own', 'all', got 'both'"),
     "projection": ({"projection": "mlp"}, TypeError, "projection must be an nn.Module or None, got str"),
-    "detach": ({"detach": "yes"}, ValueError, "detach must be one of True, False, got 'yes'"),
+    "detach": ({"detach": "yes"}, ValueError, "detach must be one of 'penalty', True, False, got 'yes'"),
 }
 
 

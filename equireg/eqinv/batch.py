@@ -1,0 +1,56 @@
+"""What a batch must be like before ``ClassWiseIRM``, here ``irm``, compares its classes; what processes agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+from equireg.distributed import Facts, settings_of
+from equireg.eqinv.class_risks import check_batch
+from equireg.similarity import accumulation_dtype
+
+
+def checked_batch(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Labels and indices as int64."""
+    check = Arguments("ClassWiseIRM")
+    check.sizes["D"] = irm.num_features
+    check.device, check.device_of = irm.mask.weight.device, "the loss module"
+    labels = check_batch(check, "features", features, labels)
+    check.below("labels", labels, irm.num_classes, "num_classes")
+    if indices is not None:
+        indices = check.integers("indices", indices, "B")
+        if irm.environments is None or not irm.environments.fitted:
+            check.fail("indices", "None before fit_environments", list(indices.shape))
+        check.below("indices", indices, irm.environments.num_samples, "samples of the environments")
+        irm.environments.check_labels(check, indices, labels)
+    elif irm.sample_weights:
+        check.fail("indices", "given with sample_weights", None)
+    alone = len(features) == 1 and irm.processes.size > 1 and irm.training
+    if alone and any(isinstance(module, nn.BatchNorm1d) for module in irm.projection.modules()):
+        check.fail("features", "of at least 2 samples, for the projection's BatchNorm", list(features.shape))
+    return labels, indices
+
+
+def facts_of(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | None) -> Facts:
+    """What processes have to agree on."""
+    bits = None if indices is None or irm.environments is None else irm.environments.bits
+    return {
+        "features": features,
+        "labels": labels,
+        "indices": indices,
+        "environments": bits,
+        "environments' sum": None if bits is None else irm.checksum.of(bits),
+        "settings": settings_of(irm),
+        "whether parameters learn": torch.is_grad_enabled() and any(p.requires_grad for p in irm.parameters()),
+    }
+
+
+def zero_of(irm: Any, features: Tensor) -> Tensor:
+    """Zero, with a zero gradient for all the loss can reach: distributed training waits for every parameter."""
+    zero = features.new_zeros((), dtype=accumulation_dtype(features.dtype))
+    for part in [*irm.parameters()] if irm.detach is True else [features, *irm.parameters()]:
+        zero = zero + part.flatten()[:0].sum()
+    return zero

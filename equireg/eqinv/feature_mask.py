@@ -1,0 +1,83 @@
+"""A learnable mask over features (EqInv, Wang et al., ECCV 2022, Step 3)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+
+__all__ = ["FeatureMask"]
+
+
+class FeatureMask(nn.Module):
+    r"""Selects features by a learnable vector: :math:`\sigma(m) \circ x`.
+
+    EqInv (Wang et al., 2022), Section 4, Step 3. The vector starts uniform in [0, 1).
+
+    Args:
+        num_features: width D of the features.
+        scale: None for the masked features as they are (the paper). A number gives ``scale · normalize(σ(m) ∘ x)``;
+            the released code classifies with ``scale=10``.
+
+    Example:
+        >>> mask = FeatureMask(4)
+        >>> mask(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, num_features: int, *, scale: float | None = None):
+        super().__init__()
+        check = Arguments("FeatureMask")
+        check.count("num_features", num_features)
+        if scale is not None:
+            check.positive("scale", scale)
+        self.weight = nn.Parameter(torch.rand(num_features))
+        self.scale = scale
+
+    def select(self, features: Tensor) -> Tensor:
+        """The masked features, [..., D], without the scale."""
+        return features * self.weight.sigmoid()
+
+    def forward(self, features: Tensor) -> Tensor:
+        check = Arguments("FeatureMask")
+        check.floats("features", features)
+        if features.shape[-1:] != self.weight.shape:
+            check.fail("features", f"[..., {len(self.weight)}]", list(features.shape))
+        selected = self.select(features)
+        return selected if self.scale is None else self.scale * F.normalize(selected, dim=-1, eps=1e-6)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}" + ("" if self.scale is None else f", scale={self.scale}")
+
+    @torch.no_grad()
+    def fold_into(self, head: nn.Module) -> nn.Module:
+        """``head ∘ mask`` as one module, with parameters of its own.
+
+        Args:
+            head: takes features [..., D].
+
+        Returns:
+            An ``nn.Linear`` where that is exact (a linear head, weight-normalised or not, and no ``scale``); else an
+            ``nn.Sequential`` of copies of the mask and the head.
+
+        Raises:
+            TypeError, ValueError: ``head`` is no module, or a linear one of another width.
+        """
+        check = Arguments("FeatureMask.fold_into")
+        if not isinstance(head, nn.Module):
+            check.fail_type("head", "an nn.Module", type(head).__name__)
+        # A subclass may do something else with its weight; a parametrised layer, as of weight_norm, does not.
+        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or self.scale is not None:
+            return nn.Sequential(copy.deepcopy(self), copy.deepcopy(head))
+        if head.in_features != len(self.weight):
+            check.fail("head", f"of {len(self.weight)} features", head.in_features)
+        folded = nn.Linear(head.in_features, head.out_features, head.bias is not None)
+        folded.to(head.weight.device, head.weight.dtype)
+        folded.weight.copy_(head.weight * self.weight.sigmoid())
+        if head.bias is not None:
+            folded.bias.copy_(head.bias)
+        return folded
