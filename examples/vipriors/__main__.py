@@ -1,53 +1,41 @@
 """The VIPriors recipe: much from few labels, without any other data.
 
-    python examples/vipriors all --data folder-with-train-val-test
+    python vipriors all --data folder-with-train-val-test
 
-runs its steps one after the other, each into a folder of ``--out`` with its options, log, checkpoint and pictures:
+runs its steps one after the other, each into a folder of --out with its options, log, checkpoints and pictures:
 
     pretrain        Step 1: self-supervised, by SimCLR, MoCo-v2 or SimSiam; IP-IRM, SER and reconstruction beside it
     environments    Step 2: what keeps the same company as each class, and a sheet of it
     finetune        Step 3: cross entropy and EqInv on the labels
     distill         a student of the fine-tuned model
-    test            flips, crops and the ensemble
+    test            flips, crops and the ensemble; predictions and the challenge's submission file
 
-Each is a command too, with flags of its own (``python examples/vipriors finetune --help``); for ``all`` these carry the
-step's name: ``--finetune-epochs 10``, ``--pretrain-method mocov2``. ``--preset vipriors10`` (or 20, 50) takes the
-papers' values, ``tiny10`` (the default; or 20, 50) some for 64 pixels and a CPU. A killed run goes on with
-``--resume``, and leaves out the steps that are done. Several processes: ``torchrun --nproc-per-node 8
-examples/vipriors all ...``.
-
-To take it elsewhere, copy this folder, and beside it ipirm_pretrain.py, distill.py, merged_predictions.py and the
-folder training.
+Each is a command too, with flags of its own: vipriors finetune --epochs 10; for all they carry the step's name:
+--finetune-epochs 10. --preset vipriors10 (or 20, 50) takes the papers' values, tiny10 (or 20, 50) some for 64 pixels
+and a CPU. A killed run goes on with --resume. Several processes: accelerate launch, or torchrun. To take the recipe
+elsewhere, copy this folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
+import math
 import os
 import sys
 import time
-from functools import partial
+import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # where this folder and what it shares lie
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # where this folder lies
 
 import torch
-from merged_predictions import UNKNOWN
-from training import (
-    add_training_options,
-    add_values,
-    as_program,
-    hash_of,
-    parse_checked,
-    start_processes,
-    write_atomically,
-)
+from accelerate import PartialState
 
 from vipriors import distillation, environments, finetune, images, presets, pretrain, test_time
-from vipriors.curves import draw_curves
-from vipriors.results import given_or_made, made_with
+from vipriors.run_folder import save_json
+from vipriors.training import TrainingError
 
 STEPS = {
     "pretrain": pretrain,
@@ -57,98 +45,87 @@ STEPS = {
     "test": test_time,
 }
 TRAININGS = ("pretrain", "finetune", "distill")
+SHARED: dict[str, tuple[Any, ...]] = {
+    "data": (None, "a folder as --layout says"),
+    "preset": ("tiny10", "values that flags change", presets.PRESETS),
+    "out": (None, "gets a folder for each step; runs/PRESET where not given"),
+    "model": ("resnet10t", "a ResNet or vision transformer of timm"),
+    "image_size": (64, "side of the images in pixels"),
+    "crop_scale": (0.3, "smallest share of an image that a crop shows"),
+    "patch_size": (8, "of a vision transformer"),
+    "late_class_token": (0, "blocks of a vision transformer before its class token"),
+    **images.OPTIONS,
+    "mixed_precision": ("auto", "auto: bf16 where the device multiplies it", ("auto", "no", "bf16", "fp16")),
+    "resume": (False, "go on from the last checkpoint; leave out the steps that are done"),
+    "seed": (0, "of weights, batches and augmentations"),
+    "workers": (0, "processes that load and augment images"),
+    "save_every": (500, "steps between checkpoints, besides every epoch"),
+    "max_skipped": (10, "so many steps in a row without a finite loss and gradient end a training"),
+    "traceback": (False, "say where an error came from, besides what it is"),
+}
 
 
-def options_of(step: str, arguments: list[str]) -> argparse.Namespace:
-    """The options of a step, from the preset and from its flags."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", choices=presets.PRESETS, default=presets.PRESETS[0])
-    first.add_argument("--method")
-    first.add_argument("--model")
-    known = first.parse_known_args(arguments)[0]
-    values = presets.values(known.preset, step, method=known.method, model=known.model)
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
 
-    module = STEPS[step]
-    parser = argparse.ArgumentParser(prog=f"vipriors {step}", description=module.__doc__.splitlines()[0])
+    def error(self, message: str) -> Any:
+        unknown = message.split("unrecognized arguments: ")[-1].split()[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown[:2] == "--" else []
+        raise TrainingError(message + (f"; did you mean {near[0]}?" if near else ""))
+
+    def add(self, title: str, options: dict[str, tuple[Any, ...]], values: dict[str, Any], prefix: str = "") -> None:
+        """A group of flags, whose defaults are the preset's ``values`` or their own."""
+        group = self.add_argument_group(title)
+        for name, (own, text, *choices) in options.items():
+            default, flag = values.get(name, own), f"--{prefix}{name}".replace("_", "-")
+            if own is False:
+                group.add_argument(flag, action="store_true", help=text)
+                continue
+            kind = {"type": Path if own is None else type(own), "choices": choices[0] if choices else None}
+            group.add_argument(flag, default=default, help=f"{text} (default: {default})", **kind)
+
+
+def options_of(command: str, arguments: list[str]) -> dict[str, argparse.Namespace]:
+    """The options of each step, from the preset and from its flags; wrong ones show before any work."""
+    prefix = {step: f"{step}_" if command == "all" else "" for step in STEPS if command in (step, "all")}
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--model", f"--{prefix.get('pretrain', '')}method".replace("_", "-")):
+        first.add_argument(flag, dest=flag.split("-")[-1], default="tiny10" if flag == "--preset" else None)
+    known = vars(first.parse_known_args(arguments)[0])
+    if known["preset"] not in presets.PRESETS:
+        raise TrainingError(f"--preset must be one of {', '.join(presets.PRESETS)}, got {known['preset']}")
     data = os.environ.get("EQUIREG_DATA")
-    data = f"{data}/tiny-vipriors64" if data else None
-    parser.add_argument("--data", type=Path, default=data, required=data is None, help="a folder as --layout says")
-    parser.add_argument("--preset", choices=presets.PRESETS, default=known.preset, help="flags change its parts")
-    parser.add_argument("--out", type=Path, default=Path("runs") / known.preset, help="a folder in it for each step")
-    images.add_options(parser)
-    module.add_options(parser)
-    parser.add_argument(
-        "--evaluate-on", choices=("test", "val"), default="test", help="val: test images are left alone, for choices"
-    )
-    add_training_options(parser)
-    declared = vars(parser.parse_known_args(["--data", "."])[0])
-    parser.set_defaults(**{name: value for name, value in values.items() if name in declared})
-    add_values(parser, {name: value for name, value in values.items() if name not in declared})
-    return parse_checked(parser, arguments, *([module.check] if hasattr(module, "check") else []), images.check)
-
-
-def run_step(step: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The results of one step; those on the disk where it is done and goes on."""
-    rank, world, _ = start_processes()
-    if step in TRAININGS:
-        results = fine_tune(options) if step == "finetune" else STEPS[step].run(options)
-        if rank == 0:
-            draw_curves(options.out / step, results)
-        return results
-    results: dict[str, Any] = STEPS[step].run(options) if rank == 0 else {}
-    if world > 1:
-        torch.distributed.barrier()
-    return results
-
-
-def fine_tune(options: argparse.Namespace) -> dict[str, Any]:
-    """Step 3, with what Steps 1 and 2 left in ``--out`` where nothing else is given."""
-    folder = options.out / "environments"
-    given = options.environments is not None
-    options.encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
-    options.environments = given_or_made(options.environments, folder / "environments.pt")
-    of_step_two = options.environments is not None and not given and options.penalty != "off"
-    if of_step_two and options.encoder and made_with(folder, "encoder") != hash_of(options.encoder):
-        raise ValueError(
-            f"{options.environments} was made with another encoder than {options.encoder}; run Step 2 (environments) "
-            "again, or give --environments"
-        )
-    options.method = "cross entropy" if options.penalty == "off" else f"EqInv ({options.penalty})"
-    return finetune.train(options, options.out / "finetune")
-
-
-def run_all(arguments: list[str]) -> None:
-    """One step after the other, and what came out of all in ``recipe.json``."""
-    parser = argparse.ArgumentParser(
-        prog="vipriors all", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="leave out the optional ones")
-    chosen, rest = parser.parse_known_args(arguments)
-    shared, own = sort_flags(rest)
-    options = {step: options_of(step, [*shared, *own[step]]) for step in chosen.steps}  # mistakes show before any work
-    found: dict[str, Any] = {}
-    for step in chosen.steps:
-        start = time.monotonic()
-        results = run_step(step, options[step])
-        found[step] = {"seconds": round(time.monotonic() - start, 1), **results}
-        if start_processes()[0] == 0:
-            print(f"{step}: {found[step]['seconds']} s, {summary(results)}", flush=True)
-            path = options[step].out / "recipe.json"
-            write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
-
-
-def sort_flags(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The flags of all steps, and those of each one, ``--finetune-epochs 10`` as ``--epochs 10``."""
-    shared: list[str] = []
-    own: dict[str, list[str]] = {step: [] for step in STEPS}
-    into = shared
-    for argument in arguments:
-        if argument.startswith("--"):
-            step = next((step for step in STEPS if argument.startswith(f"--{step}-")), None)
-            into = shared if step is None else own[step]
-            argument = argument if step is None else f"--{argument[len(step) + 3 :]}"
-        into.append(argument)
-    return shared, own
+    shared = {"data": Path(data) / "tiny-vipriors64" if data else None, **presets.values(step="all", **known)}
+    formatter = argparse.RawDescriptionHelpFormatter
+    text = __doc__ if command == "all" else STEPS[command].__doc__
+    parser = Parser(f"vipriors {command}", description=text, formatter_class=formatter, allow_abbrev=False)
+    if command == "all":
+        parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="leave out optional ones")
+    parser.add("all steps", SHARED, shared)
+    flags = {step: (presets.TRAINING if step in TRAININGS else {}) | STEPS[step].OPTIONS for step in prefix}
+    for step in prefix:
+        parser.add(step, flags[step], presets.values(step=step, **known), prefix[step])
+    given = vars(parser.parse_args(arguments))
+    if given["data"] is None:
+        raise TrainingError("--data must name a folder with train/<class>/*, or as --layout says")
+    given["out"] = given["out"] or Path("runs") / given["preset"]
+    if given["mixed_precision"] == "auto":
+        cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        given["mixed_precision"] = "bf16" if torch.cuda.is_available() or cpu else "no"
+    for name, value in given.items():
+        least = 0 if name.endswith(("shots", "workers", "warmup_epochs", "token")) else 1
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TrainingError(f"--{name.replace('_', '-')} must be finite, got {value}")
+        if type(value) is int and name not in ("seed", "draw") and value < least:
+            raise TrainingError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    found = {}
+    for step in given.get("steps", prefix):
+        own = {name: given[f"{prefix[step]}{name}"] for name in flags[step]}
+        found[step] = argparse.Namespace(**{name: given[name] for name in SHARED}, **own)
+        getattr(STEPS[step], "check", lambda options: None)(found[step])
+        for split in ("train", *images.measured(found[step])):
+            images.read(found[step], split)
+    return found
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -156,7 +133,7 @@ def summary(results: dict[str, Any]) -> str:
         name = results["result"]
         results = {f"{results['on']}: {name}": results["merged"][name]}
     shown = {name: f"{value:.1f}%" for name, value in results.items() if isinstance(value, float)}
-    shown.update({name: value for name, value in results.items() if value == UNKNOWN})
+    shown |= {name: value for name, value in results.items() if value == test_time.UNKNOWN}
     return ", ".join(f"{name} {value}" for name, value in shown.items()) or "done"
 
 
@@ -164,17 +141,31 @@ def main(arguments: list[str]) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(__doc__)
-    elif command == "all":
-        run_all(arguments[1:])
-    elif command in STEPS:
-        results = run_step(command, options_of(command, arguments[1:]))
-        if results:
-            print(f"{command}: {summary(results)}")
-    else:
-        raise ValueError(f"no step {command!r}; choose from {', '.join(STEPS)}, all")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        return
+    if command not in ("all", *STEPS):
+        raise TrainingError(f"no step {command!r}; choose from {', '.join(STEPS)}, all")
+    found: dict[str, Any] = {}
+    for step, options in options_of(command, arguments[1:]).items():
+        start = time.monotonic()
+        results = STEPS[step].run(options)
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            found[step] = {"seconds": round(time.monotonic() - start, 1), **results}
+            print(f"{step}: {found[step]['seconds']} s, {summary(results)}", flush=True)
+            if command == "all":
+                save_json(options.out / "recipe.json", found)
+
+
+def program(arguments: list[str]) -> None:
+    """``main``; what is wrong with the data, the flags or the disk is said in one line."""
+    try:
+        main(arguments)
+    except (TrainingError, ValueError, OSError) as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        # From a process that loads images comes a whole traceback, with the reason on its last line.
+        sys.exit(f"vipriors: {str(error).strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":
-    as_program(partial(main, sys.argv[1:]))
+    program(sys.argv[1:])

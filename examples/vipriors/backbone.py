@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from ipirm_pretrain import Channels
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from training import load_safely, precision
+from torch.utils.data import DataLoader
 
-from equireg import LateClassToken, WithIndex, extract_features
+from equireg import ImageFiles, LateClassToken, WithIndex, extract_features
+from vipriors.images import whole
+from vipriors.run_folder import load, made_with
+from vipriors.training import TrainingError, differences
 
 STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}  # of a ResNet's stages
 SAME = ("model", "patch_size", "late_class_token")  # of Step 1 and of the steps that take its encoder
+if not torch.cuda.is_available():  # at these sizes its backward pass takes as long as all the rest of a step
+    timm.layers.set_fused_attn(False)
 
 
 def is_vit(model: str) -> bool:
@@ -27,7 +30,7 @@ def is_vit(model: str) -> bool:
     return timm.model_entrypoint(model).__module__.endswith(("vision_transformer", "deit"))
 
 
-def create(options: argparse.Namespace, encoder: Path | str | None = None, num_classes: int = 0) -> nn.Module:
+def create(options: argparse.Namespace, encoder: Path | None = None, num_classes: int = 0) -> nn.Module:
     """The model, with the weights of an encoder where one is given, and an output for each class.
 
     The class token of a vision transformer enters behind ``--late-class-token`` blocks, by hooks on these.
@@ -37,32 +40,32 @@ def create(options: argparse.Namespace, encoder: Path | str | None = None, num_c
         sizes = {"img_size": options.image_size, "patch_size": options.patch_size, "dynamic_img_size": True}
         sizes["drop_path_rate"] = getattr(options, "drop_path", 0.0)  # in fine-tuning
     model = timm.create_model(options.model, num_classes=0, **sizes)
-    if getattr(options, "late_class_token", 0):
+    if options.late_class_token:
         LateClassToken(model, options.late_class_token)
     if encoder is not None:
-        check_same(Path(encoder), options)
-        ours = Path(encoder).with_name("options.json").exists()
-        model.load_state_dict(load_safely(Path(encoder), sealed=ours))
+        # Another patch size changes what the weights mean, and another place of the class token no shape tells.
+        old = {name: made_with(encoder.parent, name) for name in SAME}
+        if old["model"] and (changed := differences(old, {name: getattr(options, name) for name in SAME})):
+            raise TrainingError(f"{encoder} was made with other settings: {changed}")
+        model.load_state_dict(load(encoder))
     if num_classes:
         model.reset_classifier(num_classes)
     return model.to(memory_format=torch.channels_last)
 
 
-def check_same(encoder: Path, options: argparse.Namespace) -> None:
-    """Another patch size changes what the weights mean, and another place of the class token no shape tells."""
-    beside = encoder.with_name("options.json")
-    old = json.loads(beside.read_text()) if beside.exists() else {}
-    changed = [name for name in SAME if name in old and old[name] != getattr(options, name, old[name])]
-    if changed:
-        was = ", ".join(f"{name} {old[name]!r} (now {getattr(options, name)!r})" for name in changed)
-        raise ValueError(f"{encoder} was trained with other options: {was}")
+class Channels(nn.Module):
+    """Images in the order of memory that convolutions are fastest with."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
 
 
-def frozen_features(
-    model: nn.Module, images: Dataset, options: argparse.Namespace, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Features [N, D], or a classifier's logits, and labels [N] of the images."""
+def frozen_features(model: nn.Module, images: ImageFiles, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Features [N, D], or a classifier's logits, and labels [N] of the whole images."""
+    images = images.take(range(len(images)))
+    images.transform = whole(options)
     loader = DataLoader(WithIndex(images), batch_size=256, num_workers=options.workers)
-    with precision(options, device):
-        features, labels, _ = extract_features(nn.Sequential(Channels(), model), loader, progress=False)
-    return features.float(), labels
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    with accelerator.autocast():
+        found = extract_features(nn.Sequential(Channels(), model.to(accelerator.device)), loader, progress=False)
+    return found[0].float(), found[1]

@@ -1,61 +1,103 @@
 """Optional: distillation. A student starts from Step 1's encoder and learns from the labels and the fine-tuned model.
 
-    loss = criterion(student(images), teacher(images), labels)
-
-The losses, the augmentation and the measures are those of distill.py.
+loss = criterion(student(images), teacher(images), labels)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from distill import STUDENTS, Augmented, Student
-from merged_predictions import measure
-from torch import nn
-from torch.utils.data import Dataset
-from training import (
-    hash_of,
-    load_safely,
-    run_training,
-    save_atomically,
-)
+from torch import Tensor, nn
+from torchvision.transforms import v2
 
+from equireg import ContrastiveDistillation, DistillationLoss, FeatureDistillation, ImageFiles, OverhaulDistillation
 from vipriors.backbone import create, is_vit
-from vipriors.finetune import Classifier
-from vipriors.images import measured, read
-from vipriors.pretrain import OPTIMIZERS
-from vipriors.results import given_or_made
+from vipriors.finetune import Classifier, fine_tuned
+from vipriors.images import crop, names_hash, read, to_tensor, whole
+from vipriors.run_folder import fit, given_or_made, hash_of, once, save, warm_cosine
+from vipriors.test_time import measure
+from vipriors.training import seed_everything
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder", type=Path, help="encoder.pt; default: Step 1's in --out, if there; the word none: from scratch"
-    )
-    parser.add_argument("--teacher", type=Path, help="folder of a fine-tuning; default: that of Step 3 in --out")
-    parser.add_argument("--method", choices=STUDENTS.values(), default="logits")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+STAGES = {"ofd": (1, 2, 3, 4), "ofd-last": (4,)}
+WEIGHTS = {"features": 10.0, "ofd": 1.0, "ofd-last": 1.0, "crd": 0.1}  # beside the cross entropy; KL brings its own
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "encoder": (None, "encoder.pt; by default that of Step 1, if there; the word none: from scratch"),
+    "teacher": (None, "folder of a fine-tuning; by default that of Step 3"),
+    "method": ("logits", "KL on logits or features, OFD on stages, or CRD", ("logits", *WEIGHTS)),
+    "optimizer": ("adamw", "optimizer", ("adamw", "sgd")),
+}
 
 
 def check(options: argparse.Namespace) -> None:
-    if options.method.startswith("ofd") and is_vit(options.model):
+    if options.method in STAGES and is_vit(options.model):
         raise ValueError(f"--method {options.method} compares the stages of a ResNet, got --model {options.model}")
 
 
-def fine_tuned(options: argparse.Namespace, folder: Path, num_classes: int) -> Classifier:
-    """The model of Step 3, frozen."""
-    path = folder / "model.pt"
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; run Step 3 (finetune) first")
-    own = json.loads((folder / "options.json").read_text())
-    kind = {name: own.get(name) for name in ("penalty", "mask_scale")}
-    classifier = Classifier(argparse.Namespace(**{**vars(options), **kind}), num_classes)
-    classifier.load_state_dict(load_safely(path))
-    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+def outputs(model: nn.Module, images: Tensor, stages: Iterable[int] = ()) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Logits, pooled features, and of each stage the input [B, D, h, w] of its last ReLU, which OFD compares."""
+    maps: list[Tensor] = []
+    with ExitStack() as hooks:
+        for stage in stages:
+            block = getattr(model, f"layer{stage}")[-1]
+            activation = block.act3 if hasattr(block, "act3") else block.act2
+            hook = activation.register_forward_pre_hook(lambda _, x: maps.append(x[0].clone()))  # it works in place
+            hooks.callback(hook.remove)
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    return model.get_classifier()(pooled).float(), pooled.float(), [part.float() for part in maps]
+
+
+class Student(nn.Module):
+    """A classifier and the loss that it learns by."""
+
+    def __init__(self, kind: str, model: nn.Module, teacher: nn.Module, images: ImageFiles, transform: Any):
+        super().__init__()
+        self.kind, self.model, self.of_teacher = kind, model, [teacher]  # in a list: no part of this module
+        self.classify = DistillationLoss(**({} if kind == "logits" else {"beta": 0.0}))
+        width, self.stages = model.num_features, STAGES.get(kind, ())
+        if kind == "features":
+            self.distill: nn.Module = FeatureDistillation(width)
+        elif kind == "crd":
+            self.distill = ContrastiveDistillation(width, width, len(images))
+        elif self.stages:
+            dims = [[stage["num_chs"] for stage in model.feature_info][-4:][stage - 1] for stage in self.stages]
+            self.distill = OverhaulDistillation(dims, dims)
+            self.distill.fit_margins(self._maps_of_teacher(images, transform))
+
+    @torch.no_grad()
+    def _maps_of_teacher(self, images: ImageFiles, transform: Any) -> Iterator[list[Tensor]]:
+        for places in torch.arange(len(images)).split(256):
+            batch = torch.stack([transform(images[place][0]) for place in places.tolist()])
+            yield outputs(self.of_teacher[0], batch, self.stages)[2]
+
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        images = images.contiguous(memory_format=torch.channels_last)
+        logits, features, maps = outputs(self.model, images, self.stages)
+        with torch.no_grad():
+            theirs = outputs(self.of_teacher[0].to(images.device), images, self.stages)
+        loss = self.classify(logits, theirs[0], labels)
+        parts = {"classification": loss.detach()}
+        if self.kind in WEIGHTS:
+            given = {"features": (features, theirs[1]), "crd": (features, theirs[1], indices)}
+            extra = self.distill(*given.get(self.kind, (maps, theirs[2])))
+            loss, parts["distillation"] = loss + WEIGHTS[self.kind] * extra, extra.detach()
+        return loss, parts
+
+
+class Augmented:
+    """Makes a batch: crops, flips, RandAugment and random erasing (IP-IRM, Section 4.2)."""
+
+    def __init__(self, options: argparse.Namespace, images: ImageFiles):
+        self.images = images
+        self.policy = v2.Compose([*crop(options), v2.RandAugment(), to_tensor(v2.RandomErasing(p=0.25))])
+
+    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        views = torch.stack([self.policy(self.images[index][0]) for index in indices])
+        return views, self.images.labels[indices], torch.tensor(indices)
 
 
 def in_one(classifier: Classifier) -> nn.Module:
@@ -65,32 +107,20 @@ def in_one(classifier: Classifier) -> nn.Module:
     return model
 
 
-def make_student(
-    options: argparse.Namespace, encoder: Path | None, teacher: nn.Module, images: Dataset, num_classes: int
-) -> Student:
-    return Student(options, options.method, create(options, encoder, num_classes), teacher, images)
-
-
-def evaluate(student: Student, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Accuracies of one view and of ten crops, in percent."""
-    save_atomically(folder / "model.pt", student.model.state_dict())
-    return measure(student.model, {split: read(options, split) for split in measured(options)}, options, device, folder)
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One student, into the folder ``distill``."""
-    images, folder = read(options, "train"), options.out / "distill"
+    """``model.pt`` and ``predictions.pt``; accuracies of one view and of ten crops, in percent."""
+    images, source = read(options, "train"), options.teacher or options.out / "finetune"
     encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
-    from_step_three = options.teacher or options.out / "finetune"
-    teacher = in_one(fine_tuned(options, from_step_three, len(images.classes)))
-    return run_training(
-        options,
-        {"encoder": encoder and hash_of(encoder), "teacher": hash_of(from_step_three / "model.pt")},
-        folder,
-        "distillation",
-        make_objective=partial(make_student, options, encoder, teacher, images, len(images.classes)),
-        make_collate=partial(Augmented, options),
-        evaluate=partial(evaluate, options=options, folder=folder),
-        make_optimizer=OPTIMIZERS[options.optimizer],
-        images=images,
-    )
+    teacher = in_one(fine_tuned(options, source, len(images.classes)))
+    made_of = {"encoder": encoder and hash_of(encoder), "teacher": hash_of(source / "model.pt")}
+
+    def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        seed_everything(options.seed)
+        model = create(options, encoder, len(images.classes))
+        student = Student(options.method, model, teacher, images, whole(options))
+        if not fit(options, folder, settings, student, Augmented(options, images), warm_cosine(options)):
+            return {}
+        save(folder / "model.pt", model.state_dict())
+        return measure(model, options, folder)
+
+    return once(options, "distill", made_of | {"files": names_hash(images)}, work)

@@ -11,53 +11,37 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.transforms import v2
-from training import (
-    MEAN,
-    STD,
-    hash_of,
-    load_safely,
-    normalized_transform,
-    precision,
-    run_training,
-    save_atomically,
-    seed_everything,
-)
 
-from equireg import ClassWiseIRM, Environments, FeatureMask
-from vipriors.backbone import create, frozen_features
-from vipriors.images import accuracy, measured, read
+from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles
+from vipriors.backbone import create, frozen_features, is_vit
+from vipriors.images import crop, measured, names_hash, read, to_tensor
+from vipriors.run_folder import fit, given_or_made, hash_of, load, made_with, once, save, warm_cosine
+from vipriors.test_time import accuracy
+from vipriors.training import TrainingError, seed_everything
 
-PENALTIES = ("off", "rex", "irmv1")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder",
-        type=Path,
-        help="encoder.pt, of the same --model; default: that of Step 1 in --out, if there; the word none: from scratch",
-    )
-    parser.add_argument(
-        "--environments",
-        type=Path,
-        help="environments.pt; default: that of Step 2 in --out, if there; the word none: found in each batch",
-    )
-    parser.add_argument("--penalty", choices=PENALTIES, default="rex", help="off: cross entropy alone")
-    parser.add_argument(
-        "--weight", type=float, default=10.0, help="of the penalty; the paper: 2, 10, 100 for 10, 20, 50"
-    )
-    parser.add_argument("--temperature", type=float, default=0.1)
-    parser.add_argument("--mask-scale", type=float, default=0.0, help="classify so many times the normalised features")
-    parser.add_argument("--open", action="store_true", help="let the penalty train the backbone too")
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "encoder": (
+        None,
+        "encoder.pt of the same --model; by default that of Step 1, if there; the word none: from scratch",
+    ),
+    "environments": (None, "environments.pt; by default that of Step 2, if there; the word none: found in each batch"),
+    "penalty": ("rex", "off: cross entropy alone", ("off", "rex", "irmv1")),
+    "weight": (10.0, "of the penalty; EqInv, supplementary B: 2, 10, 100 for 10, 20, 50 images of a class"),
+    "temperature": (0.1, "of EqInv's contrast"),
+    "mask_scale": (0.0, "classify so many times the normalised features; 0: the features as they are"),
+    "open": (False, "let the penalty train the backbone too"),
+    "layer_decay": (0.65, "factor of the rate from block to block of a vision transformer"),
+    "drop_path": (0.0, "share of the residual branches of a vision transformer that are dropped"),
+}
 
 
 class Classifier(nn.Module):
@@ -67,9 +51,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = create(options, encoder)
         width = self.backbone.num_features
-        with_mask = options.penalty != "off"
         self.head = weight_norm(nn.Linear(width, num_classes))
-        self.mask = FeatureMask(width, scale=options.mask_scale or None) if with_mask else nn.Identity()
+        masked = options.penalty != "off"
+        self.mask = FeatureMask(width, scale=options.mask_scale or None) if masked else nn.Identity()
 
     def features(self, images: Tensor) -> Tensor:
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
@@ -81,127 +65,101 @@ class Classifier(nn.Module):
 class Objective(nn.Module):
     """The whole loss of a step in one forward pass, as DistributedDataParallel wants it."""
 
-    clip = 0.0  # largest norm of the gradient; 0 for any
-
-    def __init__(self, options: argparse.Namespace, num_classes: int):
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        num_classes: int,
+        encoder: Path | None = None,
+        environments: Path | None = None,
+    ):
         super().__init__()
-        self.options = options
-        self.model = Classifier(options, num_classes, options.encoder)
+        self.model, self.irm = Classifier(options, num_classes, encoder), None
         if options.penalty != "off":
-            self.irm = ClassWiseIRM(
-                self.model.backbone.num_features,
-                num_classes,
-                weight=options.weight,
-                penalty=options.penalty,
-                temperature=options.temperature,
-                detach=not options.open,
-                gather_distributed=True,
-            )
+            how = {name: getattr(options, name) for name in ("weight", "penalty", "temperature")}
+            width = self.model.backbone.num_features
+            self.irm = ClassWiseIRM(width, num_classes, **how, detach=not options.open, gather_distributed=True)
             self.irm.mask = self.model.mask
-            if options.environments is not None:
+            if environments is not None:
                 self.irm.environments = Environments()
-                self.irm.environments.load_state_dict(load_safely(options.environments))
-
-    @property
-    def method(self) -> Objective:
-        return self
+                self.irm.environments.load_state_dict(load(environments))
 
     def forward(self, views: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with precision(self.options, views.device):
-            f = self.model.features(views).float()
-            loss = F.cross_entropy(self.model.head(self.model.mask(f)).float(), labels)
+        f = self.model.features(views).float()
+        loss = F.cross_entropy(self.model.head(self.model.mask(f)).float(), labels)
         parts = {"classification": loss.detach()}
-        if self.options.penalty != "off":
+        if self.irm is not None:
             irm = self.irm(f, labels, None if self.irm.environments is None else indices)
             loss, parts["irm"] = loss + irm, irm.detach()
         return loss, parts
 
-    def before_step(self, epoch: int) -> None:
-        """Before each step of the optimizer."""
 
-    def update(self, step: int, steps: int) -> None:
-        """After each step of the optimizer."""
-
-
-class TwoViews:
+class TwoCrops:
     """Makes a batch: two crops of each image, one after the other, with its label and its place in the dataset."""
 
-    def __init__(self, options: argparse.Namespace, rank: int):
-        self.options, self.rank = options, rank
-        self.policy = v2.Compose(
-            [
-                v2.RandomResizedCrop(options.image_size, scale=(options.crop_scale, 1.0), interpolation=3),
-                v2.RandomHorizontalFlip(),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(MEAN, STD),
-            ]
+    def __init__(self, options: argparse.Namespace, images: ImageFiles):
+        self.images, self.policy = images, v2.Compose([*crop(options), to_tensor()])
+
+    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        pictures = [self.images[index][0] for index in indices]
+        views = torch.stack([self.policy(picture) for _ in range(2) for picture in pictures])
+        return views, self.images.labels[indices].repeat(2), torch.tensor(indices).repeat(2)
+
+
+def fine_tuned(options: argparse.Namespace, folder: Path, num_classes: int) -> Classifier:
+    """The model that this step left in ``folder``, frozen."""
+    path = folder / "model.pt"
+    if not path.exists():
+        raise TrainingError(f"{path}: no such file; run Step 3 (finetune) first")
+    kind = {name: made_with(folder, name) for name in ("penalty", "mask_scale")}
+    classifier = Classifier(argparse.Namespace(**{**vars(options), **kind}), num_classes)
+    classifier.load_state_dict(load(path))
+    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def sources(options: argparse.Namespace) -> dict[str, Path | None]:
+    """The encoder and the environments, which must have been made with it where Step 2 left them."""
+    folder, own = options.out / "environments", options.environments is None and options.penalty != "off"
+    found = {
+        "encoder": given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt"),
+        "environments": given_or_made(options.environments, folder / "environments.pt"),
+    }
+    if own and all(found.values()) and made_with(folder, "encoder") != hash_of(found["encoder"]):
+        raise TrainingError(
+            f"{found['environments']} was made with another encoder than {found['encoder']}; run Step 2 (environments) "
+            "again, or give --environments"
         )
-
-    def __call__(self, samples: list[tuple[int, Any, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            seed_everything(self.options.seed, samples[0][0], self.rank)
-            views = torch.stack([self.policy(sample[1]) for _ in range(2) for sample in samples])
-        labels, indices = (torch.tensor([sample[place] for sample in samples]) for place in (2, 3))
-        return views, labels.repeat(2), indices.repeat(2)
+    return found
 
 
-def sgd(objective: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """The paper's."""
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=options.lr, momentum=0.9, weight_decay=options.weight_decay)
-
-
-def adamw_by_layers(objective: Objective, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """Of each block ``--layer-decay`` times the rate of the block behind it, and of the last one times the head's."""
-    backbone = objective.model.backbone
-    groups = param_groups_layer_decay(
-        backbone, options.weight_decay, backbone.no_weight_decay(), layer_decay=options.layer_decay
-    )
+def by_layers(objective: Objective, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW: of each block ``--layer-decay`` times the rate of the block behind it, of the last times the head's."""
+    backbone, decay = objective.model.backbone, options.weight_decay
+    groups = param_groups_layer_decay(backbone, decay, backbone.no_weight_decay(), layer_decay=options.layer_decay)
     for group in groups:
         group["lr_scale"] *= options.layer_decay  # timm counts from the last layer of the backbone, which has no head
-    inside = {id(p) for p in backbone.parameters()}
-    others = [p for p in objective.parameters() if id(p) not in inside and p.requires_grad]
-    groups += [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.lr)
+    others = nn.ModuleList([objective.model.head, objective.model.mask, objective.irm or nn.Identity()])
+    return torch.optim.AdamW(groups + param_groups_weight_decay(others, decay), lr=options.lr)
 
 
-def steps_down(step: int, steps_per_epoch: int, options: argparse.Namespace) -> float:
+def steps_down(options: argparse.Namespace) -> Callable[[int, int], float]:
     """A tenth of the rate from 60% of the epochs on, a hundredth from 80%."""
-    progress = step / (options.epochs * steps_per_epoch)
-    return options.lr * 0.1 ** ((progress >= 0.6) + (progress >= 0.8))
+    return lambda step, steps: options.lr * 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
 
 
-def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Accuracy on validation and test images, in percent."""
-    save_atomically(folder / "model.pt", objective.model.state_dict())
-    results: dict[str, Any] = {}
-    for split in measured(options):
-        images = read(options, split)
-        images.transform = normalized_transform(options)
-        results[split] = accuracy(*frozen_features(objective.model, images, options, device))
-    return results
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """``model.pt``; accuracy on validation and test images, in percent."""
+    images, found = read(options, "train"), sources(options)
+    made_of = {name: path and hash_of(path) for name, path in found.items()} | {"files": names_hash(images)}
 
+    def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        seed_everything(options.seed)
+        objective = Objective(options, len(images.classes), **found)
+        vit, batches = is_vit(options.model), TwoCrops(options, images)
+        rate, optimizer = (warm_cosine if vit else steps_down)(options), by_layers(objective, options) if vit else None
+        if not fit(options, folder, settings, objective, batches, rate, optimizer=optimizer):
+            return {}
+        save(folder / "model.pt", objective.model.state_dict())
+        splits = {split: read(options, split) for split in measured(options)}
+        return {name: accuracy(*frozen_features(objective.model, part, options)) for name, part in splits.items()}
 
-def train(
-    options: argparse.Namespace, folder: Path, name: str = "", measure: Callable[..., dict[str, Any]] = evaluate
-) -> dict[str, Any]:
-    """One fine-tuning, into ``folder``."""
-    images = read(options, "train")
-    sources = {name: getattr(options, name) for name in ("encoder", "environments")}
-    by_layers = hasattr(options, "layer_decay")  # of a vision transformer
-    return run_training(
-        options,
-        {name: path and hash_of(path) for name, path in sources.items()},
-        folder,
-        name,
-        make_objective=partial(Objective, options, len(images.classes)),
-        make_collate=partial(TwoViews, options),
-        evaluate=partial(measure, options=options, folder=folder),
-        make_optimizer=adamw_by_layers if by_layers else sgd,
-        learning_rate=None if by_layers else steps_down,
-        images=images,
-    )
+    return once(options, "finetune", made_of, work)

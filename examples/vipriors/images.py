@@ -1,76 +1,131 @@
-"""The labelled images of the recipe, by the layout of their folder."""
+"""The images of the recipe, by the layout of their folder, and how they become tensors."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import merged_predictions
 import torch
-from torch import Tensor
-from training import read_once
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
 
 from equireg import ImageFiles, k_shot, read_domains, read_nico, read_vipriors
 
-LAYOUTS = ("folders", "nico", "domains")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        default="folders",
-        help="folders: train, val and test of class folders, or the challenge's; nico: class/context; "
-        "domains: domain/class, as PACS",
-    )
-    parser.add_argument("--shots", type=int, default=0, help="labelled images of each class; 0: all")
-    parser.add_argument("--draw", type=int, default=-1, help="seed that draws them; -1: the first ones")
-    parser.add_argument("--bias", type=float, default=0.95, help="domains: share of a class in its own domain")
-
-
-def check(options: argparse.Namespace) -> None:
-    """Whether all images are there that the steps take.
-
-    Raises:
-        ValueError, OSError: they are not, with the folder's path.
-    """
-    for split in ("train", *measured(options)):
-        read(options, split)
-
-
-def measured(options: argparse.Namespace) -> tuple[str, ...]:
-    """The splits that accuracies are about; ``--evaluate-on val`` leaves the test images alone."""
-    return ("val",) if options.evaluate_on == "val" else ("val", "test")
-
-
-def accuracy(predicted: Tensor, labels: Tensor) -> float | str:
-    """In percent, of scores [N, C]; the challenge's test images have no labels."""
-    known = bool((labels >= 0).all())
-    return merged_predictions.accuracy(predicted, labels) if known else merged_predictions.UNKNOWN
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "layout": (
+        "folders",
+        "folders: train, val, test of class folders, test also flat; nico: class/context; domains: domain/class",
+        ("folders", "nico", "domains"),
+    ),
+    "shots": (0, "labelled images of each class; 0: all"),
+    "draw": (-1, "seed that draws them; -1: the first ones"),
+    "bias": (0.95, "domains: share of a class in its own domain"),
+    "broken": ("raise", "what is done with images that cannot be decoded", ("raise", "skip")),
+    "max_bad": (0.01, "share of the images that may be skipped"),
+    "probe_images": (50_000, "at most so many images of a split are used by k-NN and linear probe"),
+    "evaluate_on": ("test", "val: leave the test images alone, to choose settings", ("test", "val")),
+}
 
 
 def read(options: argparse.Namespace, split: str) -> ImageFiles:
     """The images of ``train`` (as few of each class as asked for), ``val`` or ``test``."""
-    root, broken = Path(options.data).absolute(), {"broken": options.broken, "max_broken": options.max_bad}
+    root, broken = options.data.absolute(), {"broken": options.broken, "max_broken": options.max_bad}
     if options.layout == "nico":
-        images = read_once(read_nico, root, split, **broken)
+        images = _read_once(read_nico, root, split, **broken)
     elif options.layout == "domains":
         drawn = {"shots": options.shots or None, "seed": max(0, options.draw)}
-        return read_once(read_domains, root, split, **broken, bias=options.bias, held_out=0.3, **drawn)
+        return _read_once(read_domains, root, split, **broken, bias=options.bias, held_out=0.3, **drawn)
     else:
-        images = read_folders(root, split, **broken)
+        images = _read_folders(_root(options), split, broken)
     if split == "train" and options.shots:
         images = k_shot(images, options.shots, seed=None if options.draw < 0 else options.draw)
     return images
 
 
-def read_folders(root: Path, split: str, **broken: str | float) -> ImageFiles:
-    """Where there is no ``val`` it is the last fifth of each class's training images, and ``train`` the others."""
+def measured(options: argparse.Namespace) -> tuple[str, ...]:
+    """The splits that accuracies are about: ``val``, and ``test`` where it is there and to be looked at."""
+    there = options.layout != "folders" or any((_root(options) / name).is_dir() for name in ("test", "testgt"))
+    return ("val", "test") if there and options.evaluate_on == "test" else ("val",)
+
+
+def labelled(options: argparse.Namespace) -> str:
+    """The last of these that has labels."""
+    return next(split for split in reversed(measured(options)) if (read(options, split).labels >= 0).all())
+
+
+def _root(options: argparse.Namespace) -> Path:
+    root = options.data.absolute()
     inner = root / "imagenet_50"  # as the challenge's script leaves it
-    root = inner if inner.is_dir() and not (root / "train").is_dir() else root
-    if (root / "val").is_dir() or split == "test":
-        return read_once(read_vipriors, root, split, **broken)
-    images = read_once(read_vipriors, root, "train", **broken)
+    return inner if inner.is_dir() and not (root / "train").is_dir() else root
+
+
+def _read_folders(root: Path, split: str, broken: dict[str, Any]) -> ImageFiles:
+    """Where there is no ``val`` it is the last fifth of each class's training images, and ``train`` the others."""
+    test = root / "test"
+    if (
+        split == "test"
+        and test.is_dir()
+        and not (root / "testgt").is_dir()
+        and not any(p.is_dir() for p in test.iterdir())
+    ):
+        files = [path for path in test.iterdir() if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "."]
+        files.sort(key=lambda path: ([int(number) for number in re.findall("[0-9]+", path.name)], path.name))
+        if not files:
+            raise ValueError(f"{test} must hold images or a folder of them for each class, got neither")
+        return ImageFiles(files, [-1] * len(files), read_vipriors(root, "train", progress=False).classes, **broken)
+    if split == "test" or (root / "val").is_dir():
+        return _read_once(read_vipriors, root, split, **broken)
+    images = _read_once(read_vipriors, root, "train", **broken)
     places = [(images.labels == label).nonzero().squeeze(1) for label in range(len(images.classes))]
     parts = [own[: len(own) * 4 // 5] if split == "train" else own[len(own) * 4 // 5 :] for own in places]
     return images.take(torch.cat(parts))
+
+
+def _read_once(reader: Callable[..., ImageFiles], *where: Any, **how: Any) -> ImageFiles:
+    """A copy of what was found at the first time: to look for broken images is to decode them all."""
+    images = _found(reader, where, tuple(how.items()))
+    return images.take(range(len(images)))
+
+
+@cache
+def _found(reader: Callable[..., ImageFiles], where: tuple[Any, ...], how: tuple[tuple[str, Any], ...]) -> ImageFiles:
+    images = reader(*where, **dict(how))
+    for path, reason in images.skipped:
+        tqdm.write(f"left out: {path!r}: {reason}")
+    return images
+
+
+def evenly(images: ImageFiles, count: int) -> ImageFiles:
+    """At most so many of them, at even distances."""
+    return images.take(torch.linspace(0, len(images) - 1, min(len(images), count)).round().long())
+
+
+def names_hash(*parts: ImageFiles) -> str:
+    """SHA-256 of the names of the images, in their order, wherever their folder lies."""
+    names = (os.fsencode("/".join(path.split(os.sep)[-3:])) for images in parts for path in images.paths)
+    return hashlib.sha256(b"\0".join(names)).hexdigest()
+
+
+def to_tensor(*last: Any) -> v2.Compose:
+    """Normalised, between what comes before and ``last``."""
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD), *last])
+
+
+def whole(options: argparse.Namespace) -> v2.Compose:
+    """The whole image, for measures."""
+    size = (options.image_size, options.image_size)
+    return v2.Compose([v2.Resize(size, interpolation=3, antialias=True), to_tensor()])
+
+
+def crop(options: argparse.Namespace) -> list[Any]:
+    """The first steps of every augmentation."""
+    resized = v2.RandomResizedCrop(options.image_size, scale=(options.crop_scale, 1.0), interpolation=3)
+    return [resized, v2.RandomHorizontalFlip()]

@@ -12,19 +12,23 @@ view is transformed into a third one, as the second is a crop of its own; the me
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from ipirm_pretrain import Method, TwoViews
-from merged_predictions import UNKNOWN
+from accelerate import PartialState
+from lightly.models.modules.heads import (
+    MoCoProjectionHead,
+    SimCLRProjectionHead,
+    SimSiamPredictionHead,
+    SimSiamProjectionHead,
+)
+from lightly.models.utils import update_momentum
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
-from training import MEAN, STD, adamw, evenly, normalized_transform, precision, run_training, save_atomically
+from tqdm.auto import tqdm
 
 from equireg import (
     EquivariantViews,
@@ -32,35 +36,41 @@ from equireg import (
     ImageFiles,
     IntermediateReconstructionHead,
     IntermediateViews,
+    IPIRMLoss,
+    MoCoIPIRMLoss,
     PartitionUpdater,
     SERLoss,
+    SimSiamIPIRMLoss,
     TokenTap,
+    WithIndex,
     knn_accuracy,
     linear_probe,
+    mix_images,
     split_batch,
 )
-from vipriors.backbone import STRIDES, create, frozen_features, is_vit
-from vipriors.finetune import sgd
-from vipriors.images import read
+from vipriors.backbone import STRIDES, Channels, create, frozen_features, is_vit
+from vipriors.images import MEAN, STD, crop, evenly, labelled, names_hash, read, to_tensor
+from vipriors.run_folder import fit, once, save, warm_cosine
+from vipriors.training import seed_everything
 
-METHODS = ("simclr", "mocov2", "simsiam")
-OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
-
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "method": ("simclr", "self-supervised method", ("simclr", "mocov2", "simsiam")),
+    "hidden_dim": (512, "width of the hidden layer of the projection head"),
+    "output_dim": (128, "width of the embeddings"),
+    "momentum": (0.99, "of MoCo's teacher"),
+    "queue_size": (1000, "keys in MoCo's queue"),
+    "weight": (0.2, "of IP-IRM's squared slopes; 0: no partitions"),
+    "groups": (2, "in each partition"),
+    "update_every": (8, "epochs between searches for a partition"),
+    "mixup": (0.0, "alpha of mixed first views; 0: none (SimCLR alone)"),
+    "ser": (0.0, "weight of SER, 0.5 in its paper; 0: without"),
+    "ratio": (0.5, "share of the batch that SER turns"),
+    "layer": ("layer2", "stage of a ResNet whose map SER reads", tuple(STRIDES)),
+    "reconstruction": (0.0, "its weight, 1 in its paper; 0: without"),
+    "optimizer": ("adamw", "optimizer", ("adamw", "sgd")),
+    "unlabelled": ("train+val", "images to learn from", ("train", "train+val")),
+}
 Turned = tuple[Tensor, Tensor, Tensor, GridTransform, GridTransform]
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=METHODS, default="simclr")
-    parser.add_argument("--weight", type=float, default=0.2, help="of IP-IRM's squared slopes; 0: no partitions")
-    parser.add_argument("--groups", type=int, default=2, help="of each partition")
-    parser.add_argument("--mixup", type=float, default=0.0, help="alpha of mixed first views; 0: none (SimCLR alone)")
-    parser.add_argument("--ser", type=float, default=0.0, help="weight of SER, 0.5 in its paper; 0: without")
-    parser.add_argument("--layer", choices=STRIDES, default="layer2", help="of a ResNet, for SER")
-    parser.add_argument("--reconstruction", type=float, default=0.0, help="its weight, 1 in its paper; 0: without")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument(
-        "--unlabelled", choices=("train", "train+val"), default="train+val", help="images to learn from"
-    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -76,149 +86,174 @@ def unlabelled(options: argparse.Namespace) -> ImageFiles:
     return ImageFiles(paths, torch.cat([part.labels for part in parts]), parts[0].classes)
 
 
-# ---------------------------------------------------------------------------------------------------------- the views
+def augmentation(options: argparse.Namespace) -> v2.Compose:
+    """SimCLR's, without blur below 64 pixels."""
+    size = options.image_size
+    blur = [v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)], p=0.5)] if size >= 64 else []
+    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    return v2.Compose([*crop(options), jitter, v2.RandomGrayscale(0.2), *blur, to_tensor()])
 
 
-class Views(TwoViews):
-    """Two views of most of a batch, and of the rest two that are turned, flipped and stretched by known elements."""
+class Views(Dataset):
+    """Makes a batch: two views of most images, and of the rest two that known elements turn, flip and stretch.
 
-    def __init__(self, options: argparse.Namespace, rank: int):
-        super().__init__(options, rank)
-        size = options.image_size
-        self.whole = v2.Compose([v2.Resize((size, size), interpolation=3, antialias=True), v2.ToImage()])
+    As a dataset, ((view, view), label) of each image.
+    """
+
+    def __init__(self, options: argparse.Namespace, images: ImageFiles):
+        self.options, self.images, self.policy = options, images, augmentation(options)
+        size = (options.image_size, options.image_size)
+        resize = v2.Resize(size, interpolation=3, antialias=True)
+        self.whole = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
         stride = options.patch_size if is_vit(options.model) else STRIDES[options.layer]
-        self.turned = EquivariantViews(size, stride) if options.ser else None
+        self.turned = EquivariantViews(options.image_size, stride) if options.ser else None
         self.normalize = v2.Normalize(MEAN, STD)
 
-    def __call__(self, samples: list[tuple[int, Any, int, int]]) -> tuple[Tensor, Tensor, Tensor, Turned | None]:
-        if self.turned is None:
-            return (*super().__call__(samples), None)
-        some, rest = split_batch(torch.arange(len(samples)), self.options.ratio)
-        wholes = [v2.functional.to_dtype(self.whole(samples[i][1]), torch.float32, scale=True) for i in rest]
-        # The elements are drawn alike in all processes, so that their maps have one size.
-        generator = torch.Generator().manual_seed(7_919 * self.options.seed + samples[0][0])
-        x1, x2, g1, g2 = self.turned(torch.stack(wholes).clamp(0, 1), generator)
-        places = torch.tensor([samples[i][3] for i in rest])
-        turned = (self.normalize(x1), self.normalize(x2), places, g1, g2)
-        return (*super().__call__([samples[i] for i in some]), turned)
+    def __len__(self) -> int:
+        return len(self.images)
 
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:
+        image, label = self.images[index]
+        return (self.policy(image), self.policy(image)), label
 
-# ----------------------------------------------------------------------------------------------------------- the loss
+    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Turned | None]:
+        turned, places = None, torch.tensor(indices)
+        if self.turned is not None:
+            places, rest = split_batch(places, self.options.ratio)
+            wholes = torch.stack([self.whole(self.images[index][0]) for index in rest.tolist()]).clamp(0, 1)
+            # The elements are drawn alike in all processes, so that their maps have one size.
+            generator = torch.Generator().manual_seed(7_919 * self.options.seed + step)
+            x1, x2, g1, g2 = self.turned(wholes, generator)
+            turned = (self.normalize(x1), self.normalize(x2), rest, g1, g2)
+        first, second = zip(*(self[index][0] for index in places.tolist()))
+        return torch.stack(first), torch.stack(second), places, turned
 
 
 class Encoder(nn.Module):
-    """The backbone as the method sees it: that part of the features which is the method's."""
+    """The part of a backbone's features that is the method's; ``maps`` are its token maps of two layers."""
 
-    def __init__(self, net: nn.Module, early: str, last: str, num_features: int):
+    def __init__(self, net: nn.Module, early: str, last: str, width: int):
         super().__init__()
-        self.net, self.early, self.last, self.num_features = net, early, last, num_features
-        self.maps: list[tuple[Tensor, Tensor]] | None = None
-
-    @contextmanager
-    def recording(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The token maps [B, T, D] of two layers, of every forward pass for a while."""
-        self.maps = []
-        try:
-            yield self.maps
-        finally:
-            self.maps = None
+        self.net, self.early, self.last, self.width = net, early, last, width
+        self.maps: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.maps is None:
-            return self.net(images)[:, : self.num_features]
         with TokenTap(self.net, self.early) as early, TokenTap(self.net, self.last) as last:
-            features = self.net(images)
-        self.maps.append((early.tokens.float(), last.tokens.float()))
-        return features[:, : self.num_features]
+            features = self.net(images.contiguous(memory_format=torch.channels_last))
+        self.maps = early.tokens.float(), last.tokens.float()
+        return features[:, : self.width]
 
 
 class Objective(nn.Module):
     """The whole loss of a step in one forward pass, as DistributedDataParallel wants it."""
 
-    def __init__(self, options: argparse.Namespace, images: Dataset):
+    def __init__(self, options: argparse.Namespace, samples: int):
         super().__init__()
         self.options = options
         net, vit = create(options), is_vit(options.model)
         early = f"blocks.{max(0, options.late_class_token - 1)}" if vit else options.layer
         widths = {stage["module"]: stage["num_chs"] for stage in net.feature_info}
         self.ser = SERLoss(widths[early], token_norm=vit, gather_distributed=True) if options.ser else None
-        self.views, self.head, width = None, None, net.num_features
+        self.reconstruct, width = None, net.num_features
         if options.reconstruction:
             self.views = IntermediateViews("all", reconstruct="se2")
             stride = options.patch_size if vit else STRIDES["layer4"]
             size = {"image_size": options.image_size, "patch_size": stride}
-            self.head = IntermediateReconstructionHead(width, **size, mean=MEAN, std=STD)
-            width -= self.head.equivariant_dim
-        encoder = Encoder(net, early, "norm" if vit else "layer4", width)
-        partitions = PartitionUpdater(len(images), options.groups, seed=options.seed)
-        self.method = Method(options, partitions, options.weight > 0, backbone=encoder, images=images)
+            self.reconstruct = IntermediateReconstructionHead(width, **size, mean=MEAN, std=STD)
+            width -= self.reconstruct.equivariant_dim
+        self.encoder = Encoder(net, early, "norm" if vit else "layer4", width)
+        self.partitions = PartitionUpdater(samples, options.groups, seed=options.seed)
+        sizes, shared = (width, options.hidden_dim, options.output_dim), {"weight": options.weight}
+        if options.method == "simclr":
+            self.head: nn.Module = SimCLRProjectionHead(*sizes)
+            self.criterion: nn.Module = IPIRMLoss(self.partitions, **shared, gather_distributed=True)
+        elif options.method == "simsiam":
+            self.head = SimSiamProjectionHead(*sizes)
+            self.predictor = SimSiamPredictionHead(options.output_dim, options.output_dim // 4, options.output_dim)
+            self.criterion = SimSiamIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+        else:
+            self.head = MoCoProjectionHead(*sizes)
+            shared |= {"num_features": options.output_dim, "queue_size": options.queue_size}
+            self.criterion = MoCoIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
+
+    def method(self, first: Tensor, second: Tensor, indices: Tensor) -> tuple[Tensor, list[Any]]:
+        """The method's loss, and the token maps of the views that the student saw."""
+        mix = None
+        if self.options.mixup:
+            first, *mix = mix_images(first, alpha=self.options.mixup)
+        z1, maps = self.head(self.encoder(first)).float(), [self.encoder.maps]
+        if self.options.method == "mocov2":
+            with torch.no_grad():
+                key = self.teacher(second).float()
+            return self.criterion(z1, key, indices), maps
+        z2 = self.head(self.encoder(second)).float()
+        maps.append(self.encoder.maps)
+        if self.options.method == "simsiam":
+            p1, p2 = self.predictor(z1).float(), self.predictor(z2).float()
+            return self.criterion(p1, p2, z1, z2, indices), maps
+        return self.criterion(z1, z2, indices, mix=mix and tuple(mix)), maps
 
     def forward(
         self, first: Tensor, second: Tensor, indices: Tensor, turned: Turned | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts for the log."""
-        with self.method.backbone.recording() as maps:
-            loss = self.method(first, second, indices)
-        parts = {"ssl": loss.detach()}
-        if self.head is not None:
-            parts["reconstruction"] = reconstruction = self.reconstruction(first, maps[0][1])
-            loss = loss + self.options.reconstruction * reconstruction
+        loss, maps = self.method(first, second, indices)
+        parts = {"ssl": loss}
+        if self.reconstruct is not None:
+            mean, std = (torch.tensor(part, device=first.device).view(1, 3, 1, 1) for part in (MEAN, STD))
+            view, targets, _ = self.views((first * std + mean).clamp(0, 1))
+            self.encoder((view - mean) / std)
+            e1, e2 = (self.reconstruct.split(tokens)[1] for tokens in (maps[0][1], self.encoder.maps[1]))
+            parts["reconstruction"] = self.reconstruct(e1, e2, targets)
+            loss = loss + self.options.reconstruction * parts["reconstruction"]
         if self.ser is not None:
-            parts["ssl_b2"], parts["equivariance"] = ssl, equivariance = self.equivariance(*turned)
-            loss = loss + ssl + self.options.ser * equivariance
-        if self.options.weight > 0:
-            parts["partitions"] = torch.tensor(float(len(self.method.partitions.partitions)))
+            x1, x2, places, g1, g2 = turned
+            parts["ssl_b2"], maps = self.method(x1, x2, places)
+            if len(maps) < 2:  # MoCo's second view goes through the teacher alone
+                self.encoder(x2)
+                maps.append(self.encoder.maps)
+            parts["equivariance"] = self.ser(maps[0][0], maps[1][0], g1, g2)
+            loss = loss + parts["ssl_b2"] + self.options.ser * parts["equivariance"]
+        parts["partitions"] = torch.tensor(float(len(self.partitions.partitions)))
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def reconstruction(self, first: Tensor, tokens: Tensor) -> Tensor:
-        """The loss of what lies between the first view, whose last map is given, and a transformed one."""
-        mean, std = (torch.tensor(part, device=first.device).view(1, 3, 1, 1) for part in (MEAN, STD))
-        view, targets, _ = self.views((first * std + mean).clamp(0, 1))
-        with self.method.backbone.recording() as maps, precision(self.options, first.device):
-            self.method.backbone(((view - mean) / std).contiguous(memory_format=torch.channels_last))
-            return self.head(self.head.split(tokens)[1], self.head.split(maps[0][1])[1], targets)
+    def find_partition(self, views: Views, epoch: int) -> None:
+        """Every few epochs one more, on two views of all images, of which each process takes its share."""
+        if self.options.weight == 0 or epoch == 0 or epoch % self.options.update_every:
+            return
+        state = PartialState()
+        share = Subset(WithIndex(views), range(state.process_index, len(views), state.num_processes))
+        encoder = nn.Sequential(Channels(), self.encoder, self.head)
+        loader = DataLoader(share, batch_size=self.options.batch_size)
+        self.partitions.update(loader, encoder=encoder, progress=state.is_main_process)
+        if state.is_main_process:
+            report = self.partitions.reports[-1]
+            tqdm.write(f"epoch {epoch}: a partition of {report.group_sizes}, objective {report.objective:.2f}")
 
-    def equivariance(
-        self, x1: Tensor, x2: Tensor, indices: Tensor, g1: GridTransform, g2: GridTransform
-    ) -> tuple[Tensor, Tensor]:
-        """The method's loss of the turned views, and SER's."""
-        with self.method.backbone.recording() as maps:
-            ssl = self.method(x1, x2, indices)
-            if len(maps) < 2:  # MoCo's second view goes through the teacher alone
-                self.method.embed(x2)
-        return ssl, self.ser(maps[0][0], maps[1][0], g1, g2)
-
-
-# ------------------------------------------------------------------------------------------------------- the measures
-
-
-@torch.no_grad()
-def evaluate(objective: Objective, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """k-NN and linear accuracy of the frozen features, in percent, and what partitions were found."""
-    net = objective.method.backbone.net
-    save_atomically(folder / "encoder.pt", net.state_dict())  # plain timm keys
-    reports = [report._asdict() for report in objective.method.partitions.reports]
-    splits = [read(options, split) for split in ("train", options.evaluate_on)]
-    if (splits[1].labels < 0).any():
-        return {"k-NN": UNKNOWN, "linear": UNKNOWN, "partitions": reports}
-    parts = []
-    for images in splits:
-        images.transform = normalized_transform(options)
-        parts += frozen_features(net, evenly(images, options.probe_images), options, device)
-    return {"k-NN": 100 * knn_accuracy(*parts), "linear": 100 * linear_probe(*parts), "partitions": reports}
+    def follow(self) -> None:
+        """MoCo's teacher."""
+        if self.options.method == "mocov2":
+            update_momentum(nn.Sequential(self.encoder, self.head), self.teacher, self.options.momentum)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One pretraining, into the folder ``pretrain``."""
-    images, folder = unlabelled(options), options.out / "pretrain"
-    return run_training(
-        options,
-        {"step": "pretrain"},
-        folder,
-        "pretraining",
-        make_objective=partial(Objective, options, images),
-        make_collate=partial(Views, options),
-        evaluate=partial(evaluate, options=options, folder=folder),
-        make_optimizer=OPTIMIZERS[options.optimizer],
-        images=images,
-    )
+    """``encoder.pt``; k-NN and linear accuracy of the frozen features, in percent, and what partitions were found."""
+    images = unlabelled(options)
+
+    def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        seed_everything(options.seed)
+        objective, views = Objective(options, len(images)), Views(options, images)
+        hooks = {"before_epoch": lambda epoch: objective.find_partition(views, epoch)}
+        hooks["after_step"] = lambda step: objective.follow()
+        if not fit(options, folder, settings, objective, views, warm_cosine(options), **hooks):
+            return {}
+        net = objective.encoder.net
+        save(folder / "encoder.pt", net.state_dict())  # plain timm keys
+        parts: list[Tensor] = []
+        for split in ("train", labelled(options)):
+            parts += frozen_features(net, evenly(read(options, split), options.probe_images), options)
+        reports = [report._asdict() for report in objective.partitions.reports]
+        return {"k-NN": 100 * knn_accuracy(*parts), "linear": 100 * linear_probe(*parts), "partitions": reports}
+
+    return once(options, "pretrain", {"files": names_hash(images)}, work)

@@ -1,56 +1,140 @@
-"""Optional: what merging the predictions of flips, crops and models adds, without any training."""
+"""The last step: what merging the predictions of flips, crops and models adds, and the challenge's submission file."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-from merged_predictions import augmentations, ensembles, measure, report
-from training import hash_of, names_hash, start_processes, what_counts
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from vipriors.distillation import fine_tuned
-from vipriors.images import measured, read
-from vipriors.results import RESULTS, done_before, keep, made_with
+from equireg import ImageFiles, ensemble, fit_ensemble_weights, predict_tta
+from vipriors.images import labelled, measured, names_hash, read, whole
+from vipriors.run_folder import RESULTS, hash_of, load, made_with, once, save
+from vipriors.training import write_file
 
-FINE_TUNED, DISTILLED = "fine-tuned", "distilled"
+UNKNOWN = "no labels"  # in the place of an accuracy
+MERGES = ("mean", "gmean", "tsharpen")
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "model_folder": (None, "folder of a fine-tuning; by default that of Step 3"),
+    "merge": ("gmean", "how the predictions of flips and crops are merged", MERGES),
+}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-folder", type=Path, help="of a fine-tuning; default: that of Step 3 in --out")
-    parser.add_argument("--merge", choices=("mean", "gmean", "tsharpen"), default="gmean", help="of flips and crops")
+def accuracy(scores: Tensor, labels: Tensor) -> float | str:
+    """In percent, of scores [N, C]; the challenge's test images have no labels."""
+    return 100 * float((scores.argmax(1) == labels).float().mean()) if (labels >= 0).all() else UNKNOWN
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, images: ImageFiles, options: argparse.Namespace, crops: str, merge: str) -> Tensor:
+    """Probabilities [N, C]; of one view ("plain"), or merged over ``crops``."""
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    images = images.take(range(len(images)))
+    images.transform, model, found = whole(options), model.to(accelerator.device).eval(), []
+    for batch, _ in tqdm(DataLoader(images, 250, num_workers=options.workers), crops, leave=False):
+        batch = batch.to(accelerator.device, memory_format=torch.channels_last)
+        with accelerator.autocast():
+            merged = {} if crops == "plain" else {"crops": crops, "merge": merge}
+            found.append(predict_tta(model, batch, **merged) if merged else model(batch).float().softmax(1))
+    return torch.cat(found).float().cpu()
+
+
+def measure(model: nn.Module, options: argparse.Namespace, folder: Path, merge: str = "gmean") -> dict[str, Any]:
+    """Accuracies of one view and of ten crops, and the predictions and labels in ``predictions.pt``."""
+    saved: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
+    for split in measured(options):
+        images = read(options, split)
+        saved[split] = images.labels
+        for crops in ("plain", "ten"):
+            saved[f"{split} {crops}"] = predictions(model, images, options, crops, merge)
+            found[f"{split} {crops}"] = accuracy(saved[f"{split} {crops}"], images.labels)
+    save(folder / "predictions.pt", saved)
+    return found
+
+
+def ensembles(folders: dict[str, Path], on: str) -> dict[str, float]:
+    """Accuracy of all models together; weighted where ``on`` is not "val", where the weights are fitted."""
+    saved, rows = [load(folder / "predictions.pt") for folder in folders.values()], {}
+    for crops, title in (("plain", "one view"), ("ten", "ten crops")):
+        val, merged = (torch.stack([one[f"{part} {crops}"] for one in saved]) for part in ("val", on))
+        for merge in MERGES:
+            rows[f"ensemble, {title}, {merge}"] = accuracy(ensemble(merged, merge=merge), saved[0][on])
+        if on != "val":
+            weights = fit_ensemble_weights(val, saved[0]["val"])
+            rows[f"ensemble, {title}, weighted"] = accuracy(ensemble(merged, weights=weights), saved[0][on])
+    return rows
+
+
+def draw(rows: dict[str, float], path: Path, on: str) -> None:
+    """A table, and the same as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
+    for place, (name, value) in enumerate(rows.items()):
+        print(f"{name:54}{value:8.1f}")
+        axes.plot(value, -place, "o", color=f"C{int('ensemble' in name)}")
+        axes.annotate(f"{value:.1f}", (value, -place), (6, -3), textcoords="offset points", fontsize=8)
+    axes.set_yticks(range(0, -len(rows), -1), list(rows), fontsize=8)
+    axes.set_xlabel(f"accuracy on {on} images, %")
+    axes.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def submission(path: Path, images: ImageFiles, probabilities: Tensor) -> None:
+    """The challenge's file: a row for each image, with its name and the number of its class, sorted by name, from 0."""
+    writer = csv.writer(rows := io.StringIO(), lineterminator="\n")
+    writer.writerow(["image", "class"])
+    writer.writerows(zip((Path(name).name for name in images.paths), probabilities.argmax(1).tolist()))
+    write_file(path, rows.getvalue().encode(errors="surrogateescape"))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One view, flips and crops of the fine-tuned model, and its ensemble with its student where that is there.
+    """``predictions.pt``, ``submission.csv`` where there are test images, and accuracies where there are labels.
 
-    The weights of the ensemble are fitted on validation images. Where test images have no labels all accuracies are of
-    validation images, and ``predictions.pt`` holds the probabilities.
+    They are of one view, flips and crops of the fine-tuned model, and of its ensemble with its student where that is
+    there, with weights that are fitted on validation images.
     """
-    folder, distilled = options.out / "test", options.out / "distill"
-    source = options.model_folder or options.out / "finetune"
-    _, _, device = start_processes()
-    parts = {split: read(options, split) for split in measured(options)}
-    on = "test" if "test" in parts and (parts["test"].labels >= 0).all() else "val"
-    model = fine_tuned(options, source, len(parts["val"].classes)).to(device)
-    made_of = {**what_counts(options), "model": hash_of(source / "model.pt"), "student": None}
-    made_of["files"] = {split: names_hash(images) for split, images in parts.items()}
-    if (distilled / RESULTS).exists():
-        if made_with(distilled, "teacher") == made_of["model"]:
-            made_of["student"] = hash_of(distilled / "model.pt")
-        else:
-            print(f"{distilled} is left out: another model than that of {source} was its teacher", flush=True)
-    if (found := done_before(folder, options, made_of)) is not None:
-        return found
+    from vipriors.finetune import fine_tuned  # which measures by this file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    trained = {FINE_TUNED: measure(model, parts, options, device, folder)}
-    merged = augmentations(model, parts[on], options, FINE_TUNED, device, merges=(options.merge,))
-    if made_of["student"] is not None:
-        trained[DISTILLED] = json.loads((distilled / RESULTS).read_text())
-        merged.update(ensembles({FINE_TUNED: folder, DISTILLED: distilled}, on))
-    report(trained, merged, folder / "test.png", on)
-    results = {"models": trained, "on": on, "result": f"{FINE_TUNED}, ten, {options.merge}", "merged": merged}
-    keep(folder, made_of, results)
-    return results
+    source, student, on = options.model_folder or options.out / "finetune", options.out / "distill", labelled(options)
+    model = fine_tuned(options, source, len(read(options, "train").classes))
+    made_of = {"model": hash_of(source / "model.pt"), "student": None}
+    made_of["files"] = names_hash(*(read(options, split) for split in measured(options)))
+    if (student / RESULTS).exists():
+        if made_with(student, "teacher") == made_of["model"]:
+            made_of["student"] = hash_of(student / "model.pt")
+        else:
+            tqdm.write(f"{student} is left out: another model than that of {source} was its teacher")
+
+    def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        if not Accelerator().is_main_process:
+            return {}
+        models, images = {"fine-tuned": measure(model, options, folder, options.merge)}, read(options, on)
+        rows = {"fine-tuned, one view": models["fine-tuned"][f"{on} plain"]}
+        for crops in ("flip", "five"):
+            found = predictions(model, images, options, crops, options.merge)
+            rows[f"fine-tuned, {crops}, {options.merge}"] = accuracy(found, images.labels)
+        rows[f"fine-tuned, ten, {options.merge}"] = models["fine-tuned"][f"{on} ten"]
+        if made_of["student"]:
+            models["distilled"] = json.loads((student / RESULTS).read_text())
+            rows |= ensembles({"fine-tuned": folder, "distilled": student}, on)
+        draw(rows, folder / "test.png", on)
+        if "test" in measured(options):
+            submission(folder / "submission.csv", read(options, "test"), load(folder / "predictions.pt")["test ten"])
+        return {"models": models, "on": on, "result": f"fine-tuned, ten, {options.merge}", "merged": rows}
+
+    return once(options, "test", made_of, work)

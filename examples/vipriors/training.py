@@ -137,7 +137,7 @@ def train(
             with accelerator.accumulate(model):
                 loss, parts = model(*batch)
                 accelerator.backward(loss)
-            logged.append({"loss": loss.detach(), **parts})
+            logged.append({name: value.detach() for name, value in {"loss": loss, **parts}.items()})
         norm = float(accelerator.clip_grad_norm_(objective.parameters(), max_norm))
         row: dict[str, Any] = {name: sum(float(part[name]) for part in logged) / accumulate for name in logged[0]}
         broken = torch.tensor(float(not math.isfinite(row["loss"] + norm)), device=accelerator.device)

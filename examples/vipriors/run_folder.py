@@ -1,0 +1,155 @@
+"""The folder of a step: made once, with its options, results, tensors and curves; and its training."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from vipriors.training import TrainingError, cosine, differences, read_log, train, write_file
+
+OPTIONS, RESULTS = "options.json", "results.json"
+# How a step is run, not what it computes: these may change on the way.
+NOT_IN_THE_RESULT = ("resume", "workers", "save_every", "max_skipped", "traceback")
+
+
+def once(
+    options: argparse.Namespace,
+    step: str,
+    made_of: dict[str, Any],
+    work: Callable[[Path, dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """The results of ``work(folder, settings)``, or those on the disk where the step was done before.
+
+    The settings are the options that count and ``made_of``, such as hashes of what it takes.
+
+    Raises:
+        TrainingError: with ``--resume``, what is in the folder was made with other settings.
+    """
+    folder, main = options.out / step, Accelerator().is_main_process
+    counting = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_RESULT}
+    settings = {name: value for name, value in counting.items() if not isinstance(value, Path)} | made_of
+    settings = json.loads(json.dumps(settings))
+    if options.resume and (folder / OPTIONS).exists():
+        if changed := differences(json.loads((folder / OPTIONS).read_text()), settings):
+            raise TrainingError(f"{folder} was made with other settings: {changed}; without --resume it is made anew")
+        if (folder / RESULTS).exists():
+            return json.loads((folder / RESULTS).read_text())
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS).unlink(missing_ok=True)
+        save_json(folder / OPTIONS, settings)
+    results = work(folder, settings)
+    if main:
+        draw_curves(folder, results)
+        save_json(folder / RESULTS, results)
+    return results
+
+
+def fit(
+    options: argparse.Namespace,
+    folder: Path,
+    settings: dict[str, Any],
+    objective: nn.Module,
+    batches: Any,
+    learning_rate: Callable[[int, int], float],
+    optimizer: torch.optim.Optimizer | None = None,
+    **hooks: Any,
+) -> bool:
+    """Train as the options say; True in the process that measures. ``batches.images`` are the samples.
+
+    Without an ``optimizer`` it is AdamW, with weight decay on matrices alone, or SGD with momentum.
+    """
+    if optimizer is None:
+        adamw = getattr(options, "optimizer", "sgd") == "adamw"
+        how = {"lr": options.lr, "weight_decay": options.weight_decay, "filter_bias_and_bn": adamw}
+        optimizer = create_optimizer_v2(objective, "adamw" if adamw else "momentum", **how)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.accumulate)
+    same = {name: getattr(options, name) for name in ("batch_size", "epochs", "seed", "resume", "workers")}
+    same |= {name: getattr(options, name) for name in ("max_skipped", "save_every")}
+    how = {"accelerator": accelerator, "settings": settings, "title": folder.name, **same, **hooks}
+    train(objective, batches, optimizer, folder=folder, samples=len(batches.images), learning_rate=learning_rate, **how)
+    objective.eval()
+    return accelerator.is_main_process
+
+
+def warm_cosine(options: argparse.Namespace) -> Callable[[int, int], float]:
+    """To the full rate in ``--warmup-epochs``, and from there to nothing along half a cosine."""
+    share = options.warmup_epochs / options.epochs
+    return lambda step, steps: cosine(step, steps, options.lr, warmup=round(share * steps))
+
+
+def save(path: Path, state: Any) -> None:
+    torch.save(state, buffer := io.BytesIO())
+    write_file(path, buffer.getbuffer())
+
+
+def load(path: Path) -> Any:
+    """Tensors and plain values, and never code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of nearly any type
+        raise TrainingError(f"{path} is damaged, or no file of tensors and plain values") from error
+
+
+def save_json(path: Path, content: Any) -> None:
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def made_with(folder: Path, name: str) -> Any:
+    """An option of the step that filled the folder, or the hash of what it took; None where that is not known."""
+    path = folder / OPTIONS
+    return json.loads(path.read_text()).get(name) if path.exists() else None
+
+
+def given_or_made(given: Path | None, made: Path) -> Path | None:
+    """The file that a flag names, or the one that an earlier step left; None for ``none``, or if there is neither."""
+    if given is not None:
+        return None if str(given) == "none" else given
+    return made if made.exists() else None
+
+
+def draw_curves(folder: Path, results: dict[str, Any]) -> None:
+    """``curves.png``: every part of the loss, and the accuracies at the end."""
+    log = [row for row in read_log(folder) if "loss" in row]
+    if not log:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shares = {name: value for name, value in results.items() if isinstance(value, float)}
+    curves = [name for name in log[0] if name != "step"]
+    count = len(curves) + bool(shares)
+    columns, rows = min(4, count), math.ceil(count / 4)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False)
+    for axes, name in zip(grid.flat, curves):
+        axes.plot([row["step"] for row in log], [row[name] for row in log], linewidth=0.7)
+        axes.set_title("learning rate" if name == "lr" else name, fontsize=10)
+    for axes in grid.flat[len(curves) :]:
+        axes.axis("off")
+    if shares:
+        last = grid.flat[count - 1]
+        last.axis("on")
+        bars = last.bar(range(len(shares)), shares.values(), 0.6, color="C1")
+        last.bar_label(bars, fmt="%.1f", fontsize=8)
+        last.set_xticks(range(len(shares)), [name.replace(" ", "\n") for name in shares], fontsize=8)
+        last.set_title("accuracy at the end, %", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
