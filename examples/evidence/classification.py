@@ -18,7 +18,7 @@ from vipriors.training import seed_everything
 
 from equireg import ClassWiseIRM, Environments, FeatureMask
 
-IRM = ("weight", "penalty", "temperature", "detach")  # settings that ClassWiseIRM takes
+IRM = ("weight", "penalty", "temperature", "detach", "contrast", "penalty_on", "risk_weight")  # what ClassWiseIRM takes
 
 
 class Objective(nn.Module):

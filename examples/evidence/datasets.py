@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,7 @@ import torch
 from evidence.corruptions import KINDS, corrupted
 from sklearn.datasets import load_digits
 from torch import Tensor
-
-from equireg import ImageFiles, k_shot, read_domains, read_vipriors
+from vipriors.images import read
 
 COLORS = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c aa6e28"  # one for each class
 COLORS = torch.tensor(list(bytes.fromhex(COLORS))).view(10, 3)
@@ -31,29 +31,19 @@ class Images(NamedTuple):
         return self.at(torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long())
 
 
-def pixels_of(files: ImageFiles, size: int) -> Images:
+@cache
+def folders(
+    root: Path, split: str, size: int, *, draw: int | None = None, shots: int = 0, layout: str = "folders"
+) -> Images:
+    """As the recipe reads them; in training so many ``shots`` of each class, the first ones or drawn by a seed.
+
+    With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
+    are spread evenly over all domains.
+    """
+    how = {"data": root, "layout": layout, "shots": shots, "draw": -1 if draw is None else draw, "bias": 0.95}
+    files = read(Namespace(**how, broken="raise", max_bad=0.0), split)
     pixels = [np.asarray(image.convert("RGB").resize((size, size), 3)) for image, _ in files]
     return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), files.labels, files.contexts)
-
-
-@cache
-def folders(root: Path, split: str, size: int, *, draw: int | None = None, shots: int = 0) -> Images:
-    """A folder for each class; in training so many ``shots`` of each, the first ones or drawn by a seed.
-
-    Where there is no ``val`` it is the last fifth of each class's training images, and ``train`` the others.
-    """
-    whole = split == "test" or (root / "val").is_dir()
-    files = read_vipriors(root, split if whole else "train")
-    if not whole:
-        rank = torch.cat([torch.arange(n) / n for n in files.labels.bincount()])  # within its class, as they are sorted
-        files = files.take((rank < 0.8 if split == "train" else rank >= 0.8).nonzero().squeeze(1))
-    return pixels_of(k_shot(files, shots, seed=draw) if shots and split == "train" else files, size)
-
-
-@cache
-def domains(root: Path, split: str, size: int, *, draw: int | None, shots: int, bias: float = 0.95) -> Images:
-    """As PACS. In training each class is mostly in a domain of its own; held-out images are evenly in all domains."""
-    return pixels_of(read_domains(root, split, bias=bias, held_out=0.3, shots=shots, seed=draw or 0), size)
 
 
 @cache
@@ -88,4 +78,4 @@ def biased(labels: Tensor, split: str, conflicting: float, generator: torch.Gene
     return torch.where(own, labels, others)
 
 
-READERS = {"folders": folders, "domains": domains, "digits": digits, "corruptions": under_corruptions}
+READERS = {"folders": folders, "digits": digits, "corruptions": under_corruptions}

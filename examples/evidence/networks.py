@@ -12,13 +12,15 @@ import timm
 import torch
 from evidence.datasets import Images
 from evidence.experiments import Settings
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import v2
+from vipriors.images import MEAN, STD
 from vipriors.training import cosine, train
 
-NORMALIZE = v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+NORMALIZE = v2.Normalize(MEAN, STD)
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+if not torch.cuda.is_available():  # at these sizes its backward pass takes as long as all the rest of a step
+    timm.layers.set_fused_attn(False)
 
 
 class Encoder(NamedTuple):
