@@ -170,7 +170,7 @@ def extract_two_views(
 
 @contextmanager
 def frozen(encoder: Any) -> Iterator[torch.device]:
-    """Puts the modules that an encoder runs in eval mode for a while; the device of their first parameter, or the CPU."""
+    """Puts the modules of an encoder in eval mode for a while; gives the device of their parameters, or the CPU."""
     owners = _modules_of(encoder)
     modes = {module: module.training for owner in owners for module in owner.modules()}
     first = next((parameter for owner in owners for parameter in owner.parameters()), None)

@@ -39,13 +39,37 @@ def environment_table(features, labels, batch_labels, batch_indices):
 
 def class_wise_irm(p, features, labels, similar, *, temperature, weight, penalty, denominator):
     """With the default projection, or one linear layer."""
-    z = features * torch.sigmoid(p["mask.weight"])
-    if "projection.weight" in p:
-        z = linear(p, "projection", z)
-    else:
-        z = batch_norm(p, "projection.1", linear(p, "projection.0", z)).clamp(min=0)
-        z = linear(p, "projection.3", z)
+    z = projected_by(p, features * torch.sigmoid(p["mask.weight"]))
     return references.class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator)
+
+
+def sup_con_and_rex(p, features, labels, similar, *, temperature, weight, risk_weight):
+    """SupCon of the projection, and the variance of the masked features' risks."""
+    masked = features * torch.sigmoid(p["mask.weight"])
+    contrast = references.sup_con(projected_by(p, masked), labels, temperature)
+    variances = []
+    for k in sorted(set(labels.tolist())):
+        risks = [references.class_risk(masked, labels, similar, k, e, temperature, "all") for e in (0, 1)]
+        variances += [(risks[0] - risks[1]) ** 2 / 2] if risks[0] is not None else []
+    return risk_weight * contrast + weight * sum(variances) / len(variances)
+
+
+def weighted_risks(p, features, labels, similar, *, temperature, weights):
+    """Each anchor counts by its weight."""
+    z = projected_by(p, features * torch.sigmoid(p["mask.weight"]))
+    risks = [
+        references.class_risk(z, labels, similar, k, e, temperature, "own", weights=weights)
+        for k in sorted(set(labels.tolist()))
+        for e in (0, 1)
+    ]
+    return sum(risk for risk in risks if risk is not None) / (sum(risk is not None for risk in risks) / 2)
+
+
+def projected_by(p, masked):
+    if "projection.weight" in p:
+        return linear(p, "projection", masked)
+    hidden = batch_norm(p, "projection.1", linear(p, "projection.0", masked)).clamp(min=0)
+    return linear(p, "projection.3", hidden)
 
 
 def ser(p, tokens1, tokens2, g1, g2, temperature):

@@ -74,7 +74,7 @@ def class_wise_risks(
     check.booleans("similar", similar, "B B")
     check.positive("temperature", temperature)
     check.option("denominator", denominator, ("own", "all"))
-    compared = compare(z, labels, labels, similar, temperature, Processes("class_wise_risks", False))
+    compared = compare(z, Batch(labels, labels, similar, temperature, Processes("class_wise_risks", False)))
     first = compared.first_of_each_class()
     first = first[labels[first].argsort()]
     return ClassRisks(labels[first], risk_of(compared, denominator)[first], slope_of(compared, denominator)[first])
@@ -106,11 +106,25 @@ class Compared(NamedTuple):
         own = self.same[:, self.first :][:, : len(self.s)]
         return ((self.size > 1) & ~own.tril(-1).any(1)).nonzero().squeeze(1)
 
-    def own_weight(self) -> Tensor:
-        """The weight of each anchor, [A]."""
-        if self.weight is None:
-            return torch.ones_like(self.s[:, 0])
-        return self.weight.to(self.s.dtype)[self.first :][: len(self.s)]
+    def class_mean(self, values: Tensor) -> Tensor:
+        """The mean of values [A], alike within a class, over the classes with two samples or more; 0 without one.
+
+        Each class counts once: a sample of n weighs 1 / n.
+        """
+        share = torch.where(self.size > 1, 1 / self.size.to(values.dtype), 0)
+        total, classes = self.processes.total(torch.stack([(values * share).sum(), share.sum()]))
+        mean: Tensor = total / classes.clamp(min=1)
+        return mean
+
+    def anchor_mean(self, values: Tensor) -> Tensor:
+        """The (weighted) mean of values [A] over the anchors that have a positive; 0 without one."""
+        weight = torch.ones_like(values)
+        if self.weight is not None:
+            weight = self.weight[self.first :][: len(self.s)].to(values.dtype)
+        share = torch.where(self.size > 1, weight, 0)
+        total, anchors = self.processes.total(torch.stack([(values * share).sum(), share.sum()]))
+        mean: Tensor = total / torch.where(anchors > 0, anchors, 1)
+        return mean
 
     def over_positives(self, of_pair: Callable[..., Tensor], *of_anchor: Tensor) -> Tensor:
         """The mean over the positives of each anchor, [..., A], 0 where there is none.
@@ -140,17 +154,21 @@ class Compared(NamedTuple):
             return share @ everyone / total[:, None]
 
 
-def compare(
-    z: Tensor,
-    labels: Tensor,
-    all_labels: Tensor,
-    similar: Tensor,
-    temperature: float | Tensor,
-    processes: Processes,
-    weight: Tensor | None = None,
-) -> Compared:
-    """Of the embeddings [A, d] and labels [A] of this process, the labels [B] of all, and ``similar`` [A, B]."""
-    z = normalized(z)
+class Batch(NamedTuple):
+    """What is known of a batch beside its embeddings: A samples of this process, B of all ``processes``."""
+
+    labels: Tensor  # [A]
+    all_labels: Tensor  # [B]
+    similar: Tensor  # bool [A, B]: in Env#1 of the class of each of ours
+    temperature: float | Tensor
+    processes: Processes
+    weight: Tensor | None = None  # [B]: of the samples as anchors; None for all alike
+
+
+def compare(z: Tensor, batch: Batch, source: torch.dtype | None = None) -> Compared:
+    """Of the embeddings [A, d] of this process; ``source`` as of ``normalized``."""
+    labels, all_labels, similar, temperature, processes, weight = batch
+    z = normalized(z, source)
     same = labels[:, None] == all_labels[None, :]
     with torch.autocast(z.device.type, enabled=False):
         cosine = gram(z) if processes.size == 1 else z @ processes.gather(z).flatten(0, 1).T

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,7 +20,7 @@ from equireg._checks import Arguments, values_visible
 from equireg.distributed import Checksum, Group, Processes
 from equireg.eqinv.adjusted_similarity import Adjust
 from equireg.eqinv.batch import checked_batch, facts_of, zero_of
-from equireg.eqinv.class_risks import Compared, compare, risk_of, slope_of, sup_con_of
+from equireg.eqinv.class_risks import Batch, Compared, compare, risk_of, slope_of, sup_con_of
 from equireg.eqinv.environments import Environments
 from equireg.eqinv.feature_mask import FeatureMask
 from equireg.eqinv.fitting import fitted_environments
@@ -99,6 +98,7 @@ class ClassWiseIRM(nn.Module):
             and labels other than those fitted at the same index; ``indices`` given before the environments are fitted.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> features, labels = torch.randn(40, 16), torch.arange(40) % 4
         >>> irm = ClassWiseIRM(16, 4).fit_environments(features, labels)
@@ -250,12 +250,16 @@ class ClassWiseIRM(nn.Module):
             self.environments.become(environments)  # in place: who holds these buffers sees the change
         else:
             self.environments = environments
+        if self.sample_weights:
+            # Computed now, and not in the first step, which may be compiled.
+            self.environments.weights(self.environments.labels[:0])
         return self
 
     def fold_into(self, head: nn.Module) -> nn.Module:
         """``head ∘ mask`` as one module, for validation, export and plain checkpoints: ``FeatureMask.fold_into``.
 
         Example:
+            >>> import torch
             >>> irm, head = ClassWiseIRM(16, 4), nn.Linear(16, 4)
             >>> features = torch.randn(2, 16)
             >>> folded = irm.fold_into(head)
@@ -295,48 +299,36 @@ class ClassWiseIRM(nn.Module):
         )
         if len(features) * processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
             return zero_of(self, features), None
-        # Contiguous, so that the layers sum in the same order whatever the strides.
-        features = features.contiguous()
-        by_risk = features.detach() if self.detach is True else features
-        by_penalty = features if self.detach is False else features.detach()
-        relations = self._relations(features.detach(), labels, indices)
+        features = features.contiguous()  # so that the layers sum in the same order whatever the strides
+        frozen = features.detach()
+        batch = self._batch(frozen, labels, indices)
 
-        compared = compare(self.projection(self.mask(by_risk)), labels, *relations)
+        compared = compare(self.projection(self.mask(frozen if self.detach is True else features)), batch)
         risk = risk_of(compared, self.denominator)
-        penalised = self._penalised(by_penalty, compared, labels, relations) if self.weight > 0 else compared
+        by_batch = self.contrast == "batch"
+        contrast = compared.anchor_mean(sup_con_of(compared)) if by_batch else compared.class_mean(risk.sum(1))
+        penalised = self._penalised(features if self.detach is False else frozen, compared, batch)
         if self.penalty == "rex":
-            penalty = rex_penalty(risk if penalised is compared else risk_of(penalised, self.denominator))
+            penalty = rex_penalty(risk_of(penalised, self.denominator))
         else:
             penalty = irmv1_penalty(slope_of(penalised, self.denominator))
+        loss = self.risk_weight * contrast
+        if self.weight > 0:
+            loss = loss + self.weight * compared.class_mean(penalty)
+        self._warn_where_there_is_no_pair(compared)
+        return loss, (compared, risk, penalty)
 
-        # Each class with two samples or more counts once: a sample of n weighs 1 / n.
-        share = torch.where(compared.size > 1, 1 / compared.size.to(risk.dtype), 0)
-        if self.contrast == "environments":
-            of_anchor, of_anchors = risk.sum(1) * share, share
-        else:
-            of_anchors = torch.where(compared.size > 1, compared.own_weight(), 0)
-            of_anchor = sup_con_of(compared) * of_anchors
-        of_penalty = penalty * share if self.weight > 0 else torch.zeros_like(share)
-        sums = [of_anchor.sum(), of_anchors.sum(), of_penalty.sum(), share.sum()]
-        contrast, anchors, penalties, classes = processes.total(torch.stack(sums))
-        self._warn_of_no_pair(classes)
-        # Where there is no pair, all sums are 0.
-        loss = self.risk_weight * contrast / torch.where(anchors > 0, anchors, 1)
-        return loss + self.weight * penalties / classes.clamp(min=1), (compared, risk, penalty)
-
-    def _penalised(self, features: Tensor, compared: Compared, labels: Tensor, relations: Any) -> Compared:
+    def _penalised(self, features: Tensor, compared: Compared, batch: Batch) -> Compared:
         """What the penalty compares: what the risk does, where both are of one embedding with one gradient."""
         if self.penalty_on == "features":
-            return compare(self.mask.select(features), labels, *relations)
-        if self.detach != "penalty":
+            return compare(self.mask.select(features), batch, source=features.dtype)
+        if self.detach != "penalty" or self.weight == 0:
             return compared
         # The same values once more, without the gradient into φ; running statistics count the batch only once.
         buffers = {name: buffer.clone() for name, buffer in self.projection.named_buffers()}
-        return compare(functional_call(self.projection, buffers, (self.mask(features),)), labels, *relations)
+        return compare(functional_call(self.projection, buffers, (self.mask(features),)), batch)
 
-    def _relations(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Any, ...]:
-        """What ``compare`` takes beside embeddings: the labels of all processes, which of their samples are in Env#1 of
-        the class of each of ours, bool [B, all], the temperature, the processes, and the weights of all samples."""
+    def _batch(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Batch:
         processes = self.processes
         all_labels, weights = processes.gather(labels).flatten(), None
         if indices is not None and self.environments is not None:
@@ -346,14 +338,12 @@ class ClassWiseIRM(nn.Module):
         else:
             similar = similar_in_batch(processes.gather(features).flatten(0, 1), all_labels)
             similar = similar[processes.rank * len(labels) :][: len(labels)]
-        return all_labels, similar, self.temperature, processes, weights
+        return Batch(labels, all_labels, similar, self.temperature, processes, weights)
 
-    def _warn_of_no_pair(self, classes: Tensor) -> None:
-        if not self._warned and values_visible(classes) and not classes:
+    def _warn_where_there_is_no_pair(self, compared: Compared) -> None:
+        if not self._warned and values_visible(compared.size) and not (compared.size > 1).any():
             self._warned = True
-            text = (
-                "ClassWiseIRM: no class has two samples in this batch, so there is nothing to compare and the loss is 0"
-            )
+            text = "ClassWiseIRM: no class has two samples in this batch, so the loss is 0"
             warnings.warn(f"{text}; draw batches of several samples a class", stacklevel=5)
 
     def extra_repr(self) -> str:

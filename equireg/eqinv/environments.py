@@ -258,7 +258,9 @@ class Environments(nn.Module):
             indices, _ = self._placed(check, indices)
         everyone = self._weights.get((sharpness, cap))
         if everyone is None or everyone.device != self.labels.device:
-            everyone = self._weights[sharpness, cap] = self._all_weights(check, sharpness, cap)
+            everyone = self._all_weights(check, sharpness, cap)
+            if not torch.compiler.is_compiling():  # a compiled step would be compiled again for what it leaves behind
+                self._weights[sharpness, cap] = everyone
         if indices is not None:
             return everyone[indices]
         if bool((self.labels < 0).any()):

@@ -18,14 +18,15 @@ from equireg.similarity.dense import accumulation_dtype
 _ENTRIES = 2**17
 
 
-def normalized(x: Tensor) -> Tensor:
+def normalized(x: Tensor, source: torch.dtype | None = None) -> Tensor:
     """Unit length along the last dimension, contiguous, in fp32 or fp64; it can be differentiated again and again.
 
     A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 (1e-3 in fp16) comes out shorter than 1.
+    ``source`` is the dtype that the gradient ends in, where it is not that of ``x``.
     """
     # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
     # of up to 1e6, and fp16 ends at 65,504.
-    eps = 1e-3 if x.dtype == torch.float16 else 1e-6
+    eps = 1e-3 if torch.float16 in (x.dtype, source) else 1e-6
     # Contiguous, so that products of what comes out give the same bits whatever the strides.
     x = x.to(accumulation_dtype(x.dtype)).contiguous()
     if torch.compiler.is_compiling() or x.numel() <= _ENTRIES:  # a compiler has its own way, and an operator its cost

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from equireg import ClassWiseIRM, class_wise_risks, irmv1_penalty, rex_penalty
+from equireg import ClassWiseIRM, Environments, class_wise_risks, irmv1_penalty, rex_penalty
 from tests import loss_references, references
 from tests.records.record import AS_REFERENCE, BATCH, NO_ENTRIES, Record, Refused, refused_type, replace
 
@@ -56,6 +56,17 @@ def _irm_reference(**settings):
         return loss_references.class_wise_irm(p, features, labels, similar, temperature=0.1, **settings)
 
     return reference
+
+
+def _weighted_reference(p, features, labels, indices):
+    similar = loss_references.environment_table(_DATASET, _LABELS, labels, indices)
+    weights = Environments.split(_DATASET, _LABELS).weights(indices)  # which have a test of their own
+    return loss_references.weighted_risks(p, features, labels, similar, temperature=0.1, weights=weights)
+
+
+def _sup_con_reference(p, features, labels, indices):
+    similar = loss_references.environment_table(_DATASET, _LABELS, labels, indices)
+    return loss_references.sup_con_and_rex(p, features, labels, similar, temperature=0.1, weight=2.0, risk_weight=1.4)
 
 
 _IRM_REFUSED = {
@@ -115,7 +126,7 @@ RECORDS = [
     ),
     Record(
         name="ClassWiseIRM",
-        make=_irm(projection=None),
+        make=_irm(projection=None, detach=True),
         inputs=lambda draw: _batch(draw, grad=False),
         reference=_irm_reference(weight=10.0, penalty="rex", denominator="own"),
         refused=_IRM_REFUSED,
@@ -134,6 +145,31 @@ RECORDS = [
             ),
             "F27 penalty": Refused(ValueError, "penalty must be one of .* got 'vrex'", options={"penalty": "vrex"}),
         },
+        empty=0.0,
+        one=0.0,
+        processes="gather",
+    ),
+    Record(
+        name="ClassWiseIRM/sample weights",
+        make=_irm(weight=0.0, sample_weights=True),
+        inputs=_batch,
+        reference=_weighted_reference,
+        refused={
+            "labels": Refused(ValueError, "labels must be those of the fitted", replace(1, lambda y: (y + 1) % 3)),
+            "F27 detach": Refused(ValueError, "detach must be one of .* got 'risk'", options={"detach": "risk"}),
+        },
+        empty=0.0,
+        one=0.0,
+        processes="gather",
+    ),
+    Record(
+        name="ClassWiseIRM/SupCon",
+        make=_irm(
+            contrast="batch", penalty_on="features", denominator="all", weight=2.0, risk_weight=1.4, detach=False
+        ),
+        inputs=_batch,
+        reference=_sup_con_reference,
+        refused={"F27 contrast": Refused(ValueError, "contrast must be one of .* got 'x'", options={"contrast": "x"})},
         empty=0.0,
         one=0.0,
         processes="gather",
