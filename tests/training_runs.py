@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -68,7 +67,6 @@ def run(folder, objective=None, make_batch=noisy, *, accelerator=None, optimizer
     how = {"samples": SAMPLES, "batch_size": BATCH, "epochs": EPOCHS, "save_every": 2, "resume": True, **changes}
     how.setdefault("learning_rate", lambda step, steps: training.cosine(step, steps, 0.01, warmup=2))
     how.setdefault("after_step", getattr(objective, "follow", lambda step: None))
-    accelerator = accelerator or Accelerator(cpu=True)
     training.train(objective, make_batch, optimizer, folder=folder, accelerator=accelerator, **how)
     return objective
 
@@ -108,7 +106,9 @@ def killed(root, times=20):
         time.sleep(draw.uniform(0, whole / 3))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        if os.waitpid(child, 0)[1] == 0:  # through: begin anew, and be killed again
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL)
+        if status == 0:  # through: begin anew, and be killed again
             assert outcome(folder) == outcome(root / "whole")
             for path in folder.iterdir():
                 path.unlink()

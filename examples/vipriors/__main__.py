@@ -10,10 +10,9 @@ runs its steps one after the other, each into a folder of --out with its options
     distill         a student of the fine-tuned model
     test            flips, crops and the ensemble; predictions and the challenge's submission file
 
-Each is a command too, with flags of its own: vipriors finetune --epochs 10; for all they carry the step's name:
---finetune-epochs 10. --preset vipriors10 (or 20, 50) takes the papers' values, tiny10 (or 20, 50) some for 64 pixels
-and a CPU. A killed run goes on with --resume. Several processes: accelerate launch, or torchrun. To take the recipe
-elsewhere, copy this folder.
+Each is a command too: vipriors finetune --epochs 10; for all the flags carry the step's name: --finetune-epochs 10.
+--preset vipriors10 (or 20, 50) takes the papers' values, tiny10 (or 20, 50) some for 64 pixels and a CPU. A killed run
+goes on with --resume. Several processes: accelerate launch, or torchrun. To take it elsewhere, copy this folder.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import os
 import sys
 import time
 import traceback
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,8 @@ from vipriors import distillation, environments, finetune, images, presets, pret
 from vipriors.run_folder import save_json
 from vipriors.training import TrainingError
 
-STEPS = {
-    "pretrain": pretrain,
-    "environments": environments,
-    "finetune": finetune,
-    "distill": distillation,
-    "test": test_time,
-}
+MODULES = (pretrain, environments, finetune, distillation, test_time)
+STEPS = dict(zip(("pretrain", "environments", "finetune", "distill", "test"), MODULES))
 TRAININGS = ("pretrain", "finetune", "distill")
 SHARED: dict[str, tuple[Any, ...]] = {
     "data": (None, "a folder as --layout says"),
@@ -85,7 +80,7 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(flag, default=default, help=f"{text} (default: {default})", **kind)
 
 
-def options_of(command: str, arguments: list[str]) -> dict[str, argparse.Namespace]:
+def options_of(command: str, arguments: list[str]) -> dict[str, Namespace]:
     """The options of each step, from the preset and from its flags; wrong ones show before any work."""
     prefix = {step: f"{step}_" if command == "all" else "" for step in STEPS if command in (step, "all")}
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -121,7 +116,7 @@ def options_of(command: str, arguments: list[str]) -> dict[str, argparse.Namespa
     found = {}
     for step in given.get("steps", prefix):
         own = {name: given[f"{prefix[step]}{name}"] for name in flags[step]}
-        found[step] = argparse.Namespace(**{name: given[name] for name in SHARED}, **own)
+        found[step] = Namespace(**{name: given[name] for name in SHARED}, **own)
         getattr(STEPS[step], "check", lambda options: None)(found[step])
         for split in ("train", *images.measured(found[step])):
             images.read(found[step], split)
@@ -140,10 +135,10 @@ def summary(results: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
-        print(__doc__)
-        return
+        return print(__doc__)
     if command not in ("all", *STEPS):
         raise TrainingError(f"no step {command!r}; choose from {', '.join(STEPS)}, all")
+    PartialState(cpu=not torch.accelerator.is_available())  # accelerate starts gloo where it is told so
     found: dict[str, Any] = {}
     for step, options in options_of(command, arguments[1:]).items():
         start = time.monotonic()

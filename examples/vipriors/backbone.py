@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,8 @@ def is_vit(model: str) -> bool:
     return timm.model_entrypoint(model).__module__.endswith(("vision_transformer", "deit"))
 
 
-def create(options: argparse.Namespace, encoder: Path | None = None, num_classes: int = 0) -> nn.Module:
-    """The model, with the weights of an encoder where one is given, and an output for each class.
-
-    The class token of a vision transformer enters behind ``--late-class-token`` blocks, by hooks on these.
-    """
+def create(options: Namespace, encoder: Path | None = None, num_classes: int = 0) -> nn.Module:
+    """The model, with the weights of an encoder where one is given, and an output for each class."""
     sizes: dict[str, Any] = {}
     if is_vit(options.model):
         sizes = {"img_size": options.image_size, "patch_size": options.patch_size, "dynamic_img_size": True}
@@ -60,7 +57,7 @@ class Channels(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)
 
 
-def frozen_features(model: nn.Module, images: ImageFiles, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def frozen_features(model: nn.Module, images: ImageFiles, options: Namespace) -> tuple[Tensor, Tensor]:
     """Features [N, D], or a classifier's logits, and labels [N] of the whole images."""
     images = images.take(range(len(images)))
     images.transform = whole(options)

@@ -5,7 +5,7 @@ loss = criterion(student(images), teacher(images), labels)
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from equireg import ContrastiveDistillation, DistillationLoss, FeatureDistillation, ImageFiles, OverhaulDistillation
 from vipriors.backbone import create, is_vit
-from vipriors.finetune import Classifier, fine_tuned
+from vipriors.finetune import fine_tuned
 from vipriors.images import crop, names_hash, read, to_tensor, whole
 from vipriors.run_folder import fit, given_or_made, hash_of, once, save, warm_cosine
 from vipriors.test_time import measure
@@ -33,7 +33,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     if options.method in STAGES and is_vit(options.model):
         raise ValueError(f"--method {options.method} compares the stages of a ResNet, got --model {options.model}")
 
@@ -80,18 +80,18 @@ class Student(nn.Module):
         with torch.no_grad():
             theirs = outputs(self.of_teacher[0].to(images.device), images, self.stages)
         loss = self.classify(logits, theirs[0], labels)
-        parts = {"classification": loss.detach()}
+        parts = {"classification": loss}
         if self.kind in WEIGHTS:
             given = {"features": (features, theirs[1]), "crd": (features, theirs[1], indices)}
-            extra = self.distill(*given.get(self.kind, (maps, theirs[2])))
-            loss, parts["distillation"] = loss + WEIGHTS[self.kind] * extra, extra.detach()
+            parts["distillation"] = self.distill(*given.get(self.kind, (maps, theirs[2])))
+            loss = loss + WEIGHTS[self.kind] * parts["distillation"]
         return loss, parts
 
 
 class Augmented:
     """Makes a batch: crops, flips, RandAugment and random erasing (IP-IRM, Section 4.2)."""
 
-    def __init__(self, options: argparse.Namespace, images: ImageFiles):
+    def __init__(self, options: Namespace, images: ImageFiles):
         self.images = images
         self.policy = v2.Compose([*crop(options), v2.RandAugment(), to_tensor(v2.RandomErasing(p=0.25))])
 
@@ -100,18 +100,11 @@ class Augmented:
         return views, self.images.labels[indices], torch.tensor(indices)
 
 
-def in_one(classifier: Classifier) -> nn.Module:
-    """The same as one timm model, whose classifier is the mask and the head."""
-    model = classifier.backbone
-    setattr(model, model.pretrained_cfg["classifier"], nn.Sequential(classifier.mask, classifier.head))
-    return model
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: Namespace) -> dict[str, Any]:
     """``model.pt`` and ``predictions.pt``; accuracies of one view and of ten crops, in percent."""
     images, source = read(options, "train"), options.teacher or options.out / "finetune"
     encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
-    teacher = in_one(fine_tuned(options, source, len(images.classes)))
+    teacher = fine_tuned(options, source, len(images.classes))
     made_of = {"encoder": encoder and hash_of(encoder), "teacher": hash_of(source / "model.pt")}
 
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

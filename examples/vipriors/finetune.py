@@ -9,7 +9,7 @@ that is lower for earlier blocks (supplementary B).
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,59 +44,47 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Classifier(nn.Module):
-    """Images to logits, through the mask where there is one; its state holds no environments."""
-
-    def __init__(self, options: argparse.Namespace, num_classes: int, encoder: Path | None = None):
-        super().__init__()
-        self.backbone = create(options, encoder)
-        width = self.backbone.num_features
-        self.head = weight_norm(nn.Linear(width, num_classes))
-        masked = options.penalty != "off"
-        self.mask = FeatureMask(width, scale=options.mask_scale or None) if masked else nn.Identity()
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.backbone(images.contiguous(memory_format=torch.channels_last))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.mask(self.features(images)))
+def classifier(options: Namespace, num_classes: int, encoder: Path | None = None) -> nn.Module:
+    """The model; its classifier is the mask, where there is one, and a layer of normalised weights."""
+    model = create(options, encoder)
+    mask = (
+        FeatureMask(model.num_features, scale=options.mask_scale or None) if options.penalty != "off" else nn.Identity()
+    )
+    head = nn.Sequential(mask, weight_norm(nn.Linear(model.num_features, num_classes)))
+    setattr(model, model.pretrained_cfg["classifier"], head)
+    return model
 
 
 class Objective(nn.Module):
     """The whole loss of a step in one forward pass, as DistributedDataParallel wants it."""
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        num_classes: int,
-        encoder: Path | None = None,
-        environments: Path | None = None,
-    ):
+    def __init__(self, options: Namespace, classes: int, encoder: Path | None = None, environments: Path | None = None):
         super().__init__()
-        self.model, self.irm = Classifier(options, num_classes, encoder), None
+        self.model, self.irm = classifier(options, classes, encoder), None
         if options.penalty != "off":
             how = {name: getattr(options, name) for name in ("weight", "penalty", "temperature")}
-            width = self.model.backbone.num_features
-            self.irm = ClassWiseIRM(width, num_classes, **how, detach=not options.open, gather_distributed=True)
-            self.irm.mask = self.model.mask
+            width = self.model.num_features
+            self.irm = ClassWiseIRM(width, classes, **how, detach=not options.open, gather_distributed=True)
+            self.irm.mask = self.model.get_classifier()[0]
             if environments is not None:
                 self.irm.environments = Environments()
                 self.irm.environments.load_state_dict(load(environments))
 
     def forward(self, views: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        f = self.model.features(views).float()
-        loss = F.cross_entropy(self.model.head(self.model.mask(f)).float(), labels)
-        parts = {"classification": loss.detach()}
+        maps = self.model.forward_features(views.contiguous(memory_format=torch.channels_last))
+        f = self.model.forward_head(maps, pre_logits=True).float()
+        loss = F.cross_entropy(self.model.get_classifier()(f).float(), labels)
+        parts = {"classification": loss}
         if self.irm is not None:
-            irm = self.irm(f, labels, None if self.irm.environments is None else indices)
-            loss, parts["irm"] = loss + irm, irm.detach()
+            parts["irm"] = self.irm(f, labels, None if self.irm.environments is None else indices)
+            loss = loss + parts["irm"]
         return loss, parts
 
 
 class TwoCrops:
     """Makes a batch: two crops of each image, one after the other, with its label and its place in the dataset."""
 
-    def __init__(self, options: argparse.Namespace, images: ImageFiles):
+    def __init__(self, options: Namespace, images: ImageFiles):
         self.images, self.policy = images, v2.Compose([*crop(options), to_tensor()])
 
     def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,48 +93,43 @@ class TwoCrops:
         return views, self.images.labels[indices].repeat(2), torch.tensor(indices).repeat(2)
 
 
-def fine_tuned(options: argparse.Namespace, folder: Path, num_classes: int) -> Classifier:
+def fine_tuned(options: Namespace, folder: Path, num_classes: int) -> nn.Module:
     """The model that this step left in ``folder``, frozen."""
     path = folder / "model.pt"
     if not path.exists():
         raise TrainingError(f"{path}: no such file; run Step 3 (finetune) first")
     kind = {name: made_with(folder, name) for name in ("penalty", "mask_scale")}
-    classifier = Classifier(argparse.Namespace(**{**vars(options), **kind}), num_classes)
-    classifier.load_state_dict(load(path))
-    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = classifier(Namespace(**{**vars(options), **kind}), num_classes)
+    model.load_state_dict(load(path))
+    return model.eval().requires_grad_(False)
 
 
-def sources(options: argparse.Namespace) -> dict[str, Path | None]:
+def sources(options: Namespace) -> dict[str, Path | None]:
     """The encoder and the environments, which must have been made with it where Step 2 left them."""
     folder, own = options.out / "environments", options.environments is None and options.penalty != "off"
-    found = {
-        "encoder": given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt"),
-        "environments": given_or_made(options.environments, folder / "environments.pt"),
-    }
-    if own and all(found.values()) and made_with(folder, "encoder") != hash_of(found["encoder"]):
-        raise TrainingError(
-            f"{found['environments']} was made with another encoder than {found['encoder']}; run Step 2 (environments) "
-            "again, or give --environments"
-        )
+    encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
+    found = {"encoder": encoder, "environments": given_or_made(options.environments, folder / "environments.pt")}
+    if own and all(found.values()) and made_with(folder, "encoder") != hash_of(encoder):
+        made = f"{found['environments']} was made with another encoder than {encoder}"
+        raise TrainingError(f"{made}; run Step 2 (environments) again, or give --environments")
     return found
 
 
-def by_layers(objective: Objective, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW: of each block ``--layer-decay`` times the rate of the block behind it, of the last times the head's."""
-    backbone, decay = objective.model.backbone, options.weight_decay
-    groups = param_groups_layer_decay(backbone, decay, backbone.no_weight_decay(), layer_decay=options.layer_decay)
-    for group in groups:
-        group["lr_scale"] *= options.layer_decay  # timm counts from the last layer of the backbone, which has no head
-    others = nn.ModuleList([objective.model.head, objective.model.mask, objective.irm or nn.Identity()])
-    return torch.optim.AdamW(groups + param_groups_weight_decay(others, decay), lr=options.lr)
+def by_layers(objective: Objective, options: Namespace) -> torch.optim.Optimizer:
+    """AdamW: the head has the whole rate, and each block ``--layer-decay`` times that of the block behind it."""
+    model, decay = objective.model, options.weight_decay
+    groups = param_groups_layer_decay(model, decay, model.no_weight_decay(), layer_decay=options.layer_decay)
+    if objective.irm is not None:
+        groups += param_groups_weight_decay(objective.irm.projection, decay)
+    return torch.optim.AdamW(groups, lr=options.lr)
 
 
-def steps_down(options: argparse.Namespace) -> Callable[[int, int], float]:
+def steps_down(options: Namespace) -> Callable[[int, int], float]:
     """A tenth of the rate from 60% of the epochs on, a hundredth from 80%."""
     return lambda step, steps: options.lr * 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: Namespace) -> dict[str, Any]:
     """``model.pt``; accuracy on validation and test images, in percent."""
     images, found = read(options, "train"), sources(options)
     made_of = {name: path and hash_of(path) for name, path in found.items()} | {"files": names_hash(images)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,12 +19,9 @@ from tqdm.auto import tqdm
 from equireg import ImageFiles, k_shot, read_domains, read_nico, read_vipriors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+LAYOUTS = ("folders", "nico", "domains")
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "layout": (
-        "folders",
-        "folders: train, val, test of class folders, test also flat; nico: class/context; domains: domain/class",
-        ("folders", "nico", "domains"),
-    ),
+    "layout": ("folders", "folders: split/class, test also flat; nico: class/context; domains: domain/class", LAYOUTS),
     "shots": (0, "labelled images of each class; 0: all"),
     "draw": (-1, "seed that draws them; -1: the first ones"),
     "bias": (0.95, "domains: share of a class in its own domain"),
@@ -35,7 +32,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read(options: argparse.Namespace, split: str) -> ImageFiles:
+def read(options: Namespace, split: str) -> ImageFiles:
     """The images of ``train`` (as few of each class as asked for), ``val`` or ``test``."""
     root, broken = options.data.absolute(), {"broken": options.broken, "max_broken": options.max_bad}
     if options.layout == "nico":
@@ -50,18 +47,18 @@ def read(options: argparse.Namespace, split: str) -> ImageFiles:
     return images
 
 
-def measured(options: argparse.Namespace) -> tuple[str, ...]:
+def measured(options: Namespace) -> tuple[str, ...]:
     """The splits that accuracies are about: ``val``, and ``test`` where it is there and to be looked at."""
     there = options.layout != "folders" or any((_root(options) / name).is_dir() for name in ("test", "testgt"))
     return ("val", "test") if there and options.evaluate_on == "test" else ("val",)
 
 
-def labelled(options: argparse.Namespace) -> str:
+def labelled(options: Namespace) -> str:
     """The last of these that has labels."""
     return next(split for split in reversed(measured(options)) if (read(options, split).labels >= 0).all())
 
 
-def _root(options: argparse.Namespace) -> Path:
+def _root(options: Namespace) -> Path:
     root = options.data.absolute()
     inner = root / "imagenet_50"  # as the challenge's script leaves it
     return inner if inner.is_dir() and not (root / "train").is_dir() else root
@@ -89,15 +86,10 @@ def _read_folders(root: Path, split: str, broken: dict[str, Any]) -> ImageFiles:
     return images.take(torch.cat(parts))
 
 
-def _read_once(reader: Callable[..., ImageFiles], *where: Any, **how: Any) -> ImageFiles:
-    """A copy of what was found at the first time: to look for broken images is to decode them all."""
-    images = _found(reader, where, tuple(how.items()))
-    return images.take(range(len(images)))
-
-
 @cache
-def _found(reader: Callable[..., ImageFiles], where: tuple[Any, ...], how: tuple[tuple[str, Any], ...]) -> ImageFiles:
-    images = reader(*where, **dict(how))
+def _read_once(reader: Callable[..., ImageFiles], root: Path, split: str, **how: Any) -> ImageFiles:
+    """To look for broken images is to decode them all."""
+    images = reader(root, split, **how)
     for path, reason in images.skipped:
         tqdm.write(f"left out: {path!r}: {reason}")
     return images
@@ -119,13 +111,18 @@ def to_tensor(*last: Any) -> v2.Compose:
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD), *last])
 
 
-def whole(options: argparse.Namespace) -> v2.Compose:
-    """The whole image, for measures."""
-    size = (options.image_size, options.image_size)
-    return v2.Compose([v2.Resize(size, interpolation=3, antialias=True), to_tensor()])
+def pixels(options: Namespace) -> v2.Compose:
+    """The whole image in 0 .. 1."""
+    resize = v2.Resize((options.image_size,) * 2, interpolation=3, antialias=True)
+    return v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
-def crop(options: argparse.Namespace) -> list[Any]:
+def whole(options: Namespace) -> v2.Compose:
+    """The same, normalised: what is measured on."""
+    return v2.Compose([pixels(options), v2.Normalize(MEAN, STD)])
+
+
+def crop(options: Namespace) -> list[Any]:
     """The first steps of every augmentation."""
     resized = v2.RandomResizedCrop(options.image_size, scale=(options.crop_scale, 1.0), interpolation=3)
     return [resized, v2.RandomHorizontalFlip()]

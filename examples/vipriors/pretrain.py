@@ -11,45 +11,22 @@ view is transformed into a third one, as the second is a crop of its own; the me
 
 from __future__ import annotations
 
-import argparse
 import copy
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from lightly.models.modules.heads import (
-    MoCoProjectionHead,
-    SimCLRProjectionHead,
-    SimSiamPredictionHead,
-    SimSiamProjectionHead,
-)
+from lightly.models.modules import heads
 from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
-from equireg import (
-    EquivariantViews,
-    GridTransform,
-    ImageFiles,
-    IntermediateReconstructionHead,
-    IntermediateViews,
-    IPIRMLoss,
-    MoCoIPIRMLoss,
-    PartitionUpdater,
-    SERLoss,
-    SimSiamIPIRMLoss,
-    TokenTap,
-    WithIndex,
-    knn_accuracy,
-    linear_probe,
-    mix_images,
-    split_batch,
-)
+import equireg
 from vipriors.backbone import STRIDES, Channels, create, frozen_features, is_vit
-from vipriors.images import MEAN, STD, crop, evenly, labelled, names_hash, read, to_tensor
+from vipriors.images import MEAN, STD, crop, evenly, labelled, names_hash, pixels, read, to_tensor
 from vipriors.run_folder import fit, once, save, warm_cosine
 from vipriors.training import seed_everything
 
@@ -70,28 +47,20 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "optimizer", ("adamw", "sgd")),
     "unlabelled": ("train+val", "images to learn from", ("train", "train+val")),
 }
-Turned = tuple[Tensor, Tensor, Tensor, GridTransform, GridTransform]
+Turned = tuple[Tensor, Tensor, Tensor, equireg.GridTransform, equireg.GridTransform]
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     if options.mixup and (options.method != "simclr" or options.reconstruction):
         raise ValueError("--mixup is SimCLR's, and mixes what --reconstruction would rebuild; leave one of them out")
     if is_vit(options.model) and options.ser and not options.late_class_token:
         raise ValueError("--ser on a vision transformer needs --late-class-token, such as 3 of 12 blocks")
 
 
-def unlabelled(options: argparse.Namespace) -> ImageFiles:
+def unlabelled(options: Namespace) -> equireg.ImageFiles:
     parts = [read(options, split) for split in options.unlabelled.split("+")]
     paths = [path for part in parts for path in part.paths]
-    return ImageFiles(paths, torch.cat([part.labels for part in parts]), parts[0].classes)
-
-
-def augmentation(options: argparse.Namespace) -> v2.Compose:
-    """SimCLR's, without blur below 64 pixels."""
-    size = options.image_size
-    blur = [v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)], p=0.5)] if size >= 64 else []
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    return v2.Compose([*crop(options), jitter, v2.RandomGrayscale(0.2), *blur, to_tensor()])
+    return equireg.ImageFiles(paths, torch.cat([part.labels for part in parts]), parts[0].classes)
 
 
 class Views(Dataset):
@@ -100,14 +69,14 @@ class Views(Dataset):
     As a dataset, ((view, view), label) of each image.
     """
 
-    def __init__(self, options: argparse.Namespace, images: ImageFiles):
-        self.options, self.images, self.policy = options, images, augmentation(options)
-        size = (options.image_size, options.image_size)
-        resize = v2.Resize(size, interpolation=3, antialias=True)
-        self.whole = v2.Compose([resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    def __init__(self, options: Namespace, images: equireg.ImageFiles):
+        self.options, self.images, size = options, images, options.image_size
+        jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        blur = [v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)], p=0.5)] if size >= 64 else []
+        self.policy = v2.Compose([*crop(options), jitter, v2.RandomGrayscale(0.2), *blur, to_tensor()])  # SimCLR's
+        self.pixels, self.normalize = pixels(options), v2.Normalize(MEAN, STD)
         stride = options.patch_size if is_vit(options.model) else STRIDES[options.layer]
-        self.turned = EquivariantViews(options.image_size, stride) if options.ser else None
-        self.normalize = v2.Normalize(MEAN, STD)
+        self.turned = equireg.EquivariantViews(size, stride) if options.ser else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -119,11 +88,11 @@ class Views(Dataset):
     def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Turned | None]:
         turned, places = None, torch.tensor(indices)
         if self.turned is not None:
-            places, rest = split_batch(places, self.options.ratio)
-            wholes = torch.stack([self.whole(self.images[index][0]) for index in rest.tolist()]).clamp(0, 1)
+            places, rest = equireg.split_batch(places, self.options.ratio)
+            images = torch.stack([self.pixels(self.images[index][0]) for index in rest.tolist()])
             # The elements are drawn alike in all processes, so that their maps have one size.
             generator = torch.Generator().manual_seed(7_919 * self.options.seed + step)
-            x1, x2, g1, g2 = self.turned(wholes, generator)
+            x1, x2, g1, g2 = self.turned(images.clamp(0, 1), generator)
             turned = (self.normalize(x1), self.normalize(x2), rest, g1, g2)
         first, second = zip(*(self[index][0] for index in places.tolist()))
         return torch.stack(first), torch.stack(second), places, turned
@@ -138,7 +107,7 @@ class Encoder(nn.Module):
         self.maps: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        with TokenTap(self.net, self.early) as early, TokenTap(self.net, self.last) as last:
+        with equireg.TokenTap(self.net, self.early) as early, equireg.TokenTap(self.net, self.last) as last:
             features = self.net(images.contiguous(memory_format=torch.channels_last))
         self.maps = early.tokens.float(), last.tokens.float()
         return features[:, : self.width]
@@ -147,41 +116,41 @@ class Encoder(nn.Module):
 class Objective(nn.Module):
     """The whole loss of a step in one forward pass, as DistributedDataParallel wants it."""
 
-    def __init__(self, options: argparse.Namespace, samples: int):
+    def __init__(self, options: Namespace, samples: int):
         super().__init__()
         self.options = options
         net, vit = create(options), is_vit(options.model)
         early = f"blocks.{max(0, options.late_class_token - 1)}" if vit else options.layer
         widths = {stage["module"]: stage["num_chs"] for stage in net.feature_info}
-        self.ser = SERLoss(widths[early], token_norm=vit, gather_distributed=True) if options.ser else None
+        self.ser = equireg.SERLoss(widths[early], token_norm=vit, gather_distributed=True) if options.ser else None
         self.reconstruct, width = None, net.num_features
         if options.reconstruction:
-            self.views = IntermediateViews("all", reconstruct="se2")
+            self.views = equireg.IntermediateViews("all", reconstruct="se2")
             stride = options.patch_size if vit else STRIDES["layer4"]
             size = {"image_size": options.image_size, "patch_size": stride}
-            self.reconstruct = IntermediateReconstructionHead(width, **size, mean=MEAN, std=STD)
+            self.reconstruct = equireg.IntermediateReconstructionHead(width, **size, mean=MEAN, std=STD)
             width -= self.reconstruct.equivariant_dim
         self.encoder = Encoder(net, early, "norm" if vit else "layer4", width)
-        self.partitions = PartitionUpdater(samples, options.groups, seed=options.seed)
+        self.partitions = equireg.PartitionUpdater(samples, options.groups, seed=options.seed)
         sizes, shared = (width, options.hidden_dim, options.output_dim), {"weight": options.weight}
         if options.method == "simclr":
-            self.head: nn.Module = SimCLRProjectionHead(*sizes)
-            self.criterion: nn.Module = IPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.head: nn.Module = heads.SimCLRProjectionHead(*sizes)
+            self.criterion: nn.Module = equireg.IPIRMLoss(self.partitions, **shared, gather_distributed=True)
         elif options.method == "simsiam":
-            self.head = SimSiamProjectionHead(*sizes)
-            self.predictor = SimSiamPredictionHead(options.output_dim, options.output_dim // 4, options.output_dim)
-            self.criterion = SimSiamIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.head = heads.SimSiamProjectionHead(*sizes)
+            self.predictor = heads.SimSiamPredictionHead(sizes[2], sizes[2] // 4, sizes[2])
+            self.criterion = equireg.SimSiamIPIRMLoss(self.partitions, **shared, gather_distributed=True)
         else:
-            self.head = MoCoProjectionHead(*sizes)
+            self.head = heads.MoCoProjectionHead(*sizes)
             shared |= {"num_features": options.output_dim, "queue_size": options.queue_size}
-            self.criterion = MoCoIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.criterion = equireg.MoCoIPIRMLoss(self.partitions, **shared, gather_distributed=True)
             self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
 
     def method(self, first: Tensor, second: Tensor, indices: Tensor) -> tuple[Tensor, list[Any]]:
         """The method's loss, and the token maps of the views that the student saw."""
         mix = None
         if self.options.mixup:
-            first, *mix = mix_images(first, alpha=self.options.mixup)
+            first, *mix = equireg.mix_images(first, alpha=self.options.mixup)
         z1, maps = self.head(self.encoder(first)).float(), [self.encoder.maps]
         if self.options.method == "mocov2":
             with torch.no_grad():
@@ -194,9 +163,7 @@ class Objective(nn.Module):
             return self.criterion(p1, p2, z1, z2, indices), maps
         return self.criterion(z1, z2, indices, mix=mix and tuple(mix)), maps
 
-    def forward(
-        self, first: Tensor, second: Tensor, indices: Tensor, turned: Turned | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, first: Tensor, second: Tensor, indices: Tensor, turned: Turned | None) -> tuple[Tensor, Any]:
         """The loss, and its parts for the log."""
         loss, maps = self.method(first, second, indices)
         parts = {"ssl": loss}
@@ -216,20 +183,16 @@ class Objective(nn.Module):
             parts["equivariance"] = self.ser(maps[0][0], maps[1][0], g1, g2)
             loss = loss + parts["ssl_b2"] + self.options.ser * parts["equivariance"]
         parts["partitions"] = torch.tensor(float(len(self.partitions.partitions)))
-        return loss, {name: part.detach() for name, part in parts.items()}
+        return loss, parts
 
     def find_partition(self, views: Views, epoch: int) -> None:
         """Every few epochs one more, on two views of all images, of which each process takes its share."""
-        if self.options.weight == 0 or epoch == 0 or epoch % self.options.update_every:
-            return
-        state = PartialState()
-        share = Subset(WithIndex(views), range(state.process_index, len(views), state.num_processes))
-        encoder = nn.Sequential(Channels(), self.encoder, self.head)
-        loader = DataLoader(share, batch_size=self.options.batch_size)
-        self.partitions.update(loader, encoder=encoder, progress=state.is_main_process)
-        if state.is_main_process:
-            report = self.partitions.reports[-1]
-            tqdm.write(f"epoch {epoch}: a partition of {report.group_sizes}, objective {report.objective:.2f}")
+        if self.options.weight and epoch and epoch % self.options.update_every == 0:
+            state, samples = PartialState(), equireg.WithIndex(views)
+            share = Subset(samples, range(state.process_index, len(views), state.num_processes))
+            loader = DataLoader(share, batch_size=self.options.batch_size)
+            encoder = nn.Sequential(Channels(), self.encoder, self.head)
+            self.partitions.update(loader, encoder=encoder, progress=state.is_main_process)
 
     def follow(self) -> None:
         """MoCo's teacher."""
@@ -237,7 +200,7 @@ class Objective(nn.Module):
             update_momentum(nn.Sequential(self.encoder, self.head), self.teacher, self.options.momentum)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: Namespace) -> dict[str, Any]:
     """``encoder.pt``; k-NN and linear accuracy of the frozen features, in percent, and what partitions were found."""
     images = unlabelled(options)
 
@@ -253,7 +216,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         parts: list[Tensor] = []
         for split in ("train", labelled(options)):
             parts += frozen_features(net, evenly(read(options, split), options.probe_images), options)
-        reports = [report._asdict() for report in objective.partitions.reports]
-        return {"k-NN": 100 * knn_accuracy(*parts), "linear": 100 * linear_probe(*parts), "partitions": reports}
+        found = {"k-NN": 100 * equireg.knn_accuracy(*parts), "linear": 100 * equireg.linear_probe(*parts)}
+        return found | {"partitions": [report._asdict() for report in objective.partitions.reports]}
 
     return once(options, "pretrain", {"files": names_hash(images)}, work)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
-import math
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from matplotlib.figure import Figure
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -21,25 +21,18 @@ from vipriors.training import TrainingError, cosine, differences, read_log, trai
 OPTIONS, RESULTS = "options.json", "results.json"
 # How a step is run, not what it computes: these may change on the way.
 NOT_IN_THE_RESULT = ("resume", "workers", "save_every", "max_skipped", "traceback")
+Results = dict[str, Any]
 
 
-def once(
-    options: argparse.Namespace,
-    step: str,
-    made_of: dict[str, Any],
-    work: Callable[[Path, dict[str, Any]], dict[str, Any]],
-) -> dict[str, Any]:
+def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, Results], Results]) -> Results:
     """The results of ``work(folder, settings)``, or those on the disk where the step was done before.
 
-    The settings are the options that count and ``made_of``, such as hashes of what it takes.
-
-    Raises:
-        TrainingError: with ``--resume``, what is in the folder was made with other settings.
+    The settings are the options that count and ``made_of``, such as hashes of what it takes; where, with ``--resume``,
+    the folder was made with others, a TrainingError names them.
     """
-    folder, main = options.out / step, Accelerator().is_main_process
+    folder, main = options.out / step, PartialState().is_main_process
     counting = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_RESULT}
     settings = {name: value for name, value in counting.items() if not isinstance(value, Path)} | made_of
-    settings = json.loads(json.dumps(settings))
     if options.resume and (folder / OPTIONS).exists():
         if changed := differences(json.loads((folder / OPTIONS).read_text()), settings):
             raise TrainingError(f"{folder} was made with other settings: {changed}; without --resume it is made anew")
@@ -57,33 +50,26 @@ def once(
 
 
 def fit(
-    options: argparse.Namespace,
-    folder: Path,
-    settings: dict[str, Any],
-    objective: nn.Module,
-    batches: Any,
-    learning_rate: Callable[[int, int], float],
-    optimizer: torch.optim.Optimizer | None = None,
-    **hooks: Any,
+    options: Namespace, folder: Path, settings: Results, objective: nn.Module, batches: Any, rate: Any, **more: Any
 ) -> bool:
     """Train as the options say; True in the process that measures. ``batches.images`` are the samples.
 
-    Without an ``optimizer`` it is AdamW, with weight decay on matrices alone, or SGD with momentum.
+    The optimizer is one in ``more``, or AdamW, with weight decay on matrices alone, or SGD with momentum.
     """
-    if optimizer is None:
+    if more.get("optimizer") is None:
         adamw = getattr(options, "optimizer", "sgd") == "adamw"
         how = {"lr": options.lr, "weight_decay": options.weight_decay, "filter_bias_and_bn": adamw}
-        optimizer = create_optimizer_v2(objective, "adamw" if adamw else "momentum", **how)
+        more["optimizer"] = create_optimizer_v2(objective, "adamw" if adamw else "momentum", **how)
     accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.accumulate)
-    same = {name: getattr(options, name) for name in ("batch_size", "epochs", "seed", "resume", "workers")}
-    same |= {name: getattr(options, name) for name in ("max_skipped", "save_every")}
-    how = {"accelerator": accelerator, "settings": settings, "title": folder.name, **same, **hooks}
-    train(objective, batches, optimizer, folder=folder, samples=len(batches.images), learning_rate=learning_rate, **how)
+    for name in ("batch_size", "epochs", "seed", "resume", "workers", "max_skipped", "save_every"):
+        more[name] = getattr(options, name)
+    more |= {"samples": len(batches.images), "learning_rate": rate, "accelerator": accelerator, "settings": settings}
+    train(objective, batches, folder=folder, title=folder.name, **more)
     objective.eval()
     return accelerator.is_main_process
 
 
-def warm_cosine(options: argparse.Namespace) -> Callable[[int, int], float]:
+def warm_cosine(options: Namespace) -> Callable[[int, int], float]:
     """To the full rate in ``--warmup-epochs``, and from there to nothing along half a cosine."""
     share = options.warmup_epochs / options.epochs
     return lambda step, steps: cosine(step, steps, options.lr, warmup=round(share * steps))
@@ -128,28 +114,14 @@ def draw_curves(folder: Path, results: dict[str, Any]) -> None:
     log = [row for row in read_log(folder) if "loss" in row]
     if not log:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shares = {name: value for name, value in results.items() if isinstance(value, float)}
     curves = [name for name in log[0] if name != "step"]
-    count = len(curves) + bool(shares)
-    columns, rows = min(4, count), math.ceil(count / 4)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False)
-    for axes, name in zip(grid.flat, curves):
+    figure = Figure(figsize=(3 * len(curves) + 3, 3), layout="constrained")
+    *grid, last = figure.subplots(1, len(curves) + 1)
+    for axes, name in zip(grid, curves):
         axes.plot([row["step"] for row in log], [row[name] for row in log], linewidth=0.7)
-        axes.set_title("learning rate" if name == "lr" else name, fontsize=10)
-    for axes in grid.flat[len(curves) :]:
-        axes.axis("off")
-    if shares:
-        last = grid.flat[count - 1]
-        last.axis("on")
-        bars = last.bar(range(len(shares)), shares.values(), 0.6, color="C1")
-        last.bar_label(bars, fmt="%.1f", fontsize=8)
-        last.set_xticks(range(len(shares)), [name.replace(" ", "\n") for name in shares], fontsize=8)
-        last.set_title("accuracy at the end, %", fontsize=10)
-    figure.tight_layout()
+        axes.set_title("learning rate" if name == "lr" else name)
+    last.bar_label(last.bar(list(shares), list(shares.values()), color="C1"), fmt="%.1f")
+    last.tick_params("x", rotation=45)
+    last.set_title("accuracy at the end, %")
     figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from equireg import ImageFiles, ensemble, fit_ensemble_weights, predict_tta
-from vipriors.images import labelled, measured, names_hash, read, whole
+from vipriors.backbone import frozen_features
+from vipriors.images import labelled, measured, names_hash, read
 from vipriors.run_folder import RESULTS, hash_of, load, made_with, once, save
 from vipriors.training import write_file
 
@@ -33,21 +34,20 @@ def accuracy(scores: Tensor, labels: Tensor) -> float | str:
     return 100 * float((scores.argmax(1) == labels).float().mean()) if (labels >= 0).all() else UNKNOWN
 
 
-@torch.no_grad()
-def predictions(model: nn.Module, images: ImageFiles, options: argparse.Namespace, crops: str, merge: str) -> Tensor:
-    """Probabilities [N, C]; of one view ("plain"), or merged over ``crops``."""
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    images = images.take(range(len(images)))
-    images.transform, model, found = whole(options), model.to(accelerator.device).eval(), []
-    for batch, _ in tqdm(DataLoader(images, 250, num_workers=options.workers), crops, leave=False):
-        batch = batch.to(accelerator.device, memory_format=torch.channels_last)
-        with accelerator.autocast():
-            merged = {} if crops == "plain" else {"crops": crops, "merge": merge}
-            found.append(predict_tta(model, batch, **merged) if merged else model(batch).float().softmax(1))
-    return torch.cat(found).float().cpu()
+class Merged(nn.Module):
+    """Images to probabilities, merged over ``crops``; of one view where these are "plain"."""
+
+    def __init__(self, model: nn.Module, crops: str, merge: str):
+        super().__init__()
+        self.model, self.crops, self.merge = model, crops, merge
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.crops == "plain":
+            return self.model(images).float().softmax(1)
+        return predict_tta(self.model, images, crops=self.crops, merge=self.merge)
 
 
-def measure(model: nn.Module, options: argparse.Namespace, folder: Path, merge: str = "gmean") -> dict[str, Any]:
+def measure(model: nn.Module, options: Namespace, folder: Path, merge: str = "gmean") -> dict[str, Any]:
     """Accuracies of one view and of ten crops, and the predictions and labels in ``predictions.pt``."""
     saved: dict[str, Tensor] = {}
     found: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def measure(model: nn.Module, options: argparse.Namespace, folder: Path, merge: 
         images = read(options, split)
         saved[split] = images.labels
         for crops in ("plain", "ten"):
-            saved[f"{split} {crops}"] = predictions(model, images, options, crops, merge)
+            saved[f"{split} {crops}"], _ = frozen_features(Merged(model, crops, merge), images, options)
             found[f"{split} {crops}"] = accuracy(saved[f"{split} {crops}"], images.labels)
     save(folder / "predictions.pt", saved)
     return found
@@ -76,12 +76,8 @@ def ensembles(folders: dict[str, Path], on: str) -> dict[str, float]:
 
 def draw(rows: dict[str, float], path: Path, on: str) -> None:
     """A table, and the same as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
+    figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for place, (name, value) in enumerate(rows.items()):
         print(f"{name:54}{value:8.1f}")
         axes.plot(value, -place, "o", color=f"C{int('ensemble' in name)}")
@@ -89,9 +85,7 @@ def draw(rows: dict[str, float], path: Path, on: str) -> None:
     axes.set_yticks(range(0, -len(rows), -1), list(rows), fontsize=8)
     axes.set_xlabel(f"accuracy on {on} images, %")
     axes.grid(axis="y", alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def submission(path: Path, images: ImageFiles, probabilities: Tensor) -> None:
@@ -102,7 +96,7 @@ def submission(path: Path, images: ImageFiles, probabilities: Tensor) -> None:
     write_file(path, rows.getvalue().encode(errors="surrogateescape"))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: Namespace) -> dict[str, Any]:
     """``predictions.pt``, ``submission.csv`` where there are test images, and accuracies where there are labels.
 
     They are of one view, flips and crops of the fine-tuned model, and of its ensemble with its student where that is
@@ -121,13 +115,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             tqdm.write(f"{student} is left out: another model than that of {source} was its teacher")
 
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-        if not Accelerator().is_main_process:
+        if not PartialState().is_main_process:
             return {}
         models, images = {"fine-tuned": measure(model, options, folder, options.merge)}, read(options, on)
         rows = {"fine-tuned, one view": models["fine-tuned"][f"{on} plain"]}
         for crops in ("flip", "five"):
-            found = predictions(model, images, options, crops, options.merge)
-            rows[f"fine-tuned, {crops}, {options.merge}"] = accuracy(found, images.labels)
+            found = frozen_features(Merged(model, crops, options.merge), images, options)
+            rows[f"fine-tuned, {crops}, {options.merge}"] = accuracy(*found)
         rows[f"fine-tuned, ten, {options.merge}"] = models["fine-tuned"][f"{on} ten"]
         if made_of["student"]:
             models["distilled"] = json.loads((student / RESULTS).read_text())

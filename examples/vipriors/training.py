@@ -8,9 +8,8 @@
 
 accelerate brings devices, several processes (``accelerate launch``), mixed precision and gradient accumulation. This
 file adds four things. A checkpoint is written beside the last one and renamed; its name holds its SHA-256, so a damaged
-one is noticed and the one before it is taken. A step whose loss or gradient is not finite is skipped. All random
-numbers follow from the seed, the step and the process, so a killed run ends in the same bits. A checkpoint of other
-settings is refused, and the settings that differ are named.
+one is noticed and the one before it is taken. A step whose loss or gradient is not finite is skipped. Random numbers
+follow from the seed, the step and the process: a killed run ends in the same bits. Other settings are refused by name.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 
 
 class TrainingError(Exception):
-    """What ends a training and is no fault of the program: said in one line."""
+    """What ends a training and is no fault of the program."""
 
 
 def seed_everything(seed: int, *what: object) -> None:
@@ -82,9 +81,9 @@ def train(
             draw random numbers from torch, numpy and random.
         folder: gets ``log.jsonl`` and the last two checkpoints; without ``resume`` those there are removed.
         samples, batch_size: an epoch is all whole batches, of all processes together, in an order of its own.
-        learning_rate: from the step and the number of steps; times ``lr_scale`` in a parameter group that has one.
+        learning_rate: from the step and their number; times ``lr_scale`` in a parameter group that has one.
         epochs, steps: one of them.
-        accelerator: made for this training alone; default: ``Accelerator()``.
+        accelerator: made for this training alone.
         settings: plain values, alike in all runs that go on from each other.
         before_epoch, after_step: called with their number, from 0; after a skipped step there is no call.
         max_norm: the gradient is clipped to it.
@@ -96,26 +95,26 @@ def train(
         TrainingError: the checkpoint is of other settings or no checkpoint; or too many steps were skipped.
         ValueError, OSError: the batch size does not fit; a file cannot be written, and the last checkpoint is kept.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     accumulate, per_epoch = accelerator.gradient_accumulation_steps, samples // batch_size
     batches = _Batches(make_batch, samples, batch_size, seed, rank, world, accumulate)
     steps = per_epoch * (epochs or 0) if steps is None else steps
     how = {"samples": samples, "batch_size": batch_size, "steps": steps, "seed": seed, "processes": world}
     how |= {"accumulate": accumulate, "mixed_precision": accelerator.mixed_precision, **(settings or {})}
-    settings = json.loads(json.dumps(how))  # tuples are lists, as in a checkpoint
+    settings = json.loads(json.dumps(how))  # plain values: tuples are lists
     folder.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
         found = _last_checkpoint(folder, settings) if resume else None
     start, skipped = (found["step"], found["skipped"]) if found else (0, 0)
     if main:
-        rows = [row for row in read_log(folder) if row["step"] <= start] if found else []
+        rows = [row for row in read_log(folder) if row["step"] <= start]
         write_file(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         for old in folder.glob("*checkpoint-*.pt") if not resume else ():
             old.unlink()
     model, optimizer = accelerator.prepare(objective, optimizer)
-    lasting = {"objective": objective, "optimizer": optimizer}
-    lasting |= {"scaler": accelerator.scaler} if accelerator.scaler else {}  # of fp16
+    scaler = {"scaler": accelerator.scaler} if accelerator.scaler else {}  # of fp16
+    lasting = {"objective": objective, "optimizer": optimizer, **scaler}
     for name, part in lasting.items() if found else ():
         part.load_state_dict(found[name])
     loader = iter(DataLoader(batches, None, sampler=range(start * accumulate, steps * accumulate), num_workers=workers))
@@ -171,8 +170,8 @@ class _Batches(Dataset):
     def __init__(self, *how: Any):
         self.make_batch, self.samples, self.batch_size, self.seed, self.rank, self.world, self.parts = how
         if self.batch_size % (self.world * self.parts) or not 0 < self.batch_size <= self.samples:
-            most = f"a multiple of {self.world * self.parts} and at most the {self.samples} samples"
-            raise ValueError(f"batch_size must be {most}, got {self.batch_size}")
+            fits = f"a multiple of {self.world * self.parts} and at most the {self.samples} samples"
+            raise ValueError(f"batch_size must be {fits}, got {self.batch_size}")
 
     def __getitem__(self, place: int) -> tuple[Any, ...]:
         step, part = divmod(place, self.parts)
