@@ -115,9 +115,10 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
 
 def results(objective: Objective, s: Settings, data: Path, folder: Path, split: str, seed: int) -> dict[str, Any]:
     """Accuracy in percent on validation images, and on the test's if ``split`` is that; there also what is ``told``."""
+    objective.eval()
 
     def predict(pixels: Tensor) -> Tensor:
-        return encode(objective.eval().logits, pixels).argmax(1)
+        return encode(objective.logits, pixels).argmax(1)
 
     parts = {name: images_of(s, data, name, seed) for name in dict.fromkeys(("val", split))}
     right = {name: (predict(part.pixels) == part.labels).float().mean().item() for name, part in parts.items()}

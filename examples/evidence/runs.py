@@ -131,9 +131,8 @@ def collect(place: Place) -> dict[str, Any]:
     """The results of every group that is finished: group, arm, seed."""
     found: dict[str, Any] = {}
     for group in GROUPS:
-        if all(job.found() for job in tuning(place, group)):
-            results = [(job, job.found()) for job in final(place, group)]
-            if all(result for _, result in results):
-                for job, result in results:
-                    found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = result
+        jobs = final(place, group) if all(job.found() for job in tuning(place, group)) else []
+        if jobs and all(job.found() for job in jobs):
+            for job in jobs:
+                found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = job.found()
     return found
