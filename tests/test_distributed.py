@@ -41,7 +41,8 @@ def gathered_dtypes(rank):
     processes = Processes("f", True)
 
     def agree(**options):
-        return processes.agree(lambda: torch.ones(2, **options), lambda x: {"x": x})
+        with processes.alike() as facts:
+            facts["x"] = torch.ones(2, **options)
 
     with pytest.raises(ValueError, match="f: x must be on cpu for the backend gloo, got meta"):  # D11
         agree(device="meta")

@@ -1,8 +1,10 @@
-"""The examples run as a user runs them, and do what they claim."""
+"""Each example runs alone, as a person copies it, and does what it claims."""
 
+import ast
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +14,150 @@ from pathlib import Path
 import pytest
 import torch
 
+import equireg
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+PACKAGES = {"equireg", "lightly", "matplotlib", "sklearn", "timm", "torch", "torchvision", "tqdm"}
+
+# What makes each of them small: about a step of each of its trainings.
+TINY_RESNET = "--data images --epochs 1 --model test_resnet --image-size 32 --shots 4"
+PRETRAINING = "--data images --epochs 1 --images 40 --batch-size 20"
+FLAGS = {
+    "colored_mnist.py": "--source digits --epochs 1 --samples 300",
+    "distill.py": TINY_RESNET,
+    "eqinv_finetune.py": f"{TINY_RESNET} --runs 1 --checkpoint images/encoder.pt",
+    "ipirm_pretrain.py": f"{PRETRAINING} --update-every 1",
+    "late_class_token.py": "--data images --epochs 1 --image-size 16 --shots 4",
+    "planted_partition.py": "--source photographs --data images --rounds 2 --epochs 1",
+    "quickstart.py": "--epochs 1",
+    "reconstruction_pretrain.py": PRETRAINING,
+    "ser_pretrain.py": PRETRAINING,
+}
+
+
+def is_picture(path):
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+
+
+@pytest.fixture
+def run_alone(tmp_path, monkeypatch, capsys):
+    """Runs an example that was copied into an empty folder, and gives what it printed."""
+    for package in PACKAGES:
+        pytest.importorskip(package, reason="needs the examples extra")
+
+    def run(name, flags):
+        (tmp_path / name).write_text((EXAMPLES / name).read_text())
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("EQUIREG_DATA", raising=False)
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        monkeypatch.setattr(sys, "path", [part for part in sys.path if Path(part) != EXAMPLES])
+        runpy.run_path(name, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def made_images(tmp_path):
+    """``images/{train,test}/<class>/*``: four classes of noise, each with a colour of its own; and ``encoder.pt``."""
+    image, timm = pytest.importorskip("PIL.Image"), pytest.importorskip("timm", reason="needs the examples extra")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 10), ("test", 8)):
+        for label in range(4):
+            folder = tmp_path / "images" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(160, (20, 18, 3), generator=generator)
+                pixels[..., label % 3] += 40 * (1 + label // 3)
+                image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "images" / "encoder.pt")
+
+
+EVERY = pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+
+
+@EVERY
+def test_an_example_runs_alone(name, run_alone, made_images, tmp_path):
+    """In a folder with images and nothing else, for a step: it prints a table and writes a picture below ``runs``."""
+    output = run_alone(name, FLAGS[name])
+    number = r"[+-]?\d+(?:\.\d+)?%?"
+    rows = re.findall(rf"^\S.*?  +{number}(?: ± {number})?(?:  .*)?$", output, re.M)
+    assert len(rows) >= 2, output
+    assert {path.name for path in tmp_path.iterdir()} == {name, "images", "runs"}
+    pictures = list((tmp_path / "runs").rglob("*.png"))
+    assert pictures
+    assert all(map(is_picture, pictures))
+
+
+@EVERY
+def test_an_example_is_one_short_file(name):
+    """At most 150 lines; it imports packages, and of equireg the public names."""
+    text = (EXAMPLES / name).read_text()
+    assert len(text.splitlines()) <= 150
+    for node in ast.walk(ast.parse(text)):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module]
+            if node.module.startswith("equireg"):
+                assert node.module == "equireg"
+                assert {alias.name for alias in node.names} <= set(equireg.__all__)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "equireg":
+            assert node.attr in equireg.__all__
+        assert {module.split(".")[0] for module in modules} <= PACKAGES | sys.stdlib_module_names
+
+
+# ---------------------------------------------------------------------------------------------- what some of them claim
+
+
+def test_quickstart_beats_cross_entropy(run_alone, tmp_path):
+    """On validation images of two seeds, by half of what it gains on average."""
+    output = run_alone("quickstart.py", "--seeds 2 --split validation")
+    rows = {line[:32].strip(): re.findall(r"([\d.]+) ± [\d.]+", line) for line in output.splitlines()}
+    conflicting = {name: float(cells[1]) for name, cells in rows.items() if cells}
+    assert conflicting["+ ClassWiseIRM"] > conflicting["cross entropy"] + 6
+    assert float(rows["+ ClassWiseIRM"][0]) > 97  # and nothing is lost where the bias holds
+    assert is_picture(tmp_path / "runs" / "quickstart.png")
+
+
+def test_quickstart_controls(run_alone):
+    output = run_alone("quickstart.py", "--seeds 1 --epochs 1 --controls")
+    assert "without the penalty (weight 0)" in output
+    assert "random environments" in output
+
+
+def test_colored_mnist_shows_the_papers_figure(run_alone):
+    """Plain similarity splits by digit, adjusted similarity by the class's colour alone (EqInv, Fig. 5)."""
+    output = run_alone("colored_mnist.py", "--source digits --unbiased 0.05")
+    pattern = r"^(\w+) similarity +(\d+) to (\d+) +(\d+) +\d+ to \d+$"
+    found = {name: [int(n) for n in shares] for name, *shares in re.findall(pattern, output, re.M)}
+    low, high, _ = found["plain"]
+    assert high - low > 80
+    low, high, own_color = found["adjusted"]
+    assert low > 30
+    assert high < 70
+    assert own_color > 90
+
+
+def test_planted_partition_is_found(run_alone):
+    """The first partition follows the tint of digits; the second one another thing."""
+    output = run_alone("planted_partition.py", "--images 600 --rounds 2 --epochs 12")
+    first, second = (float(tint) for tint in re.findall(r"^partition \d +(-?[\d.]+)", output, re.M))
+    assert first > 0.8
+    assert second < 0.5
+
+
+def test_late_class_token_is_exact_without_positions(run_alone, made_images):
+    """Early or late, every layer turns with the image; and the wrapped model keeps its state_dict."""
+    output = run_alone("late_class_token.py", "--data images --epochs 0 --image-size 16 --shots 4")
+    assert re.findall(r"^(\w+), no positions.* at least 1\.000000 in every layer$", output, re.M) == ["early", "late"]
+    assert "the wrapped ViT: the same" in output
+    with_positions = [float(score) for score in re.findall(r"^layer 6 +(\S+) +\S+ +(?=\S)", output, re.M)]
+    assert with_positions[0] < 0.99
+
+
+# ------------------------------------------------------------------------------------------------- SER pretraining
 
 
 def command(name, *arguments, folder, beside=(), launcher=()):
@@ -32,45 +177,6 @@ def run(name, *arguments, **where):
     assert result.returncode == 0, result.stderr
     return result.stdout
 
-
-def is_picture(path):
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 20_000
-
-
-def test_quickstart_beats_cross_entropy(tmp_path):
-    """On validation images of two seeds, by half of what it gains on average."""
-    pytest.importorskip("sklearn", reason="needs the examples extra")
-    output = run("quickstart.py", "--seeds", "2", "--split", "validation", folder=tmp_path)
-    rows = {line[:32].strip(): re.findall(r"([\d.]+) ± [\d.]+", line) for line in output.splitlines()}
-    conflicting = {name: float(cells[1]) for name, cells in rows.items() if cells}
-    assert conflicting["+ ClassWiseIRM"] > conflicting["cross entropy"] + 6
-    assert float(rows["+ ClassWiseIRM"][0]) > 97  # and nothing is lost where the bias holds
-    assert is_picture(tmp_path / "runs" / "quickstart.png")
-
-
-def test_quickstart_controls(tmp_path):
-    pytest.importorskip("sklearn", reason="needs the examples extra")
-    output = run("quickstart.py", "--seeds", "1", "--epochs", "1", "--controls", folder=tmp_path)
-    assert "without the penalty (weight 0)" in output
-    assert "random environments" in output
-
-
-def test_colored_mnist_shows_the_papers_figure(tmp_path):
-    """Plain similarity splits by digit, adjusted similarity by the class's colour alone (EqInv, Fig. 5)."""
-    pytest.importorskip("sklearn", reason="needs the examples extra")
-    output = run("colored_mnist.py", "--source", "digits", "--unbiased", "0.05", folder=tmp_path)
-    pattern = r"^(\w+) +similarity.*: (\d+) to (\d+)% of each other digit, (\d+)% of colour 0"
-    found = {name: [int(n) for n in shares] for name, *shares in re.findall(pattern, output, re.M)}
-    low, high, _ = found["plain"]
-    assert high - low > 80
-    low, high, own_color = found["adjusted"]
-    assert low > 30
-    assert high < 70
-    assert own_color > 90
-    assert is_picture(tmp_path / "runs" / "colored_mnist.png")
-
-
-# ------------------------------------------------------------------------------------------------- SER pretraining
 
 SMALL = {
     "model": "test_vit",
@@ -286,16 +392,6 @@ def test_reconstruction_pretrain_in_two_processes(method, small_images, tmp_path
 # --------------------------------------------------------------------------------------------------------- IP-IRM
 
 
-def test_planted_partition_is_found(tmp_path):
-    """The first partition follows the tint of digits; the second one another thing."""
-    pytest.importorskip("sklearn", reason="needs the examples extra")
-    output = run("planted_partition.py", "--rounds", "2", "--epochs", "8", folder=tmp_path)
-    found = [tuple(map(float, pair)) for pair in re.findall(r"tint (-?[\d.]+), with classes (-?[\d.]+)", output)]
-    assert found[0][0] > 0.8
-    assert found[1][0] < 0.5
-    assert is_picture(tmp_path / "runs" / "planted_partition.png")
-
-
 def test_ipirm_pretrain_compares(small_images, tmp_path):
     import timm
 
@@ -328,26 +424,3 @@ def test_ipirm_pretrain_in_two_processes(small_images, tmp_path):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert torch.load(folder / "partitions.pt", weights_only=True).shape == (1, 40)
-
-
-def test_the_whole_vipriors_recipe(small_images, tmp_path):
-    """Pretraining, teacher, students, augmentation and ensemble from one command; again, there is nothing to do."""
-    small = {
-        **{key: IPIRM[key] for key in ("model", "image-size", "batch-size", "warmup-epochs", "probe-images", "amp")},
-        "images": 24,
-        "epochs": 2,
-        "stage1-epochs": 2,
-        "stage1-images": 24,
-    }
-    where = {"folder": tmp_path, "beside": (*SHARED, "ipirm_pretrain.py", "merged_predictions.py")}
-    output = run("distill.py", *flags(small, data=small_images), **where)
-    students = ("KL, logits", "KL, features", "OFD, several layers", "OFD, last layer", "CRD")
-    for name in ("from scratch", "fine-tuned (the teacher)", "fine-tuned, another seed", *students):
-        assert re.search(rf"^{re.escape(name)} +\d+\.\d +\d+\.\d$", output, re.M), name
-    rows = ["one view", "flip, mean", "five, gmean", "ten, tsharpen"]
-    for row in rows + [f"ensemble, {views}, weighted" for views in ("one view", "ten crops")]:
-        assert re.search(rf"{row} +\d+\.\d$", output, re.M), row
-    assert is_picture(tmp_path / "runs" / "distill" / "distill.png")
-    again = run("distill.py", *flags(small, data=small_images), "--resume", **where)
-    table = output[output.index("accuracy, %") :]
-    assert again[again.index("accuracy, %") :] == table

@@ -14,7 +14,8 @@ import equireg
 ROOT = Path(equireg.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-GROUND = {"similarity", "distributed", "grid", "invariance", "features", "image_transforms", "_checks", "_progress"}
+GROUND = {"similarity", "distributed", "grid", "invariance", "features", "image_transforms"}
+GROUND |= {"_agreement", "_checks", "_progress"}
 OUTSIDE = {"torch", "einops", "tqdm", "torchvision", "PIL", "triton", "matplotlib"} | set(sys.stdlib_module_names)
 NEIGHBOURS = {"probes": {"backbones"}}  # the one arrow between rooms: a probe reads token maps
 

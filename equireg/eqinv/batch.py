@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from equireg._agreement import Facts
 from equireg._checks import Arguments
-from equireg.distributed import Facts, settings_of
 from equireg.eqinv.class_risks import check_batch
 from equireg.similarity import accumulation_dtype
+
+SETTINGS = (
+    *("weight", "penalty", "temperature", "denominator", "detach", "contrast", "penalty_on", "risk_weight"),
+    "sample_weights",
+)
 
 
 def checked_batch(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -42,8 +48,8 @@ def facts_of(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | None)
         "labels": labels,
         "indices": indices,
         "environments": bits,
-        "environments' sum": None if bits is None else irm.checksum.of(bits),
-        "settings": settings_of(irm),
+        "environments' sum": None if bits is None else partial(irm.checksum.of, bits),
+        "settings": {name: getattr(irm, name) for name in SETTINGS},
         "whether parameters learn": torch.is_grad_enabled() and any(p.requires_grad for p in irm.parameters()),
     }
 

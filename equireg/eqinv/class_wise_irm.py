@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from equireg._agreement import Checksum
 from equireg._checks import Arguments, values_visible
-from equireg.distributed import Checksum, Group, Processes
+from equireg.distributed import Group, Processes
 from equireg.eqinv.adjusted_similarity import Adjust
 from equireg.eqinv.batch import checked_batch, facts_of, zero_of
 from equireg.eqinv.class_risks import Batch, Compared, compare, risk_of, slope_of, sup_con_of
@@ -293,11 +294,11 @@ class ClassWiseIRM(nn.Module):
         self, features: Tensor, labels: Tensor, indices: Tensor | None
     ) -> tuple[Tensor, tuple[Compared, Tensor, Tensor] | None]:
         """The loss; the comparison of the batch, and by sample the risks [B, 2] and penalties [B] of its class."""
-        processes = self.processes
-        labels, indices = processes.agree(
-            lambda: checked_batch(self, features, labels, indices), lambda made: facts_of(self, features, *made)
-        )
-        if len(features) * processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
+        with self.processes.alike() as facts:
+            labels, indices = checked_batch(self, features, labels, indices)
+            if self.processes.size > 1:
+                facts.update(facts_of(self, features, labels, indices))
+        if len(features) * self.processes.size < 2:  # no pair; a BatchNorm in the projection would refuse the batch
             return zero_of(self, features), None
         features = features.contiguous()  # so that the layers sum in the same order whatever the strides
         frozen = features.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,7 +78,7 @@ class MoCoIPIRMLoss(PartitionLoss):
     def forward(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
         processes = self.processes
 
-        def checked() -> tuple[Tensor, Tensor, Tensor]:
+        with processes.alike() as facts:
             check = Arguments(self.function)
             check.sizes["d"] = self.queue.shape[1]
             check.features("query", query, "N d")
@@ -86,11 +88,8 @@ class MoCoIPIRMLoss(PartitionLoss):
                 places = "" if processes.size == 1 else f" in {processes.size} processes"
                 rule = f"of 1 to queue_size = {len(self.queue)} samples{places}"
                 check.fail("query", rule, list(query.shape))
-            return normalized(query), normalized(key.detach()), self.check_indices(check, indices)
-
-        x, own_key, indices = processes.agree(
-            checked, lambda made: {"query": query, "key": made[1], "training": self.training, **self.facts()}
-        )
+            x, own_key, indices = normalized(query), normalized(key.detach()), self.check_indices(check, indices)
+            facts.update({"query": query, "key": own_key, "training": self.training, **self.facts()})
         groups, count = self.groups_of(indices)
         bank, owners = self.queue.to(x.dtype), self.queue_indices
         known = owners >= 0
@@ -118,6 +117,6 @@ class MoCoIPIRMLoss(PartitionLoss):
         self.queue_indices = self.queue_indices.index_copy(0, places, indices)
         self.place = (self.place + len(keys)) % len(self.queue)
 
-    def extra_repr(self) -> str:
-        shape = f"{self.queue.shape[1]}, queue_size={len(self.queue)}"
-        return f"{shape}, temperature={self.temperature}, {super().extra_repr()}"
+    def settings(self) -> dict[str, Any]:
+        size, width = self.queue.shape
+        return {"num_features": width, "queue_size": size, "temperature": self.temperature, **super().settings()}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from equireg._agreement import Checksum, Facts
 from equireg._checks import Arguments
-from equireg.distributed import Checksum, Facts, Group, Processes, settings_of
+from equireg.distributed import Group, Processes
 from equireg.ipirm.partitions import PartitionUpdater
 from equireg.ipirm.soft_info_nce import Rows
 
@@ -57,13 +61,17 @@ class PartitionLoss(nn.Module):
         """The partitions, int64 [P, N]."""
         return self.partitions.partitions if isinstance(self.partitions, PartitionUpdater) else self.partitions
 
+    def settings(self) -> dict[str, Any]:
+        """The options that must be alike in every process."""
+        return {"weight": self.weight}
+
     def facts(self) -> Facts:
         """What processes have to agree on, beside their batches."""
         table = self._table()
         return {
-            "partitions": table,
-            "partitions' sum": self._checksum.of(table),
-            "settings": settings_of(self),
+            "partitions": list(table.shape),
+            "partitions' sum": partial(self._checksum.of, table),
+            "settings": self.settings(),
         }
 
     def combined(self, everyone: Rows, weights: Tensor, parts: list[tuple[Rows, Tensor, int]]) -> Tensor:
@@ -82,7 +90,8 @@ class PartitionLoss(nn.Module):
         return combined
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight}, gather_distributed={self.processes}"
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings().items())
+        return f"{settings}, gather_distributed={self.processes}"
 
 
 def _sums(rows: Rows, weights: Tensor, group: Tensor, num_groups: int) -> Tensor:

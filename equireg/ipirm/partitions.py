@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from equireg import distributed
+from equireg._agreement import Facts, checksum
 from equireg._checks import Arguments
+from equireg.distributed import Processes, broadcast_from_rank0, gather_rows
 from equireg.features import extract_two_views
 from equireg.ipirm.partition_search import Found, Search, adjusted_rand_index, find_partition
 from equireg.ipirm.soft_info_nce import check_views
@@ -160,11 +162,11 @@ class PartitionUpdater(nn.Module):
 
         Whatever is raised, the partitions and the generator stay as they were.
         """
-        rows, indices = distributed.agree(
-            "PartitionUpdater.update", lambda: self._rows(z1, z2, generator, encoder, progress), self._facts
-        )
+        with Processes("PartitionUpdater.update", True).alike() as facts:
+            rows, indices = self._rows(z1, z2, generator, encoder, progress)
+            facts.update(self._facts(rows, indices))
         if indices is not None:
-            rows = self._in_order(distributed.gather_rows(rows), distributed.gather_rows(indices))
+            rows = self._in_order(gather_rows(rows), gather_rows(indices))
             self._check_features(*rows.chunk(2, 1))
         x1, x2 = rows.chunk(2, 1)
         if self.max_passes == 0:
@@ -175,7 +177,7 @@ class PartitionUpdater(nn.Module):
         before = source.get_state()
         try:
             # One process looks; all get what it found, and the state its generator is left in.
-            found, after = distributed.from_first(lambda: (self._search(x1, x2, source, progress), source.get_state()))
+            found, after = broadcast_from_rank0(lambda: (self._search(x1, x2, source, progress), source.get_state()))
             report = self._report(found)
             if report.collapsed:
                 warnings.warn(
@@ -271,16 +273,15 @@ class PartitionUpdater(nn.Module):
             collapsed=self._collapsed(partition),
         )
 
-    def _facts(self, rows: tuple[Tensor, Tensor | None]) -> distributed.Facts:
+    def _facts(self, rows: Tensor, indices: Tensor | None) -> Facts:
         """What must be alike in all processes; they may have encoded other numbers of samples."""
-        features, indices = rows
         return {
             "num_groups": self.num_groups,
-            "partitions": self.partitions,
-            "partitions' sum": distributed.checksum(self.partitions),
-            "the generator's state": distributed.checksum(self.generator_state),
-            "whether there is an encoder": int(indices is not None),
-            "features": features[:0],
+            "partitions": list(self.partitions.shape),
+            "partitions' sum": partial(checksum, self.partitions),
+            "the generator's state": partial(checksum, self.generator_state),
+            "whether there is an encoder": indices is not None,
+            "features": [rows.shape[1], str(rows.dtype)],
         }
 
     def extra_repr(self) -> str:

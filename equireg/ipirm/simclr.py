@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,16 +75,13 @@ class IPIRMLoss(PartitionLoss):
     ) -> Tensor:
         processes = self.processes
 
-        def checked() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        with processes.alike() as facts:
             check = Arguments(self.function)
             check_views(check, z1, z2, self.temperature)
-            own = self.check_indices(check, indices)
+            indices = self.check_indices(check, indices)
             views = torch.stack([normalized(z1), normalized(z2)])
-            return views, own, None if mix is None else _checked_mix(check, mix, views[0])
-
-        views, indices, parts_of = processes.agree(
-            checked, lambda made: {"z1": z1, "z2": z2, "mix": made[2] and made[2][1], **self.facts()}
-        )
+            parts_of = None if mix is None else _checked_mix(check, mix, views[0])
+            facts.update({"z1": z1, "z2": z2, "mix": parts_of and parts_of[1], **self.facts()})
         everyone, all_indices = processes.gather(views), processes.gather(indices).flatten()
         all_views = everyone.transpose(0, 1).flatten(1, 2)  # [views, processes · N, d]
         x1, x2 = views
@@ -113,8 +112,8 @@ class IPIRMLoss(PartitionLoss):
             parts.append((rows_of(*negatives, positive), by_row, count))
         return self.combined(whole, weights, parts)
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, {super().extra_repr()}"
+    def settings(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, **super().settings()}
 
 
 def mix_images(

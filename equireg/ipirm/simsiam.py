@@ -47,18 +47,17 @@ class SimSiamIPIRMLoss(PartitionLoss):
         super().__init__("SimSiamIPIRMLoss", partitions, weight, gather_distributed)
 
     def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
-        def checked() -> tuple[Tensor, Tensor]:
+        with self.processes.alike() as facts:
             check = Arguments(self.function)
             for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
                 check.features(name, part, "N d")
                 check.dtype_of(name, part, "p1", p1)
             if p1.numel() == 0:
                 check.fail("p1", "of at least one sample and one feature", list(p1.shape))
-            own = self.check_indices(check, indices)
-            q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
-            return -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2, own
-
-        loss, indices = self.processes.agree(checked, lambda _: {"p1": p1, "p2": p2, **self.facts()})
+            indices = self.check_indices(check, indices)
+            facts.update({"p1": p1, "p2": p2, **self.facts()})
+        q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
+        loss = -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2
         groups, count = self.groups_of(indices)
         rows = Rows(loss, loss, torch.ones_like(loss, dtype=torch.bool))
         return self.combined(rows, torch.ones_like(loss), [(rows, group, count) for group in groups])

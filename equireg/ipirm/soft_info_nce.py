@@ -88,17 +88,15 @@ def soft_info_nce(
         torch.Size([2])
     """
     processes = Processes("soft_info_nce", gather_distributed)
-
-    def checked() -> Tensor:
+    with processes.alike() as facts:
         check = Arguments("soft_info_nce")
         check_views(check, z1, z2, temperature)
         if weights is not None:
             check.features("weights", weights, "N K")
             check.weights("weights", weights)
-        # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
-        return torch.stack([normalized(z1), normalized(z2)], 1)
-
-    views = processes.agree(checked, lambda views: {"z1": z1, "z2": z2, "weights": weights})
+        facts.update({"z1": z1, "z2": z2, "weights": weights})
+    # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
+    views = torch.stack([normalized(z1), normalized(z2)], 1)
     shares = views.new_ones(len(z1), 1) if weights is None else weights.to(views.dtype)
     first, x = processes.rank * len(z1), views.flatten(0, 1)
     ids = torch.arange(first, first + len(z1), device=z1.device).repeat_interleave(2)

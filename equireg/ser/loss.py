@@ -125,14 +125,13 @@ class SERLoss(nn.Module):
                 grids, a batch of one image without others to gather.
         """
         processes = self.processes
+        with processes.alike() as facts:
+            z, z_prime = self._projected(tokens1, tokens2, g1, g2, 2 if processes.size == 1 else 1)
+            facts.update({"projected tokens1": z, "projected tokens2": z_prime})
         if processes.size == 1:
-            return _loss(*self._projected(tokens1, tokens2, g1, g2, 2), None, 0, self.temperature)
-        mine = processes.agree(
-            lambda: self._projected(tokens1, tokens2, g1, g2, 1),
-            lambda maps: {"projected tokens1": maps[0], "projected tokens2": maps[1]},
-        )
-        keys = processes.gather(mine[0]).flatten(0, 1), processes.gather(mine[1]).flatten(0, 1)
-        loss = _loss(*mine, keys, processes.rank * len(mine[0]), self.temperature)
+            return _loss(z, z_prime, None, 0, self.temperature)
+        keys = processes.gather(z).flatten(0, 1), processes.gather(z_prime).flatten(0, 1)
+        loss = _loss(z, z_prime, keys, processes.rank * len(z), self.temperature)
         return processes.total(loss) / processes.size
 
     def _projected(
