@@ -41,18 +41,16 @@ def test_interval_is_students():
     values, base = [3.0, 5.5, 4.0, 6.0, 5.0], [2.0, 5.0, 4.5, 4.0, 3.5]
     found, expected = paired(values, base), ttest_rel(values, base).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert paired([2.0, 4.0], [1.0, 1.0]).mean == 2.0  # differences 1 and 3: 2 ± 12.706 · √2 / √2
-    assert paired([2.0, 4.0], [1.0, 1.0]).high == pytest.approx(2 + 12.7062047)
+    assert paired([2.0, 4.0], [1.0, 1.0]).high == pytest.approx(
+        2 + 12.7062047
+    )  # differences of 1 and 3: 2 ± 12.706 · √2 / √2
     with pytest.raises(ValueError, match="as many and not none, got 2 and 1"):
         paired([1.0, 2.0], [1.0])
-    assert paired([2.0, 2.1, 2.2], [1.0] * 3).verdict == "higher"
-    assert paired([0.0, 0.1, 0.2], [1.0] * 3).verdict == "lower"
-    assert paired([0.0, 1.1, 2.2], [1.0] * 3).verdict == "no difference told"
-    assert paired([5.0], [1.0]).verdict == "no difference told"  # one seed tells nothing
+    told = [paired(x, [1.0] * len(x)).verdict for x in ([2.0, 2.1, 2.2], [0.0, 0.1, 0.2], [0.0, 1.1, 2.2], [5.0])]
+    assert told == ["higher", "lower", *["no difference told"] * 2]  # one seed tells nothing
 
 
 def test_page_is_made_from_the_published_figures(tmp_path):
-    """By the command that it names."""
     (tmp_path / "results.json").write_bytes((ROOT / "docs/results.json").read_bytes())
     run("--page-only", "--docs", tmp_path, MPLCONFIGDIR=str(tmp_path))
     page = (tmp_path / "results.md").read_text()
@@ -117,9 +115,7 @@ def test_every_encoder_is_measured_alike(jobs):
     for (group, _), job in jobs.items():
         found = job.found()
         assert set(found["accuracy"]) == ({"val", "test"} if group == "vipriors-20" else names)
-        assert all(0 <= value <= 100 for value in found["accuracy"].values())
         assert set(found["r2"]) == {"rotation", "translation", "color", "blur"}
-        assert -1 <= found["equivariance"] <= 1
         assert set(found["corrupted"]) == set(KINDS)
         assert 0 < found["step_seconds"] < found["seconds"]
 
@@ -176,9 +172,7 @@ def test_a_whole_group(jobs, images, tmp_path):
     results, page = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "results.md").read_text()
     found = results["runs"]["reconstruction"]
     assert {arm: sorted(seeds) for arm, seeds in found.items()} == {arm: ["0", "1"] for arm in ("off", "one", "two")}
-    assert set(results["step_seconds"]["reconstruction"]) == {"off", "one", "two"}
     assert "Chosen on validation images: 1 image: weight" in page
-    assert "| CIFAR-10, 6 per class |" in page
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
     assert len(after) == 8  # two values on validation images, three arms of two seeds
     assert before.items() <= after.items()
@@ -216,10 +210,10 @@ def test_contexts_conflict_as_often_as_is_said(images):
 
 def test_validation_images_are_neither_trained_on_nor_tested_on(images):
     """Also where a data set has no folder of them; and so few labels of each class as are asked for."""
-    for name in ("cifar10", "tiny-vipriors64"):
+    for name, count in (("cifar10", 40), ("tiny-vipriors64", 48)):
         parts = [folders(images / name, split, 32) for split in ("train", "val", "test")]
         seen = [image.numpy().tobytes() for part in parts for image in part.pixels]
-        assert len(set(seen)) == len(seen) == 4 * (40 if name == "cifar10" else 48)
+        assert len(set(seen)) == len(seen) == 4 * count
         assert all(part.labels.bincount().unique().numel() == 1 for part in parts)
         few, others = (folders(images / name, "train", 32, draw=draw, shots=3) for draw in (1, 2))
         assert few.labels.bincount().tolist() == [3] * 4
@@ -230,21 +224,18 @@ def test_crops_are_parts_of_the_image_at_its_scale():
     """Of a ramp every crop is a ramp, as steep as its share of the width, and half of them are flipped."""
     found = crops(torch.linspace(0, 1, 32).expand(2000, 3, 32, 32), 16, smallest=0.25)
     slopes = found[:, 0, 8, 2:-2].diff(dim=1)
-    assert (slopes - slopes.mean(1, keepdim=True)).abs().max() < 1e-4
+    assert slopes.std(1).max() < 1e-4
     share = slopes.mean(1).abs() * 31 / 2  # a crop as wide as the image has 2 of its 32 pixels in each of 16
-    assert 0.4 < share.min() < 0.5
-    assert share.max() <= 1 + 1e-4
+    assert 0.4 < share.min() < share.max() <= 1 + 1e-4
     assert (slopes.mean(1) < 0).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_colours_change_each_image_by_itself():
     images = torch.rand(1, 3, 8, 8).expand(2000, 3, 8, 8)
     found = Colors()(images)
-    gray = (found - found.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-2
+    gray, same = found.std(1).amax((1, 2)) < 1e-2, (found == images).flatten(1).all(1)
     assert gray.float().mean() == pytest.approx(0.2, abs=0.03)
-    same = (found == images).flatten(1).all(1)
     assert same.float().mean() == pytest.approx(0.16, abs=0.03)  # neither jittered nor gray
-    assert len(found.unique(dim=0)) > 1500
 
 
 def test_weights_balance_true_contexts_and_are_shuffled_within_classes():
