@@ -64,7 +64,7 @@ class Objective(nn.Module):
         if options.penalty != "off":
             how = {name: getattr(options, name) for name in ("weight", "penalty", "temperature")}
             width = self.model.num_features
-            self.irm = ClassWiseIRM(width, classes, **how, detach=not options.open, gather_distributed=True)
+            self.irm = ClassWiseIRM(width, classes, **how, detach=False if options.open else "penalty", gather_distributed=True)
             self.irm.mask = self.model.get_classifier()[0]
             if environments is not None:
                 self.irm.environments = Environments()
