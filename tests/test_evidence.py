@@ -100,7 +100,6 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jobs(images, tmp_path_factory):
-    """Runs of the kinds that differ, by group and arm."""
     place, made, threads = Place("test", images, tmp_path_factory.mktemp("runs")), {}, torch.get_num_threads()
     for group, arms in {"ipirm": ("off", "on"), "ser": ("on",), "vipriors-20": ("on", "weights")}.items():
         for arm in arms:
@@ -181,7 +180,6 @@ def test_a_whole_group(jobs, images, tmp_path):
 
 
 def test_setting_is_chosen_on_validation_images(tmp_path):
-    """The one with the best validation accuracy, which ablations share; test accuracies are not looked at."""
     for job in tuning(place := Place("test", tmp_path, tmp_path), "pacs"):
         job.folder.mkdir(parents=True)
         val = {2.0: 30.0, 10.0: 20.0, 100.0: 10.0, 0.1: 5.0, 1.0: 6.0, 0.5: 7.0}[next(iter(job.chosen.values()))]
@@ -226,7 +224,7 @@ def test_crops_are_parts_of_the_image_at_its_scale():
     slopes = found[:, 0, 8, 2:-2].diff(dim=1)
     assert slopes.std(1).max() < 1e-4
     share = slopes.mean(1).abs() * 31 / 2  # a crop as wide as the image has 2 of its 32 pixels in each of 16
-    assert 0.4 < share.min() < share.max() <= 1 + 1e-4
+    assert 0.4 < share.min() < 0.5 < share.max() <= 1 + 1e-4
     assert (slopes.mean(1) < 0).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
