@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--bias", type=float, default=0.95, help="share of training digits in their class's colour")
-    parser.add_argument("--sharpness", type=float, default=1.5)
+    parser.add_argument("--sharpness", type=lambda text: text if text == "auto" else float(text), default=1.5)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options, table = parser.parse_args(), {}
