@@ -116,8 +116,9 @@ class ContrastiveDistillation(nn.Module):
         v_teacher = normalized(self.embed_teacher(teacher.detach().contiguous()))
         # As they are now: the banks move in place, and the backward pass needs what the loss saw.
         banks = self.bank_teacher.to(v_student.dtype, copy=True), self.bank_student.to(v_student.dtype, copy=True)
-        of_student = self._contrast(0, v_student @ banks[0].T / self.temperature, indices, others)
-        of_teacher = self._contrast(1, v_teacher @ banks[1].T / self.temperature, indices, others)
+        with torch.autocast(v_student.device.type, enabled=False):  # sums stay in full precision
+            of_student = self._contrast(0, v_student @ banks[0].T / self.temperature, indices, others)
+            of_teacher = self._contrast(1, v_teacher @ banks[1].T / self.temperature, indices, others)
         if self.training:
             self._move(self.bank_student, v_student, indices)
             self._move(self.bank_teacher, v_teacher, indices)
