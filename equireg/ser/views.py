@@ -1,4 +1,4 @@
-"""Two views of a batch of images, of which we know how one was made from the other."""
+"""Two views of a batch of images, with a known transformation between them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Photometric = Callable[[Tensor], Tensor]
 
 
 class EquivariantViews:
-    r"""Two views of each image by random elements of D4 × scale, with photometric changes of their own.
+    r"""Two views of each image by random elements of D4 × scale, each with its own photometric changes.
 
-    The policy :math:`\mathcal{T}_\text{eq}` of soft equivariance regularization (Section 3.2): the photometric part of
-    a self-supervised method's augmentation, its random crop replaced by flips, quarter turns and anisotropic scaling,
-    drawn as by ``GridTransform.random``. Each view has one size for the batch.
+    The policy :math:`\mathcal{T}_\text{eq}` of soft equivariance regularization (Section 3.2) keeps the photometric
+    part of a self-supervised method's augmentation and replaces its random crop by flips, quarter turns and anisotropic
+    scaling, drawn by ``GridTransform.random``. Each view has one size for the batch.
 
     Args:
-        image_size: side of the images in pixels, or (height, width); whole patches.
-        patch_size: side of a patch in pixels, that of the model.
-        photometric: what changes the colours of one image [C, H, W] at a time, at random and without moving anything,
-            such as a ``torchvision.transforms.v2`` pipeline; or a pair of them, one for each view. None takes
-            ``mocov3_photometric(image_size)``. For no change, ``torch.nn.Identity()``.
+        image_size: side of the images in pixels, or (height, width); multiples of ``patch_size``.
+        patch_size: side of the model's patches in pixels.
+        photometric: a random change of the colours of one image [C, H, W] that moves no pixels, such as a
+            ``torchvision.transforms.v2`` pipeline; or a pair of them, one for each view. None takes
+            ``mocov3_photometric(image_size)``; ``torch.nn.Identity()`` changes nothing.
         scale: lowest and highest factor of the area.
         ratio: lowest and highest factor of width over height.
 
@@ -77,11 +77,12 @@ class EquivariantViews:
     def __call__(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, GridTransform, GridTransform]:
-        """Views ``x1``, ``x2`` [B, C, H, W], each of a size of its own, and the elements ``g1``, ``g2`` that made them.
+        """Views ``x1``, ``x2`` [B, C, H, W], each with its own size, and the elements ``g1``, ``g2`` that made them.
 
         Args:
             images: [B, C, height, width] of ``image_size``, floating point in 0 .. 1.
-            generator: source of all random numbers, on CPU; the global one stays as it is. None draws from that.
+            generator: source of all random numbers, on CPU; the global one does not change. None draws from the global
+                one.
 
         Raises:
             TypeError, ValueError: images that are not floating point or not of ``image_size``.
@@ -133,9 +134,9 @@ def mocov3_photometric(image_size: int | tuple[int, int]) -> tuple[Photometric, 
 
 
 def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """The batch in two: ``b1`` for the usual views, and ``ratio`` of it, ``b2``, for equivariant ones.
+    """Split a batch in two: ``b1`` for the usual views, and the share ``ratio``, ``b2``, for equivariant ones.
 
-    ``b2`` has ``round(ratio · B)`` samples, and at least two where the ratio is above 0: one image alone has no
+    ``b2`` has ``round(ratio · B)`` samples, and at least two if the ratio is above 0, because one image alone has no
     negatives. It is the end of the batch, so shuffle first, as loaders do.
 
     Args:
@@ -163,7 +164,7 @@ def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 class _Seeded:
-    """The global random numbers, drawn from ``generator`` for a while, and put back where they were."""
+    """Seeds the global random numbers from ``generator`` for a while, and restores them afterwards."""
 
     def __init__(self, generator: torch.Generator | None):
         self.generator = generator
@@ -182,5 +183,5 @@ class _Seeded:
 def _each(policy: Photometric, images: Tensor) -> Tensor:
     if isinstance(policy, torch.nn.Identity) or not len(images):
         return images
-    # torchvision draws once for each call, so an image at a time; clamped, as resizing overshoots 0 .. 1.
+    # torchvision draws once a call, so pass one image at a time; clamp, because resizing overshoots 0 .. 1.
     return torch.stack([policy(image) for image in images.clamp(0, 1)])
