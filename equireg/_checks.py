@@ -1,12 +1,12 @@
-"""Argument checks: one message style for the whole house.
+"""Argument checks with one style of messages for the whole package.
 
 Every message reads ``function: argument must be <rule>, got <what came>``. Shapes are written as names, and a
 name bound by one argument holds for the next: after ``features("z", z, "B D")`` an argument of shape ``"B B"``
 must agree with it.
 
-What a tensor *is* (type, shape, dtype, device) is always checked. What it *holds* (label ranges, NaN) is checked
-where looking costs nothing: on CPU. On an accelerator looking would wait for the device, so there it happens only
-with ``EQUIREG_CHECKS=1``; inside ``torch.compile`` it never does.
+Type, shape, dtype and device are always checked. Values (label ranges, NaN) are checked where reading them costs
+nothing: on CPU. On an accelerator reading waits for the device, so values are checked there only with
+``EQUIREG_CHECKS=1``; inside ``torch.compile`` they never are.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` may be looked at without a wait or a graph break."""
+    """Whether the values of ``tensor`` can be read without a wait or a graph break."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or os.environ.get("EQUIREG_CHECKS") == "1"
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Before a registered operator: it has no forward-mode derivative, and PyTorch would take it for zero.
+    """Refuse forward mode: a registered operator has no such derivative, and PyTorch would take it for zero.
 
     Raises:
         RuntimeError: one of the tensors carries a tangent, as in ``torch.func.jvp``.
@@ -58,7 +58,7 @@ class Arguments:
         raise TypeError(f"{self.function}: {name} must be {rule}, got {got}")
 
     def tensor(self, name: str, value: object, of_what: str = "any kind") -> Tensor:
-        """A tensor, of whatever it holds and wherever it lies."""
+        """A tensor of any dtype, on any device."""
         if not isinstance(value, Tensor):
             self.fail_type(name, f"a tensor of {of_what}", type(value).__name__)
         return value
@@ -89,7 +89,7 @@ class Arguments:
         return self._shaped(name, tensor, shape)
 
     def positive(self, name: str, value: object) -> None:
-        """A finite number above zero, or a 0-d floating point tensor that learns to be one."""
+        """A finite number above zero, or a learnable 0-d floating point tensor."""
         if isinstance(value, Tensor):
             if not value.is_floating_point():
                 self.fail_type(name, "a number or a 0-d floating point tensor", value.dtype)
@@ -115,7 +115,7 @@ class Arguments:
             self.fail(name, "in 0 .. 1", value)
 
     def weights(self, name: str, tensor: Tensor) -> None:
-        """Finite numbers at least 0, where looking costs nothing."""
+        """Finite numbers of at least 0; read only where that is free."""
         if values_visible(tensor):
             wrong = ~((tensor >= 0) & (tensor < math.inf))
             if wrong.any():
@@ -145,7 +145,7 @@ class Arguments:
         self.fail(name, "one of " + ", ".join(repr(choice) for choice in allowed), repr(value))
 
     def below(self, name: str, tensor: Tensor, limit: int, what: str) -> None:
-        """Every entry of ``tensor`` in ``0 .. limit - 1``; looked at only where that is free."""
+        """Every entry of ``tensor`` in ``0 .. limit - 1``; read only where that is free."""
         if not values_visible(tensor) or tensor.numel() == 0:
             return
         wrong = (tensor < 0) | (tensor >= limit)
@@ -154,7 +154,7 @@ class Arguments:
             self.fail(name, f"in 0 .. {limit - 1} ({what})", f"{int(tensor.flatten()[place])} at position {place}")
 
     def finite(self, name: str, tensor: Tensor) -> None:
-        """No NaN and no infinity in ``tensor``; for set-up calls, where waiting for the device is no loss."""
+        """No NaN and no infinity in ``tensor``; for set-up calls, which may wait for the device."""
         wrong = ~torch.isfinite(tensor)
         if wrong.any():
             row = int(wrong.nonzero()[0][0])

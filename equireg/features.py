@@ -24,11 +24,11 @@ Views = Callable[[Tensor, "torch.Generator | None"], tuple[Tensor, Tensor, Tenso
 def extract_features(
     encoder: Callable[[Tensor], Tensor], loader: Iterable[Any], *, progress: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run an encoder over a loader that tells the index of each sample.
+    """Run an encoder over a loader that gives the index of each sample.
 
-    An ``nn.Module`` is put in eval mode for the time, and put back afterwards, also where it fails; so are the modules
-    of a bound method (``model.forward_features``), and those that a function or a partial refers to. Images go to the
-    device of its first parameter; what comes back lies on the CPU. A progress bar shows where tqdm is installed.
+    An ``nn.Module`` runs in eval mode and gets its own mode back afterwards, also after an error. So do the modules of
+    a bound method (``model.forward_features``), and those that a function or a partial refers to. Images are moved to
+    the device of its first parameter, and results to the CPU. A progress bar shows if tqdm is installed.
 
     Args:
         encoder: images [B, ...] to features [B, D].
@@ -78,12 +78,12 @@ def extract_view_features(
     generator: torch.Generator | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of images and of their transformed views, and the parameters: what ``transformation_r2`` takes.
+    """Features of images and of their transformed views, and the parameters: the input of ``transformation_r2``.
 
     The encoder is handled as by ``extract_features``.
 
     Args:
-        encoder: images [B, C, H, W] in the range of the loader's to features [B, D].
+        encoder: images [B, C, H, W], in the loader's range, to features [B, D].
         loader: batches of images, or tuples that begin with them.
         views: such as ``IntermediateViews("all")``.
         generator: source of the parameters; None draws from the global one.
@@ -125,13 +125,13 @@ def extract_view_features(
 def extract_two_views(
     encoder: Callable[[Tensor], Tensor], loader: Iterable[Any], *, progress: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run an encoder over a loader of two views: what ``PartitionUpdater.update`` is given where it has no encoder.
+    """Run an encoder over a loader of two views: the input of ``PartitionUpdater.update`` without an encoder.
 
     The encoder is handled as by ``extract_features``.
 
     Args:
         encoder: views [B, C, H, W] to features [B, d].
-        loader: batches ``((view1, view2), ..., indices)``, as over ``WithIndex(dataset)`` whose images come as pairs.
+        loader: batches ``((view1, view2), ..., indices)``, as over a ``WithIndex(dataset)`` of pairs of images.
         progress: whether to show the bar.
 
     Returns:
@@ -158,7 +158,7 @@ def extract_two_views(
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 check.fail_type("loader", "a loader of ((view1, view2), ..., indices)", type(batch).__name__)
             views = [check.tensor("a view", view, "images").to(device) for view in pair]
-            check.sizes.pop("B", None)  # the width is that of all batches, the size that of both views and the indices
+            check.sizes.pop("B", None)  # all batches share the width; both views and the indices share the size
             first, second = (_encoded(check, encoder, view) for view in views)
             indices = check.tensor("indices", batch[-1], "whole numbers").cpu()
             parts.append((first, second, check.integers("indices", indices, "B")))
@@ -170,7 +170,7 @@ def extract_two_views(
 
 @contextmanager
 def frozen(encoder: Any) -> Iterator[torch.device]:
-    """Puts the modules of an encoder in eval mode for a while; gives the device of their parameters, or the CPU."""
+    """Put an encoder's modules in eval mode for a while; yield the device of their parameters, or the CPU."""
     owners = _modules_of(encoder)
     modes = {module: module.training for owner in owners for module in owner.modules()}
     first = next((parameter for owner in owners for parameter in owner.parameters()), None)
@@ -184,7 +184,7 @@ def frozen(encoder: Any) -> Iterator[torch.device]:
 
 
 def _modules_of(encoder: Any) -> list[nn.Module]:
-    """The module itself; or those that a method belongs to, or that a partial or a plain function refers to."""
+    """The encoder itself, if a module; or those that a method belongs to, or that a partial or function refers to."""
     if isinstance(encoder, nn.Module):
         return [encoder]
     if isinstance(encoder, functools.partial):
@@ -200,7 +200,7 @@ def _modules_of(encoder: Any) -> list[nn.Module]:
 
 
 def images_of(check: Arguments, batch: Any) -> Tensor:
-    """The images of a batch that is them, or begins with them."""
+    """The images of a batch: the batch itself, or its first part."""
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(images, Tensor):
         check.fail_type("loader", "a loader of images, or of tuples that begin with them", type(images).__name__)

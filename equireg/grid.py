@@ -1,4 +1,4 @@
-"""The group D4 × scale, acting on batches of images and of token maps: a different element for each image.
+"""The group D4 × scale, acting on batches of images and of token maps, with an element for each image.
 
 Flips and quarter turns permute the grid, exactly; scaling resamples it, with one operator for images and tokens (soft
 equivariance regularization, Lee et al., ICLR 2026, Section 3).
@@ -25,15 +25,15 @@ class GridTransform:
 
     An image is flipped left to right (where ``flip``), then turned by ``quarter_turns`` counter-clockwise (the
     direction of ``torch.rot90``), then resized to the target grid. Elements compose: ``g2 @ g1`` acts as ``g1`` and
-    then ``g2``; where no size changes, exactly. With sizes it resizes once, straight to the last grid, and differs from
-    two resizings by what the grid between them loses.
+    then ``g2``, exactly if no size changes. Otherwise it resizes once, straight to the last grid, and differs from two
+    resizings by what the grid between them loses.
 
     Args:
         quarter_turns: whole numbers [B], counted modulo 4.
         flip: bool [B].
         source: (h, w), the grid it acts on, in patches.
-        target: (H, W), the grid of the result, in patches. Where an image is turned by an odd number and stretched by
-            nothing, that is (w, h).
+        target: (H, W), the grid of the result, in patches. After an odd number of turns without scaling, that is (w,
+            h).
         interpolation: ``"bicubic"`` or ``"bilinear"``, for images and tokens alike.
         antialias: whether to smooth when shrinking.
 
@@ -88,11 +88,11 @@ class GridTransform:
         antialias: bool = False,
         generator: torch.Generator | None = None,
     ) -> GridTransform:
-        """A random element for each image, of one target grid for the batch.
+        """A random element for each image, with one target grid for the batch.
 
         The area is scaled by a factor uniform in ``scale``, the aspect ratio by one log-uniform in ``ratio``, and both
-        sides rounded to whole patches. Flips and half turns are drawn for each image; whether the number of turns is
-        odd also for each image where both grids are square, and once for the batch where it swaps the sides.
+        sides are rounded to whole patches. Flips and half turns are drawn for each image. Odd quarter turns are drawn
+        for each image if both grids are square; otherwise once for the batch, because they swap the sides.
 
         Args:
             batch_size: how many elements, B.
@@ -134,7 +134,7 @@ class GridTransform:
         )
 
     def to(self, device: torch.device | str) -> GridTransform:
-        """The same elements on another device; acting on images or tokens brings them to theirs anyway."""
+        """The same elements on another device; acting moves them to the device of the images or tokens anyway."""
         return self._like(self.quarter_turns.to(device), self.flip.to(device), self.source, self.target)
 
     def inverse(self) -> GridTransform:
@@ -189,9 +189,9 @@ class GridTransform:
         return moved.view(*images.shape[:2], *target)
 
     def _act(self, maps: Tensor, source: Grid, target: Grid, places_first: bool) -> Tensor:
-        """On [B, h·w, D] or, with the places last, [B, C, h·w].
+        """Act on [B, h·w, D] or, with the places last, on [B, C, h·w].
 
-        Permuting and resizing commute: the order is that which resizes once.
+        Permuting and resizing commute; this takes the order that resizes once.
         """
         if source[0] == source[1]:
             return self._resize(self._permute(maps, source, places_first), source, target, places_first)
@@ -202,7 +202,7 @@ class GridTransform:
         return self._permute(resized, target, places_first)
 
     def _permute(self, maps: Tensor, grid: Grid, places_first: bool) -> Tensor:
-        """Flip and turn, by one gather; to ``grid``, from ``grid`` or, turned an odd number of times, its transpose."""
+        """Flip and turn by one gather, to ``grid``: from ``grid`` or, for odd turns, from its transpose."""
         rows = []
         for flipped in (False, True):
             for turns in range(4):
@@ -222,7 +222,7 @@ class GridTransform:
         whole = maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
         if not places_first:
             return self._interpolate(whole.unflatten(2, source), target).flatten(2).to(maps.dtype)
-        # Of wide tokens a product for each side is faster than the same operator on a turned layout.
+        # For wide tokens, a product for each side is faster than the same operator on a transposed layout.
         rows, cols = (self._operator(n, m, whole) for n, m in zip(source, target))
         on = "cpu" if maps.device.type == "meta" else maps.device.type  # meta tensors know no autocast
         with torch.autocast(on, enabled=False):
@@ -231,7 +231,7 @@ class GridTransform:
             return resized
 
     def _operator(self, n: int, m: int, like: Tensor) -> Tensor:
-        """Resizing n places to m as a matrix [m, n]: what it makes of the identity."""
+        """The matrix [m, n] that resizes n places to m: the resized identity."""
         return self._interpolate(torch.eye(n, dtype=like.dtype, device=like.device)[None, None], (m, n))[0, 0]
 
     def _interpolate(self, images: Tensor, target: Grid) -> Tensor:

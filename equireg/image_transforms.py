@@ -1,7 +1,7 @@
-"""Motions, colour changes and blur of a batch of images, each image by parameters of its own.
+"""Motion, colour changes and blur of a batch of images, with parameters for each image.
 
-What torchvision's functional transforms do to one image, without a loop over images. Whatever a transform computes is
-in float32 (float64 for float64), and an image whose parameters are those of the identity comes back bit for bit.
+They do what torchvision's functional transforms do to one image, without a loop over images. They compute in float32
+(float64 for float64), and return an image with identity parameters bit for bit.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def jitter_colors(images: Tensor, brightness: Tensor, contrast: Tensor, saturati
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
-    """Gaussian blur, edges mirrored; a product with a matrix for each side and image.
+    """Gaussian blur with mirrored edges, by one matrix product for each side and image.
 
     Args:
         images: [N, C, H, W]
         sigma: standard deviation in pixels from 0, [N]; 0 changes nothing
-        radius: where the kernel is cut, in pixels; on a side of fewer, as far as mirroring goes.
+        radius: where the kernel is cut, in pixels; on a shorter side, as far as mirroring goes.
     """
     x = _wide(images)
     down, across = (_blur_matrix(side, sigma.to(x.dtype), radius).transpose(1, 2) for side in x.shape[2:])
@@ -72,7 +72,7 @@ def _wide(images: Tensor) -> Tensor:
 
 
 def _unless(still: Tensor, images: Tensor, changed: Tensor) -> Tensor:
-    """``changed`` in the images' dtype, and where an image stays still, the image."""
+    """``changed`` in the images' dtype, and the image itself where ``still``."""
     return torch.where(still.view(-1, 1, 1, 1), images, changed.to(images.dtype))
 
 
@@ -87,7 +87,7 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """To hue, saturation and value, and back with another hue."""
+    """Convert to hue, saturation and value, shift the hue, and convert back."""
     red, green, blue = x.unbind(1)
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     width = torch.where(chroma == 0, 1, chroma)  # a gray has no hue, and its chroma of 0 hides any
@@ -103,7 +103,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur_matrix(side: int, sigma: Tensor, radius: int) -> Tensor:
-    """[N, side, side]; row i holds what place i takes from each place."""
+    """[N, side, side]; row i holds the weights of all places in place i."""
     radius = min(radius, side - 1)
     place = torch.arange(side, device=sigma.device, dtype=sigma.dtype)
     # A σ of 0 would be 0/0; one this small is a single 1 in the middle.
@@ -114,7 +114,7 @@ def _blur_matrix(side: int, sigma: Tensor, radius: int) -> Tensor:
 
     total = kernel(torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)).sum(-1, keepdim=True)
     row, column = place.view(-1, 1), place.view(1, -1)
-    before = kernel(row + column) * (column > 0)  # place j seen in the mirror at the first place
+    before = kernel(row + column) * (column > 0)  # place j mirrored at the first place
     after = kernel(2 * (side - 1) - row - column) * (column < side - 1)
     matrix: Tensor = (kernel(row - column) + before + after) / total
     return matrix

@@ -1,4 +1,4 @@
-"""Test-time augmentation and ensembles: probabilities in, probabilities out."""
+"""Test-time augmentation and ensembles: merged class probabilities."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def predict_tta(
     r"""Class probabilities, merged over flipped and cropped versions of each image.
 
     Args:
-        model: images [B, C, H, W] to logits [B, classes]. It is used in the mode that it is in: call ``model.eval()``.
+        model: images [B, C, H, W] to logits [B, classes]. Call ``model.eval()`` first; its mode is not changed.
         images: floating point, [B, C, H, W], as the model wants them.
         crops: ``"flip"``: the image and its mirror image; ``"five"``: the corners and the centre; ``"ten"``: these and
             their mirror images.
         merge: ``"mean"``; ``"gmean"``, the geometric mean; ``"tsharpen"``, the mean of :math:`p^t` (as in ttach); each
             normalised to a sum of 1.
-        crop_size: side of the crops, or (height, width), which the model sees as they are; None takes 7/8 of each side,
+        crop_size: side of the crops, or (height, width), passed to the model in this size; None takes 7/8 of each side,
             resized to the size of the images.
-        sharpening: t, above 0; 0.5 lets versions count that are less sure.
+        sharpening: t, above 0; at 0.5, less certain versions count more.
 
     Returns:
         [B, classes], in float32 or float64; each row sums to 1.
@@ -80,12 +80,12 @@ def ensemble(
     merge: str = "mean",
     sharpening: float = 0.5,
 ) -> Tensor:
-    r"""Class probabilities of several models as one.
+    r"""Merge the class probabilities of several models.
 
     Args:
         probabilities: [M, B, classes], or M tensors [B, classes]; each row sums to 1.
-        weights: of the models, M numbers, at least 0 and not all 0, as ``fit_ensemble_weights`` finds them; None weighs
-            all alike.
+        weights: M numbers, one for each model, at least 0 and not all 0, as ``fit_ensemble_weights`` finds them; None
+            weights all alike.
         merge: ``"mean"``; ``"gmean"``; ``"tsharpen"``, the mean of :math:`p^t`; each weighted, and normalised to 1.
         sharpening: t, above 0.
 
@@ -117,14 +117,14 @@ def ensemble(
 def fit_ensemble_weights(
     probabilities: Tensor | Sequence[Tensor], labels: Tensor, *, merge: str = "mean", sharpening: float = 0.5
 ) -> Tensor:
-    """Weights of the models that make the ensemble's likelihood on validation samples the largest.
+    """Fit the models' weights by maximum likelihood of the ensemble on validation samples.
 
-    Found by L-BFGS in float64 over weights that sum to 1, from equal ones. For the mean the problem is convex.
+    L-BFGS in float64 starts from equal weights and keeps their sum at 1. For the mean the problem is convex.
 
     Args:
         probabilities: as of ``ensemble``, on samples that none of the models was trained on.
         labels: their classes, whole numbers [B].
-        merge: as the ensemble is to be merged.
+        merge: how the ensemble will be merged.
         sharpening: t, above 0.
 
     Returns:
@@ -167,7 +167,7 @@ def _merged(log_p: Tensor, log_weights: Tensor, merge: str, sharpening: float, *
     log_weights = log_weights[:, None, None] - log_weights.logsumexp(0)
     if merge == "gmean":
         weights = log_weights.exp()
-        # A model of weight 0 says nothing, not even that a class is impossible.
+        # A model of weight 0 has no effect, even if it rules a class out.
         together = torch.where(weights > 0, weights * log_p.clamp(min=_IMPOSSIBLE), 0).sum(0)
     else:
         power = sharpening if merge == "tsharpen" else 1.0

@@ -1,6 +1,6 @@
 """Penalties on risks that differ between environments: REx and IRMv1.
 
-Both take what is already in closed form, a risk and its slope per environment, so neither differentiates twice.
+Both take a risk and its slope per environment in closed form, so neither differentiates twice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def rex_penalty(risk: Tensor) -> Tensor:
     .. math:: \text{Var}_e\, \ell(k, e) = \frac{1}{E - 1} \sum_e (\ell(k, e) - \bar\ell(k))^2
 
     Krueger et al., "Out-of-distribution generalization via risk extrapolation"; Eq. 16 of EqInv (Wang et al., 2022).
-    It is quadratic: in a distributed run the risks must be those of all processes, for the mean of each process's
-    penalty is another number. :class:`ClassWiseIRM` can gather them.
+    The penalty is quadratic, so a distributed run needs the risks of all processes: the mean of each process's penalty
+    is a different number. :class:`ClassWiseIRM` can gather them.
 
     Args:
         risk: [K, E] or [E]; one row for each class, one column for each environment.
@@ -48,7 +48,7 @@ def irmv1_penalty(slope: Tensor) -> Tensor:
     .. math:: \sum_e \left( \left. \frac{\partial \ell(k, e, w)}{\partial w} \right|_{w=1} \right)^2
 
     Arjovsky et al., "Invariant risk minimization"; Eq. 6 of EqInv (Wang et al., 2022). The dummy classifier is one
-    number that multiplies every logit. It is quadratic: in a distributed run the slopes must be those of all
+    number that multiplies every logit. The penalty is quadratic, so a distributed run needs the slopes of all
     processes, as in :func:`rex_penalty`.
 
     Args:

@@ -204,24 +204,24 @@ def contrastive(p, student, teacher, indices, temperature, negatives):
 # ------------------------------------------------------------------------------------------------- IP-IRM, Step 1
 
 
-def over_groups(loss, weight, everyone, partitions):
-    """Step 1 of IP-IRM: ``loss(group)`` with its squared slope, of all samples and the mean over partitions' groups."""
+def over_groups(loss, weight, everyone, partitions, global_penalty=False):
+    """Step 1 of IP-IRM: ``loss(group)`` of all samples, and with its squared slope the mean over partitions' groups."""
 
-    def risks(group):
+    def risks(group, weight):
         values, slopes = loss(group, theta=1.0), slope(loss, group)
         return [values[k] + weight * slopes[k] ** 2 for k in values]
 
-    parts = [risk for partition in partitions for risk in risks(partition)]
-    return sum(risks(everyone)) + (sum(parts) / len(parts) if parts else 0)
+    parts = [risk for partition in partitions for risk in risks(partition, weight)]
+    return sum(risks(everyone, weight * global_penalty)) + (sum(parts) / len(parts) if parts else 0)
 
 
-def ip_irm(z1, z2, groups, temperature, weight):
+def ip_irm(z1, z2, groups, temperature, weight, global_penalty=False):
     """Of SimCLR; ``groups`` int [P, B], of the partitions with more than one group."""
 
     def loss(group, theta):
         return group_info_nce(z1, z2, group, temperature, theta)
 
-    return over_groups(loss, weight, torch.zeros(len(z1), dtype=torch.int64), groups)
+    return over_groups(loss, weight, torch.zeros(len(z1), dtype=torch.int64), groups, global_penalty)
 
 
 def sim_siam_ip_irm(p1, p2, z1, z2, groups, weight):

@@ -1,1 +1,1 @@
-"""Backbones whose intermediate token maps can be read, without a fork of the model."""
+"""Reading a backbone's intermediate token maps, without a fork of the model."""

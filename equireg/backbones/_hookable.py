@@ -1,4 +1,4 @@
-"""What there is to know of a backbone before its layers are hooked."""
+"""Checks and facts about a backbone before its layers are hooked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from equireg._checks import Arguments
 
 
 def check_plain(check: Arguments, name: str, model: Any, allow_parallel: bool = False) -> None:
-    """A module that is not compiled yet: hooks added after the first compiled call are silently ignored."""
+    """Require a module that is not compiled yet: hooks added after the first compiled call are silently ignored."""
     if not isinstance(model, nn.Module):
         check.fail_type(name, "a torch.nn.Module", type(model).__name__)
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
@@ -25,15 +25,15 @@ def check_plain(check: Arguments, name: str, model: Any, allow_parallel: bool = 
 
 
 def is_torchvision_vit(model: nn.Module) -> bool:
-    """torchvision's ``VisionTransformer``, told by its parts, as torchvision may not be there."""
+    """Whether it is torchvision's ``VisionTransformer``, judged by its parts, as torchvision may be missing."""
     return all(hasattr(model, part) for part in ("class_token", "conv_proj", "encoder", "image_size"))
 
 
 def prefix_tokens(model: nn.Module) -> int:
-    """How many class, register and distillation tokens come before the patches."""
+    """The number of class, register and distillation tokens before the patches."""
     return int(getattr(model, "num_prefix_tokens", 1 if is_torchvision_vit(model) else 0))
 
 
 def calling_thread() -> int:
-    """What tells apart the forward passes of several threads; a compiled one has no thread."""
+    """The key that separates the forward passes of several threads; a compiled pass has no thread."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()

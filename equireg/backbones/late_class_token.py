@@ -20,13 +20,13 @@ class LateClassToken(nn.Module):
     r"""A vision transformer whose class token enters after the first ``layer`` blocks, without a fork of its code.
 
     The first blocks see patch tokens alone, so their output is a clean token map (soft equivariance regularization,
-    Section 3.1). Class, register and distillation tokens ride along untouched, positional embedding included, and
-    block ``layer`` is the first to see them. It works by hooks on the blocks of ``vit``, in place: the model itself
-    then also runs late, its ``state_dict`` keeps its keys, and that of the wrapper is the same. With ``layer=0`` the
-    result is that of the unmodified model bit for bit.
+    Section 3.1). Class, register and distillation tokens, with their positional embedding, bypass these blocks
+    unchanged; block ``layer`` is the first to see them. The wrapper hooks the blocks of ``vit`` in place, so ``vit``
+    itself also runs late. Both share the ``state_dict`` keys of ``vit``. With ``layer=0``, the output equals the
+    unmodified model's bit for bit.
 
-    For training: inserted into a pretrained model, a late class token changes its output much. Wrap first, then
-    compile, then DistributedDataParallel around this module, of which both results come from one call.
+    Use it for training: in a pretrained model, a late class token changes the output strongly. Wrap first, then
+    compile, then put DistributedDataParallel around this module, so that both results come from one call.
 
     Args:
         vit: a ViT of timm (ViT, DeiT, DINOv2, EVA, DINOv3 ...) or of torchvision, with a class token.
@@ -34,7 +34,7 @@ class LateClassToken(nn.Module):
 
     Raises:
         TypeError: ``vit`` is not a module, ``layer`` not a whole number.
-        ValueError: a model this cannot be done to (the message says why, and when ``TokenTap`` does), one that is
+        ValueError: an unsupported model (the message says why, and when ``TokenTap`` works instead), one that is
             compiled or wrapped already, a layer outside of the model.
 
     Example:
@@ -79,10 +79,10 @@ class LateClassToken(nn.Module):
         self.register_load_state_dict_pre_hook(_add_name)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, return_tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """What ``vit(x)`` gives; with ``return_tokens`` also the patch tokens [B, T, D] after ``layer`` blocks.
+        """The output of ``vit(x)``; with ``return_tokens`` also the patch tokens [B, T, D] after ``layer`` blocks.
 
         Raises:
-            ValueError: activation checkpointing in its reentrant form, which hides the tokens from autograd.
+            ValueError: reentrant activation checkpointing, which hides the tokens from autograd.
         """
         if not return_tokens:
             features: Tensor = self.vit(x)
@@ -105,7 +105,7 @@ class LateClassToken(nn.Module):
 
 
 class _Strip:
-    """Takes the prefix tokens off before a block, and puts them back behind it."""
+    """Removes the prefix tokens before a block, and puts them back after it."""
 
     def __init__(self, prefix: int):
         self.prefix = prefix
@@ -120,14 +120,14 @@ class _Strip:
 
 
 class _Keep:
-    """Keeps the patch tokens that enter a block, while somebody asks for them."""
+    """Keeps the patch tokens that enter a block, while a forward pass asks for them."""
 
     def __init__(self, prefix: int):
         self.prefix = prefix
         self.kept: dict[int, Tensor | None] = {}
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
-        # A checkpointed block runs again in the backward pass, when nobody asks any more.
+        # A checkpointed block runs again in the backward pass, when they are no longer needed.
         if calling_thread() in self.kept:
             self.kept[calling_thread()] = args[0][:, self.prefix :]
 
@@ -139,7 +139,7 @@ class _Keep:
 
 
 def _blocks(vit: Any) -> list[nn.Module]:
-    """The transformer blocks, in their order; none where the model has none that we know."""
+    """The transformer blocks in order; empty for an unknown kind of model."""
     blocks = vit.encoder.layers if is_torchvision_vit(vit) else getattr(vit, "blocks", None)
     return list(blocks) if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else []
 
@@ -156,7 +156,7 @@ def _check_supported(check: Arguments, vit: Any, blocks: list[nn.Module]) -> Non
             f"{name} without one: there is nothing to insert, its blocks see no other"
             f" token than patches and registers; {_INSTEAD}",
         )
-    # A learnt bias for each pair of positions has a row for the class token, which the first blocks would not fill.
+    # A learnt bias of position pairs has a row for the class token, which the first blocks would not fill.
     bias = [getattr(vit, attribute, None) for attribute in ("rel_pos_bias", "shared_rel_pos")]
     for module in blocks[0].modules():
         bias += [getattr(module, attribute, None) for attribute in ("relative_position_bias_table", "rel_pos")]
@@ -175,7 +175,7 @@ class _Stop(Exception):
 
 
 def _check_first_block(check: Arguments, vit: Any, block: nn.Module, prefix: int) -> None:
-    """That block 0 gets the prefix and then every patch: stripping what is not there would drop patches silently."""
+    """Check that block 0 gets the prefix, then every patch: stripping a missing prefix would silently drop patches."""
     seen: list[Any] = []
 
     def look(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -211,7 +211,7 @@ def _check_first_block(check: Arguments, vit: Any, block: nn.Module, prefix: int
 
 
 def _drop_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Keys as the ViT itself has them: a checkpoint of either loads into the other."""
+    """Use the ViT's own keys, so that a checkpoint of either loads into the other."""
     for key in [key for key in state if key.startswith(f"{prefix}vit.")]:
         state[prefix + key.removeprefix(f"{prefix}vit.")] = state.pop(key)
 

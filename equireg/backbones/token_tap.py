@@ -1,4 +1,4 @@
-"""The token map that leaves any layer of any model, and its grid."""
+"""Reading the token map of any layer of any model, and its grid."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["TokenTap"]
 
 
 class TokenTap:
-    r"""The tokens that leave a layer of any model, and their grid, while the model runs as it is.
+    r"""Reads the tokens that leave a layer of any model, and their grid, without changing the model.
 
-    A context manager: inside of it every forward pass of ``model`` leaves the layer's output in ``tokens`` and ``grid``
-    (those of the last run, where a layer runs twice); at its end no hook is left behind. What ran last stays readable.
-    It follows a forward pass under DistributedDataParallel, activation checkpointing and, if the model is compiled
-    inside of the context, ``torch.compile``. Rows and columns come from the layer's output and the images' sides, so
-    non-square images and dynamic sizes are right.
+    A context manager: inside, every forward pass of ``model`` stores the layer's output in ``tokens`` and ``grid`` (the
+    last one, if a layer runs twice). On exit all hooks are removed; the last output stays readable. It works under
+    DistributedDataParallel, activation checkpointing and, if the model is compiled inside of the context,
+    ``torch.compile``. Rows and columns follow from the layer's output and the images' sides, so non-square images and
+    dynamic sizes work.
 
     Args:
         model: any module that takes images [B, C, H, W] first.
         layer: the name of a submodule, as in ``model.named_modules()``: ``"blocks.2"``, ``"layer3"``, ``"stages.1"``.
         num_prefix_tokens: class, register and distillation tokens before the patches in an output [B, N, D]. None takes
             the model's own ``num_prefix_tokens``, 1 for torchvision's ViT, otherwise 0.
-        channels_last: whether an output with four dimensions is [B, H, W, D] (Swin) and not [B, D, H, W]. None looks
-            at which of them has the images' aspect, and at the model's ``output_fmt``.
+        channels_last: whether an output with four dimensions is [B, H, W, D] (Swin) and not [B, D, H, W]. None decides
+            by the images' aspect and the model's ``output_fmt``.
 
     Raises:
         TypeError: ``model`` is not a module; on running, an output that is not one tensor.
@@ -70,7 +70,7 @@ class TokenTap:
             check.fail("model", "one that keeps its tokens row by row", f"{type(self.model).__name__}, which reorders")
         self.layer, self.channels_last = layer, channels_last
         self.num_prefix_tokens = prefix_tokens(self.model) if num_prefix_tokens is None else num_prefix_tokens
-        self._images: dict[int, Grid] = {}  # by thread: height and width of what runs through
+        self._images: dict[int, Grid] = {}  # by thread: height and width of the images
         self._taken: dict[int, tuple[Tensor, Grid, int]] = {}
         self._handles: list[Any] = []
 
@@ -88,13 +88,13 @@ class TokenTap:
         self.close()
 
     def close(self) -> None:
-        """Take the hooks off; what ran last stays readable."""
+        """Remove the hooks; the last output stays readable."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # A model that is copied inside of the context takes its hooks along, but not what ran.
+        # A model copied inside of the context keeps its hooks, but not the last output.
         return {**self.__dict__, "_images": {}, "_taken": {}}
 
     @property
@@ -130,13 +130,13 @@ class TokenTap:
         self._images.pop(calling_thread(), None)
 
     def _record(self, module: nn.Module, _: Any, output: Any) -> None:
-        # A checkpointed layer runs again in the backward pass, for gradients of what was recorded already.
+        # A checkpointed layer runs again in the backward pass, after its output was recorded.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         if not isinstance(output, Tensor):
             self._check.fail_type("layer", f"one whose output is a tensor ({self.layer!r})", type(output).__name__)
         tokens, grid = self._as_tokens(output)
-        if torch.compiler.is_compiling():  # a graph has no thread, so what it leaves is everybody's last
+        if torch.compiler.is_compiling():  # a graph has no thread, so all threads share its output
             self._taken = {0: (tokens, grid, -1)}
             return
         self._taken.pop(0, None)
@@ -167,7 +167,7 @@ class TokenTap:
 
 
 def _fits(sides: Grid, image: Grid | None) -> bool:
-    """Whether an image could be seen on a grid of these sides, by one stride, rounded up or down."""
+    """Whether one stride, rounded up or down, takes the image to a grid of these sides."""
     if image is None:
         return True
     (h, w), (height, width) = sides, image

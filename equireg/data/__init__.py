@@ -1,1 +1,1 @@
-"""Data sets as the methods need them: with indices, with few labels, with contexts."""
+"""Data sets for the methods: with indices, few labels, or contexts."""

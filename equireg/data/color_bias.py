@@ -1,4 +1,4 @@
-"""Colour bias for any image data set: a class wears its colour, but for a few samples."""
+"""Colour bias for any image data set: most samples of a class have the colour of the class."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ __all__ = ["ColorBias"]
 
 
 class ColorBias(Dataset[tuple[Any, ...]]):
-    """The images of a data set, tinted: with probability ``bias`` in the colour of their class, else in any colour.
+    """Tints the images of a data set: with probability ``bias`` in the colour of their class, else in any colour.
 
     Args:
         dataset: gives ``(image, label)``, or more behind them; an image is a ``PIL.Image``, or a tensor [3, H, W] or
-            [1, H, W], floating point in 0 .. 1 or uint8. Its labels are known without reading it, as `k_shot` has it.
-        num_classes: C; class c wears colour c.
-        bias: in 0 .. 1; 0.995 is that of Coloured MNIST in EqInv (supplement, B.3). Any colour is as likely as any
-            other where a sample does not wear its class's, its class's too.
+            [1, H, W], floating point in 0 .. 1 or uint8. Its labels are found without reading samples, as by `k_shot`.
+        num_classes: C; class c has colour c.
+        bias: in 0 .. 1; EqInv's Coloured MNIST has 0.995 (supplement, B.3). The other samples take any colour with
+            equal probability, that of their class included.
         colors: [K, 3] with K >= C, red, green and blue in 0 .. 1. ``None``: C hues evenly around the circle, at a
-            saturation of 0.8, so that something of each channel stays.
-        seed: draws the colours, once and for all: an index has the same colour whenever it is read.
+            saturation of 0.8, so that no channel vanishes.
+        seed: draws the colours once: an index has the same colour whenever it is read.
         transform: called with every tinted image.
 
     A tint multiplies the channels by the colour: white becomes the colour, black stays black, and a photo looks as
-    through coloured glass. Gray images become RGB. The result is of the image's own kind.
+    through coloured glass. Gray images become RGB. The result has the type of the image.
 
-    Attributes: ``labels`` (int64 [N]), ``targets`` (the same as a list), ``contexts`` (int64 [N], the colour each
-    sample wears), ``colors`` (float32 [K, 3]), ``classes`` (the data set's, if it has them), ``dataset``,
-    ``transform``.
+    Attributes: ``labels`` (int64 [N]), ``targets`` (the same as a list), ``contexts`` (int64 [N], the colour of each
+    sample), ``colors`` (float32 [K, 3]), ``classes`` (the data set's, if it has them), ``dataset``, ``transform``.
 
     Raises:
         TypeError: the data set is not map-style or its labels are not found; an item is no image with a label.

@@ -1,4 +1,4 @@
-"""A domain-shift split of folders ``domain/class``, as PACS has them: a domain left out, or contexts shifted."""
+"""Domain-shift splits of folders ``domain/class``, such as PACS: a domain left out, or a domain for each class."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def read_domains(
     follow_links: bool = False,
     progress: bool = True,
 ) -> ImageFiles:
-    """``root/<domain>/<class>/*`` under a shift of the domains from training to test.
+    """Read ``root/<domain>/<class>/*`` with a shift of the domains from training to test.
 
     Args:
         root: the folder with the domains, each with the same class folders.
         split: ``"train"``, ``"val"`` or ``"test"``; they share no image.
-        test_domain: the domain left out of training and validation; the test is all of it. ``None``: every domain is
-            seen in training, and the test is on images held out from all.
-        bias: in 0 .. 1; each class is seen in training mostly in a domain of its own: of its images the share ``bias``
-            (rounded, but at least one of two or more is of another domain where ``bias < 1``), the others spread evenly
-            over the other domains. Every class has the same number of images, the most there are. In validation and in
-            a test on held-out images every class has the same number of images in every domain. ``None``: no such
-            shift.
-        shots: training images of each class, drawn by ``seed``; fewer shots are a part of more.
-        held_out: in 0 .. 1/2; the share of each pair of domain and class that validation takes, and once more what the
-            test takes where no domain is left out; at least one image. With ``bias``: this share of the smallest pair.
-        seed: draws which images are held out, which are trained on and, with ``bias``, which domain is a class's own.
-            The classes are dealt to the domains in turn. What is held out does not depend on ``shots``,
-            nor on the value of ``bias``.
-        transform, broken, max_broken, max_pixels, follow_links, progress: as `read_image_folder` has them. Broken
-            files are skipped before the split.
+        test_domain: the domain left out of training and validation; all of it is the test. ``None``: training sees
+            every domain, and the test takes held-out images of all domains.
+        bias: in 0 .. 1; in training, each class is mostly in a domain of its own. The share ``bias`` of its images is
+            from that domain (rounded, but at least one of two or more is from another where ``bias < 1``), the rest
+            spread evenly over the others. Every class has the same number of images, the largest possible. In
+            validation and in a test on held-out images, every class has the same number of images in every domain.
+            ``None``: no such shift.
+        shots: training images of each class, drawn by ``seed``; fewer shots are a subset of more.
+        held_out: in 0 .. 1/2; the share of each domain and class taken for validation, and the same again for the test
+            if no domain is left out; at least one image. With ``bias``: this share of the smallest pair of domain and
+            class.
+        seed: draws the held-out images, the training images and, with ``bias``, the domain of each class. Classes are
+            dealt to the domains in turn. The held-out images depend neither on ``shots`` nor on the value of ``bias``.
+        transform, broken, max_broken, max_pixels, follow_links, progress: as in `read_image_folder`. Broken files are
+            skipped before the split.
 
     Returns:
         The images, as an `ImageFiles`, with the domains as ``contexts``.
@@ -141,7 +141,7 @@ def read_domains(
 def _unbiased(
     args: Arguments, cells: dict[tuple[int, int], list[int]], classes: list[str], shots: int | None, seed: int
 ) -> list[int]:
-    """The training images: of each class ``shots``, whatever their context."""
+    """The training images: ``shots`` of each class, whatever their context."""
     chosen = []
     for label, name in enumerate(classes):
         together = sorted(index for pair, cell in cells.items() if pair[0] == label for index in cell)
@@ -161,7 +161,7 @@ def _biased(
     shots: int | None,
     seed: int,
 ) -> list[int]:
-    """The training images: of each class ``shots``, the share ``bias`` in a context of its own."""
+    """The training images: ``shots`` of each class, the share ``bias`` in a context of its own."""
     heads = drawn_order([f"own domain {context}" for context in seen], seed)
 
     def counts(label: int, total: int) -> dict[int, int]:

@@ -10,7 +10,7 @@ from equireg.data.image_files import ImageFiles
 
 
 def drawn_order(names: Sequence[str], seed: int) -> list[int]:
-    """A random order by ``seed``, of each name's own: the same on every machine, and adding a name moves no other."""
+    """A random order by ``seed``, the same on every machine; adding a name does not reorder the others."""
 
     def key(place: int) -> bytes:
         return hashlib.sha256(f"{seed} ".encode() + os.fsencode(names[place])).digest()
@@ -26,7 +26,7 @@ def drawn_cells(files: ImageFiles, seed: int) -> dict[tuple[int, int], list[int]
     for index, pair in enumerate(zip(files.labels.tolist(), files.contexts.tolist())):
         cells.setdefault(pair, []).append(index)
     for pair, cell in cells.items():
-        # The names by which every machine knows a file, wherever its folder lies.
+        # Names that are the same on every machine, wherever the folder lies.
         names = ["/".join(files.paths[index].split(os.sep)[-3:]) for index in cell]
         cells[pair] = [cell[place] for place in drawn_order(names, seed)]
     return cells

@@ -1,4 +1,4 @@
-"""Looking into folders of images that others made: sorted, never out of the root, every error with its path."""
+"""Listing folders of images: sorted, never outside of the root, every error with its path."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Folder:
         return [entry.name for entry in self._entries(self.path) if entry.is_dir()]
 
     def classes(self) -> list[str]:
-        """`folders`, of which there must be two or more."""
+        """The names of the folders in it, sorted; at least two."""
         names = self.folders()
         if len(names) < 2:
             found = f"one folder, {names[0]!r}, alone" if names else "no folder"
@@ -50,7 +50,7 @@ class Folder:
         return found
 
     def labelled(self, classes: Sequence[str]) -> tuple[list[str], list[int]]:
-        """The paths of the images of all ``classes``, and their labels: the places of the classes."""
+        """The paths of the images of all ``classes``, and their labels: the positions of the classes."""
         paths, labels = [], []
         for label, name in enumerate(classes):
             found = self.images(name)
@@ -63,9 +63,9 @@ class Folder:
         for entry in self._entries(folder):
             if entry.is_dir():
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                if real not in above:  # a link to a folder above it would never end
+                if real not in above:  # a link to a folder above would recurse forever
                     deeper += self._images_below(entry.path, (*above, real))
-            # A link that leads nowhere is a broken image, a pipe is none.
+            # A dangling link is a broken image; a pipe is not an image.
             elif (entry.is_file() or entry.is_symlink()) and _is_image(entry):
                 files.append(entry.path)
         return files + deeper
@@ -124,7 +124,7 @@ def class_names(args: Arguments, class_list: str | os.PathLike[str] | Sequence[s
 
 
 def refuse_emptied(args: Arguments, files: ImageFiles) -> None:
-    """No class may have lost all its images as broken ones."""
+    """Raise if a class lost all of its images as broken ones."""
     counts = files.labels.bincount(minlength=len(files.classes))
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:

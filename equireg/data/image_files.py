@@ -1,4 +1,4 @@
-"""Image files with labels, read by one rule for every kind of file, and broken ones never in silence."""
+"""Labelled image files, read by one rule for every format; broken files are never skipped silently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB in RGB
-# Every other kind that Pillow knows is left out: EPS, for one, would be handed to a PostScript interpreter.
+# Pillow's other formats are left out: EPS, for example, would start a PostScript interpreter.
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -59,20 +59,20 @@ class ImageFiles(Dataset[tuple[Any, int]]):
             a background), where that is known. Not part of the items.
         context_names: the contexts' names.
         transform: called with every image.
-        broken: ``"raise"``: a file that cannot be decoded raises when it is read. ``"skip"``: every file is decoded
-            once here, those that cannot be are left out and listed in ``skipped``.
+        broken: ``"raise"``: a file that cannot be decoded raises when it is read. ``"skip"`` decodes every file once
+            here, leaves out those that fail and lists them in ``skipped``.
         max_broken: with ``"skip"``, how many files may be left out: a count, or a float in 0 .. 1 for a share of all.
             ``None``: any number.
-        max_pixels: files with more pixels are broken; they are not decoded. Pillow's own limit
-            (``PIL.Image.MAX_IMAGE_PIXELS``, and twice that many as an error) holds besides.
+        max_pixels: files with more pixels count as broken and are not decoded. Pillow's own limit
+            (``PIL.Image.MAX_IMAGE_PIXELS``, an error at twice that many) also holds.
         progress: whether the check of ``"skip"`` shows a progress bar, where tqdm is installed.
 
-    An image is an RGB ``PIL.Image``, 8 bits a channel, whatever the file is and is called; what it holds decides: JPEG,
-    PNG, GIF, BMP, PPM, TIFF, WebP.
+    Every image becomes an RGB ``PIL.Image`` with 8 bits a channel. Its format is read from the file's content, not from
+    its name: JPEG, PNG, GIF, BMP, PPM, TIFF, WebP.
 
     * gray and palette images: the same colours in RGB; CMYK: Pillow's plain conversion, without colour profile
     * 16 bits a channel: divided by 257 for gray, the high byte for colour; floating point gray: 0 .. 1 becomes 0 .. 255
-    * transparency: laid over white
+    * transparency: composited over white
     * an EXIF orientation: turned upright
     * animations and files of several pages: the first image
 
@@ -148,7 +148,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return f"ImageFiles({len(self)} images, {len(self.classes)} classes{contexts}{skipped})"
 
     def take(self, indices: Sequence[int] | Tensor) -> ImageFiles:
-        """The images at ``indices``, in that order; everything else stays as it is."""
+        """The images at ``indices``, in that order; everything else is unchanged."""
         chosen = torch.as_tensor(indices, dtype=torch.int64) if len(indices) else torch.empty(0, dtype=torch.int64)
         args = Arguments("ImageFiles.take")
         args.integers("indices", chosen, "N")
@@ -173,7 +173,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
 
 def refuse_many(args: Arguments, skipped: list[tuple[str, str]], count: int, max_broken: float | None) -> None:
-    """More files left out than ``max_broken`` allows."""
+    """Raise if more files were left out than ``max_broken`` allows."""
     if max_broken is None:
         return
     if len(skipped) > (max_broken * count if isinstance(max_broken, float) else max_broken):
@@ -208,10 +208,10 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image:
 def _rgb(image: Image) -> Image:
     from PIL import Image
 
-    image.load()  # which turns a TIFF, and drops its tag; a PNG may have the tag behind the pixels
+    image.load()  # this turns a TIFF and drops its tag; a PNG's tag may follow the pixels
     orientation = _orientation(image)
     if image.mode.startswith("I"):
-        # By way of 32 bits: what conversion from 16 to 8 bits does differs between releases of Pillow.
+        # Through 32 bits, because Pillow's releases convert 16 to 8 bits differently.
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     elif image.mode == "F":
         image = image.point(lambda value: value * 255.0 + 0.5).convert("L")

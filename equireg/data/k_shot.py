@@ -1,4 +1,4 @@
-"""So many samples of each class."""
+"""A fixed number of samples of each class."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def k_shot(dataset: Dataset[Any], shots: int, *, seed: int | None = None) -> Ima
 
 
 def k_shot(dataset: Dataset[Any], shots: int, *, seed: int | None = None) -> ImageFiles | Subset[Any]:
-    """So many samples of each class, in the order of the data set.
+    """A fixed number of samples of each class, in the order of the data set.
 
     Args:
         dataset: an `ImageFiles`, or any data set with its labels in ``labels`` or ``targets``, a ``TensorDataset`` with
             them as its second tensor, or a subset, a concatenation or a `WithIndex` of such. Samples with a negative
             label belong to no class.
         shots: how many of each class.
-        seed: ``None``: the first of each class. A number: drawn by it, the same on every machine; with the same seed
-            fewer shots are a part of more.
+        seed: ``None`` takes the first of each class. A number draws them, the same on every machine; with one seed,
+            fewer shots are a subset of more.
 
     Returns:
-        An `ImageFiles` of an `ImageFiles`, else a ``torch.utils.data.Subset``.
+        An `ImageFiles` if ``dataset`` is one, otherwise a ``torch.utils.data.Subset``.
 
     Raises:
         TypeError: the data set's labels are not found.

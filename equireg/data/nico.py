@@ -1,4 +1,4 @@
-"""NICO, classes in contexts, with the contexts of training "adjusted": long-tailed, unseen, each class with its own."""
+"""NICO's animals in contexts, with training contexts "adjusted": long-tailed, unseen, or different for each class."""
 
 from __future__ import annotations
 
@@ -36,38 +36,38 @@ def read_nico(
     follow_links: bool = False,
     progress: bool = True,
 ) -> ImageFiles:
-    """NICO's animals with the contexts of training adjusted, as Wang et al. (2021, CaaM) and EqInv have them.
+    """Read NICO's animals with adjusted training contexts, as in Wang et al. (2021, CaaM) and EqInv.
 
     Args:
         root: NICO itself, ``root/<class>/<context>/*`` (or ``root/Animal/<class>/<context>/*``), or CaaM's release of
             it, ``root/multi_classification/{train,val,test}/<class number>_<context number>_<number>.<ending>`` with
             the numbers' names in ``root/label_file/{Animal,Context}_name2label.json``.
         split: ``"train"``, ``"val"`` or ``"test"``; they share no image.
-        setting: what training sees. ``"long-tailed"``: every context, in numbers that fall from one to the next, in the
-            same order for all classes, so that a context tells nothing of the class. ``"orthogonal"``: the same, but
-            the order is each class's own, its head as far as possible the head of no other. ``"zero-shot"``: some
-            contexts of a class only in validation and test, the others in full. ``"adjusting"``: all three.
-        training_contexts: the contexts of each class in training, from head to tail. ``None``: those that CaaM
-            published, 7 of 10 for each animal, where the folder has them all; else such ones are chosen: for each class
-            a head of its own, a big one, the others by ``seed``, and the last three in ten are not trained on.
-        imbalance: the share of the tail's images that is kept, in 0 .. 1 without 0. Of n images in the i-th of k
+        setting: which contexts training sees. ``"long-tailed"``: every context, in numbers that fall along one order
+            for all classes, so that a context says nothing about the class. ``"orthogonal"``: the same, but each class
+            has its own order; as far as possible, no two classes share their head. ``"zero-shot"``: some contexts of a
+            class are only in validation and test, the others in full. ``"adjusting"``: all three.
+        training_contexts: the contexts of each class in training, from head to tail. ``None`` takes those that CaaM
+            published, 7 of 10 for each animal, if the folder has them all. Otherwise they are chosen: a large context
+            of its own as each class's head, the others ordered by ``seed``; the last three in ten are not trained on.
+        imbalance: the share of the tail's images that is kept, above 0 and at most 1. Of n images in the i-th of k
             contexts (i = 0 the head) training keeps ``n imbalance^(i / (k - 1))``, rounded down, at least one.
-        held_out: images of each class and context in validation, and as many in the test; at most a third of those
-            there are. CaaM's release has validation and test folders of its own.
+        held_out: how many images of each class and context are for validation, and as many for the test; each is at
+            most a third of the available images. CaaM's release has validation and test folders of its own.
         seed: draws which images are held out, which ones training keeps, and orders of contexts that are not given.
-        transform, broken, max_broken, max_pixels, follow_links, progress: as `read_image_folder` has them. Broken
-            files are skipped before the split; with CaaM's release, files whose names are not of its form too.
+        transform, broken, max_broken, max_pixels, follow_links, progress: as in `read_image_folder`. Broken files are
+            skipped before the split; in CaaM's release, so are files with names of another form.
 
-    CaaM draws the images that training keeps by NumPy's generator in the order of a directory listing: the numbers here
-    are the same, the images are others. The names of contexts are in lower case, with ``_`` for a space.
+    CaaM draws the training images with NumPy's generator in the order of a directory listing; here their numbers are
+    the same, but the images differ. Context names are in lower case, with ``_`` for a space.
 
     Returns:
         The images, as an `ImageFiles` with ``contexts``. Classes and contexts are sorted by name.
 
     Raises:
         FileNotFoundError: the folder is missing; with its absolute path.
-        ValueError: the folder is in neither form; a class has one context only; ``training_contexts`` names a class or
-            context that there is not.
+        ValueError: the folder is in neither form; a class has one context only; ``training_contexts`` names an unknown
+            class or context.
 
     Example:
         >>> import os, tempfile
@@ -157,7 +157,7 @@ def _plain(folder: Folder) -> list[tuple[str, str, str]]:
 def _released(
     folder: Folder, split: str
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]], list[tuple[str, str, str]]]:
-    """The same of one split of CaaM's release; its files with names of another form, and why; and all splits."""
+    """The same for one split of CaaM's release; its files with names of another form, and why; and all splits."""
     classes = _numbered(folder, "Animal_name2label.json")
     contexts = _numbered(folder, "Context_name2label.json")
     images = folder.inside("multi_classification")

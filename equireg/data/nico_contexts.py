@@ -63,20 +63,20 @@ def training_orders(
 
 
 def _chosen(sizes: dict[str, dict[str, int]], seed: int) -> dict[str, list[str]]:
-    """Heads of their own, and seven contexts in ten to train on."""
+    """A head of its own for each class, and seven in ten contexts to train on."""
     heads = _heads(sizes)
     orders = {}
     for name, contexts in sizes.items():
         rest = sorted(set(contexts) - {heads[name]})
         rest = [rest[place] for place in drawn_order([f"{name} {context}" for context in rest], seed)]
         trained = max(1, min(len(contexts) - 1, round(0.7 * len(contexts))))
-        # The heads of other classes to the tail, as in the published order.
+        # Heads of other classes go to the tail, as in the published order.
         orders[name] = [heads[name], *sorted(rest[: trained - 1], key=lambda c: c in heads.values())]
     return orders
 
 
 def _heads(sizes: dict[str, dict[str, int]]) -> dict[str, str]:
-    """A context for each class, biggest first, of no two classes the same where that can be (augmenting paths)."""
+    """The head of each class, large contexts first, different for each class if possible (augmenting paths)."""
     wishes = {name: sorted(contexts, key=lambda c: (-contexts[c], c)) for name, contexts in sizes.items()}
     owner: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""Readers of folders of images: ``<class>/*``, and VIPriors' ``{train,val,test}/<class>/*``."""
+"""Readers of image folders: ``<class>/*``, and VIPriors' ``{train,val,test}/<class>/*``."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def read_image_folder(
     follow_links: bool = False,
     progress: bool = True,
 ) -> ImageFiles:
-    """The images of a folder with a folder for each class: ``root/<class>/*``, also deeper.
+    """Read the images of a folder with a folder for each class: ``root/<class>/*``, at any depth.
 
     Args:
         root: the folder.
-        class_list: the classes to read, in the order of their labels: names, or the path of a text file with one on a
-            line (what follows a tab is not read). So ImageNet-100 is read from ImageNet and its list of 100 wnids.
+        class_list: the classes to read, in the order of their labels: names, or the path of a text file with one on
+            each line (text after a tab is ignored). ImageNet-100, for example, is ImageNet with its list of 100 wnids.
             ``None``: all class folders, sorted.
-        transform, broken, max_broken, max_pixels, progress: as `ImageFiles` has them.
+        transform, broken, max_broken, max_pixels, progress: as in `ImageFiles`.
         follow_links: whether symbolic links may lead out of ``root``.
 
-    Classes and files are sorted by name, as torchvision's ``ImageFolder`` has them. A file is an image if it has an
-    image's ending, or no such ending but an image's first bytes. Hidden files are left out.
+    Classes and files are sorted by name, as in torchvision's ``ImageFolder``. A file is an image if it has an image's
+    extension, or another one but an image's first bytes. Hidden files are left out.
 
     Returns:
         The images, as an `ImageFiles`.
 
     Raises:
         FileNotFoundError: the folder or a class of the list is missing; with its absolute path.
-        ValueError: the folder cannot be read, has no class folder or only one that ``class_list`` does not name, a
-            class has no image, a link leads out of it, or the class list holds what is no folder's name.
+        ValueError: the folder cannot be read; it has no class folder, or only one without ``class_list``; a class has
+            no image; a link leads out of the folder; or an entry of the class list is not a folder's name.
 
     Example:
         >>> import os, tempfile
@@ -90,20 +90,20 @@ def read_vipriors(
     follow_links: bool = False,
     progress: bool = True,
 ) -> ImageFiles:
-    """VIPriors-50, -20 and -10: ``root/{train,val,test}/<class>/*``.
+    """Read VIPriors-50, -20 or -10: ``root/{train,val,test}/<class>/*``.
 
     Args:
-        root: the folder with the splits, or the one with ``imagenet_50`` in it that the challenge's script makes.
+        root: the folder with the splits, or the one in which the challenge's script makes ``imagenet_50``.
         split: ``"train"``, ``"val"`` or ``"test"``.
         shots: training images of each class, the first by name: 10 for VIPriors-10, 20 for VIPriors-20. ``None``: all,
             50 in VIPriors-50. ``"val"`` and ``"test"`` are the same whatever the shots (EqInv, Section 5.1).
-        transform, broken, max_broken, max_pixels, follow_links, progress: as `read_image_folder` has them.
+        transform, broken, max_broken, max_pixels, follow_links, progress: as in `read_image_folder`.
 
-    The labels are the places of the class folders of ``train`` in their sorted order, in every split. The challenge's
-    test images lie in ``test/imgs`` without labels: theirs are -1, and their order is that of the numbers in their
-    names. Where there is a folder ``testgt`` with classes, as EqInv's data has it, ``"test"`` reads that.
+    In every split, labels number the sorted class folders of ``train``. The challenge's test images lie in
+    ``test/imgs`` without labels: theirs are -1, and they are sorted by the numbers in their names. If there is a folder
+    ``testgt`` with classes, as in EqInv's data, ``"test"`` reads that.
 
-    EqInv's script draws the places of the images it keeps, without a seed; here they are the first ones.
+    EqInv's script draws the images that it keeps, without a seed; here they are the first ones.
 
     Returns:
         The images, as an `ImageFiles`.

@@ -1,4 +1,4 @@
-"""Any data set, with the index of each sample."""
+"""A data set with the index of each sample."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["WithIndex"]
 
 
 class WithIndex(Dataset[tuple[Any, ...]]):
-    """Any map-style dataset, with the index of each sample at its end.
+    """A map-style dataset whose items end with their index.
 
     Args:
         dataset: gives ``(image, label)`` or anything else for an index, and has a length.
 
-    Items are ``(*item, index)``: ``(image, label)`` becomes ``(image, label, index)``, and what is not a tuple becomes
-    ``(item, index)``. Every other attribute is that of the wrapped dataset, to read and to set.
+    Items are ``(*item, index)``: ``(image, label)`` becomes ``(image, label, index)``, and any other item becomes
+    ``(item, index)``. All other attributes are read from, and set on, the wrapped dataset.
 
     Raises:
         TypeError: the dataset is iterable-style or has no length, so its samples have no index.
@@ -46,7 +46,7 @@ class WithIndex(Dataset[tuple[Any, ...]]):
         return (*(item if isinstance(item, tuple) else (item,)), index % len(self))
 
     def __getattr__(self, name: str) -> Any:
-        # Only what is not found here; unpickling asks before `dataset` is set.
+        # Called only for missing attributes; unpickling asks before `dataset` is set.
         if name.startswith("__") or "dataset" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.dataset, name)
@@ -60,7 +60,7 @@ class WithIndex(Dataset[tuple[Any, ...]]):
 
 
 def check_map_style(args: Arguments, dataset: Dataset[Any]) -> None:
-    """Its samples have places: it gives one for an index, and has a length."""
+    """Raise unless the dataset takes an index and has a length."""
     has_items = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
     if isinstance(dataset, IterableDataset) or not has_items:
         args.fail_type("dataset", "map-style, with a length", type(dataset).__name__)

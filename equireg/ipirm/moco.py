@@ -30,6 +30,7 @@ class MoCoIPIRMLoss(PartitionLoss):
             which belong to no group.
         temperature: τ, above 0.
         weight: λ₁ of the squared slopes, at least 0.
+        global_penalty: as of :class:`IPIRMLoss`.
         gather_distributed: as of :class:`IPIRMLoss`; the keys of all processes enter the queue, which is the same in
             all of them. By default each has a queue of its own; give DistributedDataParallel
             ``broadcast_buffers=False`` then, or it becomes that of rank 0 at every step.
@@ -61,9 +62,10 @@ class MoCoIPIRMLoss(PartitionLoss):
         queue_size: int = 4096,
         temperature: float = 0.2,
         weight: float = 0.2,
+        global_penalty: bool = False,
         gather_distributed: bool | Group = False,
     ):
-        super().__init__("MoCoIPIRMLoss", partitions, weight, gather_distributed)
+        super().__init__("MoCoIPIRMLoss", partitions, weight, global_penalty, gather_distributed)
         check = Arguments(self.function)
         check.count("num_features", num_features)
         check.count("queue_size", queue_size)

@@ -19,7 +19,8 @@ from equireg.similarity import pair_lse
 class IPIRMParts(NamedTuple):
     """A loss of IP-IRM and the P partitions of K groups that it is made of, each penalty a squared slope.
 
-    The loss is global_risk + weight · global_penalty, and the mean of risk + weight · penalty over the groups present.
+    The loss is global_risk (with ``global_penalty=True`` + weight · global_penalty), and the mean of
+    risk + weight · penalty over the groups present.
     """
 
     loss: Tensor
@@ -47,12 +48,18 @@ class PartitionLoss(nn.Module):
     partitions: PartitionUpdater | Tensor
 
     def __init__(
-        self, function: str, partitions: PartitionUpdater | Tensor, weight: float, gather_distributed: bool | Group
+        self,
+        function: str,
+        partitions: PartitionUpdater | Tensor,
+        weight: float,
+        global_penalty: bool,
+        gather_distributed: bool | Group,
     ):
         super().__init__()
         check = Arguments(function)
         check.not_negative("weight", weight)
-        self.weight, self.function = weight, function
+        check.option("global_penalty", global_penalty, (True, False))
+        self.weight, self.global_penalty, self.function = weight, global_penalty, function
         self.processes, self._checksum = Processes(function, gather_distributed), Checksum()
         if isinstance(partitions, PartitionUpdater):
             self.partitions = partitions
@@ -89,7 +96,7 @@ class PartitionLoss(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The options that must be alike in every process."""
-        return {"weight": self.weight}
+        return {"weight": self.weight, "global_penalty": self.global_penalty}
 
     def facts(self) -> Facts:
         """What processes have to agree on, beside their batches."""
@@ -130,7 +137,8 @@ class PartitionLoss(nn.Module):
         size = torch.where(present, size, 1)
         risk, penalty = risk / size, (slope / size).square()
         of_group = risk + self.weight * penalty
-        loss = of_group[0] + of_group[1:].sum() / present[1:].sum().clamp(min=1)
+        of_all = of_group[0] if self.global_penalty else risk[0]
+        loss = of_all + of_group[1:].sum() / present[1:].sum().clamp(min=1)
         of_groups = (part[1:].view(-1, num_groups) for part in (risk.detach(), penalty.detach(), present))
         return IPIRMParts(loss, risk[0].detach(), penalty[0].detach(), *of_groups)
 

@@ -21,8 +21,8 @@ class IPIRMLoss(PartitionLoss):
     r"""SimCLR's loss that is invariant over the groups of all partitions found so far (Step 1 of IP-IRM).
 
     .. math::
-        \mathcal{L}(\text{all}) + \operatorname*{mean}_{P,\, k}\, \mathcal{L}(k, P), \qquad
-        \mathcal{L} = L + \lambda_1 \Big( \frac{\partial L}{\partial \theta} \Big|_{\theta = 1} \Big)^2
+        L(\text{all}) + \operatorname*{mean}_{P,\, k} \Big[ L(k, P) +
+        \lambda_1 \Big( \frac{\partial L(k, P)}{\partial \theta} \Big|_{\theta = 1} \Big)^2 \Big]
 
     with L(k, P) InfoNCE over both views of the samples of group k in the batch, whose negatives are the group's other
     samples, and θ a dummy scale of all similarities (Wang et al., 2021, Eq. 2; the mean over groups and partitions and
@@ -33,6 +33,9 @@ class IPIRMLoss(PartitionLoss):
             of one group, as the first of the updater's is, is the global term, which is there in any case.
         temperature: τ of the cosine similarities, above 0.
         weight: λ₁ of the squared slopes, at least 0.
+        global_penalty: whether the global term has its penalty, too. The paper sums over all partitions, the first one
+            of all samples among them, and penalises each. With the released code's mean instead of the sum, a
+            penalised global term outweighs the rest; there it has none.
         gather_distributed: whether the batch is that of all processes, or of a process group, each with its gradient:
             the loss is then the same in all of them, and under DistributedDataParallel so are its gradients to one
             process with the whole batch. Each must bring the same number of samples, or all raise the same ValueError.
@@ -64,9 +67,10 @@ class IPIRMLoss(PartitionLoss):
         *,
         temperature: float = 0.5,
         weight: float = 0.2,
+        global_penalty: bool = False,
         gather_distributed: bool | Group = False,
     ):
-        super().__init__("IPIRMLoss", partitions, weight, gather_distributed)
+        super().__init__("IPIRMLoss", partitions, weight, global_penalty, gather_distributed)
         Arguments("IPIRMLoss").positive("temperature", temperature)
         self.temperature = temperature
 

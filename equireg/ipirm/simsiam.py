@@ -26,6 +26,7 @@ class SimSiamIPIRMLoss(PartitionLoss):
     Args:
         partitions: as of :class:`IPIRMLoss`.
         weight: λ₁ of the squared slopes, at least 0.
+        global_penalty: as of :class:`IPIRMLoss`.
         gather_distributed: as of :class:`IPIRMLoss`, though processes exchange only the sums of each group. By default
             each takes its own batch.
 
@@ -38,13 +39,18 @@ class SimSiamIPIRMLoss(PartitionLoss):
         >>> criterion = SimSiamIPIRMLoss(torch.arange(100)[None] % 2)
         >>> p1, p2, z1, z2 = torch.ones(4, 16, 8)
         >>> criterion(p1, p2, z1, z2, torch.arange(16))
-        tensor(-1.6000)
+        tensor(-1.8000)
     """
 
     def __init__(
-        self, partitions: PartitionUpdater | Tensor, *, weight: float = 0.2, gather_distributed: bool | Group = False
+        self,
+        partitions: PartitionUpdater | Tensor,
+        *,
+        weight: float = 0.2,
+        global_penalty: bool = False,
+        gather_distributed: bool | Group = False,
     ):
-        super().__init__("SimSiamIPIRMLoss", partitions, weight, gather_distributed)
+        super().__init__("SimSiamIPIRMLoss", partitions, weight, global_penalty, gather_distributed)
 
     def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
         return self.parts(p1, p2, z1, z2, indices).loss

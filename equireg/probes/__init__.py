@@ -1,1 +1,1 @@
-"""What frozen features can do: classify, turn with the image, tell how the image was transformed."""
+"""Measures of frozen features: classification, equivariance, and how well they predict transformations."""

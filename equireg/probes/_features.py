@@ -1,4 +1,4 @@
-"""Frozen features made ready for a fit, whatever their scale, dtype or the mode they were computed in."""
+"""Standardise frozen features for a fit, whatever their scale and dtype and the mode they were computed in."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def standardized(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """Each column less its mean over ``train``, over its standard deviation there; fp32, outside of any graph.
+    """Standardise each column by its mean and standard deviation over ``train``; fp32, outside of any graph.
 
-    A column that is constant in ``train`` tells nothing and becomes 0 everywhere: a fit would find any weight for it.
+    A column that is constant in ``train`` becomes 0 everywhere, because a fit would find any weight for it.
     """
     with torch.inference_mode(False), torch.no_grad():
         exact = train.double()  # in fp32 the mean of a constant column is off by its last digit

@@ -1,4 +1,4 @@
-"""Two classifiers on frozen features: neighbours, and a linear one."""
+"""k-nearest-neighbour and linear classifiers on frozen features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def knn_accuracy(
         train_labels: whole numbers [N], from 0.
         features: [M, D], of the samples to classify.
         labels: whole numbers [M], their classes.
-        k: how many vote, at most N.
+        k: number of neighbours that vote, at most N.
         temperature: τ, above 0.
 
     Returns:
@@ -79,8 +79,8 @@ def linear_probe(
     r"""Accuracy of a linear classifier on frozen features: logistic regression.
 
     Features are standardised by the training samples, and :math:`\text{CE} + \tfrac{w}{2} \lVert W \rVert^2` is
-    minimised by L-BFGS on all of them at once: convex, so no learning rate and no seed decides the result. Without
-    weight decay it may take more iterations to its end.
+    minimised by L-BFGS on all of them at once. The problem is convex, so the result depends on no learning rate and no
+    seed. Without weight decay, convergence may take more iterations.
 
     Args:
         train_features: [N, D], floating point.
@@ -111,7 +111,7 @@ def linear_probe(
     check.finite("features", features)
     x, x_test = standardized(train_features, features)
 
-    # The line search needs all digits, also where the encoder ran under autocast.
+    # The line search needs full precision, even if the encoder ran under autocast.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = train_labels.long().clone()
         weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
@@ -132,7 +132,7 @@ def linear_probe(
 def _check_samples(
     check: Arguments, train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor
 ) -> int:
-    """How many classes there are."""
+    """Check the samples, and return the number of classes."""
     check.features("train_features", train_features, "N D")
     check.integers("train_labels", train_labels, "N")
     check.features("features", features, "M D")

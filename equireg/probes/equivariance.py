@@ -1,4 +1,4 @@
-"""How far a token map turns with its image."""
+"""How equivariant a token map is."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["equivariance_score"]
 def equivariance_score(
     encode: Callable[[Tensor], Tensor], images: Tensor, transform: GridTransform, *, shuffled: bool = False
 ) -> Tensor:
-    r"""How far a token map turns with its image: 1 where it does exactly.
+    r"""Equivariance of a token map: 1 if it turns exactly as its image does.
 
     :math:`\cos(\rho_g(f(x)), f(\rho_g(x)))`, averaged over the places of each map (soft equivariance regularization,
-    Appendix A.2). Tokens that are alike everywhere score high without turning: put ``shuffled=True`` beside it, the
-    level that needs no equivariance. Call it with the model in eval mode; no gradient is recorded.
+    Appendix A.2). Tokens that are alike everywhere score high without turning, so compare with ``shuffled=True``, the
+    level reached without equivariance. Call it with the model in eval mode; no gradient is recorded.
 
     Args:
         encode: images [B, C, height, width] to tokens [B, T, D], at the source grid and at the target grid.

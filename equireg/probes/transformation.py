@@ -1,4 +1,4 @@
-"""How well frozen features tell the transformation that an image underwent."""
+"""How well frozen features predict the transformation of an image."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def transformation_r2(
 ) -> Tensor:
     r"""R² of each transformation parameter, regressed from the frozen features of an image and its view.
 
-    :math:`R^2 = 1 - \sum (t - \hat t)^2 / \sum (t - \bar t)^2` on rows that the regressor never saw: 1 where the
-    parameter can be read off exactly, 0 where guessing the mean is as good, below 0 where it is worse (SIE; transformed
-    image reconstruction, Eq. 2). The regressor is an MLP of two hidden layers on both features side by side, fitted by
-    AdamW; of its epochs that one counts which was best on a tenth of the training rows.
+    :math:`R^2 = 1 - \sum (t - \hat t)^2 / \sum (t - \bar t)^2` on rows that the regressor never saw: 1 if the
+    prediction is exact, 0 if it is as good as the mean, below 0 if it is worse (SIE; transformed image reconstruction,
+    Eq. 2). The regressor is an MLP with two hidden layers on both features concatenated, fitted by AdamW; the epoch
+    that is best on a tenth of the training rows is kept.
 
-    Rows are held out at random, always the same for a ``seed``, so let each image be in one row only.
+    Rows are held out at random, the same for one ``seed``, so give each image one row only.
 
     Args:
         features1: of the images, [N, D], floating point; standardised here.
@@ -52,7 +52,7 @@ def transformation_r2(
         hidden_dim: width of the hidden layers.
         epochs: passes over the training rows.
         weight_decay: of AdamW, at least 0.
-        seed: decides the split, the weights' start and the order of the rows; the global random numbers stay.
+        seed: decides the split, the initial weights and the order of the rows; the global random state does not change.
         progress: whether to show a bar, where tqdm is installed.
 
     Returns:
@@ -83,7 +83,7 @@ def transformation_r2(
         check.fail("seed", "below 2**63", seed)
     generator = torch.Generator().manual_seed(seed)
     train, test = _split(check, "features1", len(features1), held_out, generator)
-    if len(train) < 20:  # two of them for the choice of the epoch
+    if len(train) < 20:  # a tenth of them choose the epoch
         check.fail("features1", "of at least 20 rows for training", f"{len(train)} of {len(features1)}")
     for name, given in (("features1", features1), ("parameters", parameters)):
         if given.shape[1] == 0:
@@ -94,7 +94,7 @@ def transformation_r2(
     if constant.any():
         check.fail("parameters", "different from row to row", f"a constant column {int(constant.nonzero()[0])}")
 
-    # An encoder's precision is not the regressor's.
+    # The regressor runs in full precision, whatever the encoder used.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(features1.device.type, enabled=False):
         both = torch.cat([features1, features2], 1)
         (_, x), (_, t) = (standardized(part[train], part) for part in (both, parameters))
@@ -113,14 +113,14 @@ def transformation_accuracy(
     held_out: float = 0.2,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Accuracy of a linear classifier that tells quarter turns, or flips, from frozen features of each layer.
+    """Accuracy of a linear classifier that predicts quarter turns, or flips, from frozen features of each layer.
 
-    Every image is seen under each transformation; features are the means of a layer's tokens (soft equivariance
-    regularization, Table 7), and the classifier is ``linear_probe``'s. All versions of an image are on one side of the
-    split, and it is the same on every call.
+    Each image is encoded under every transformation. Features are the means of a layer's tokens (soft equivariance
+    regularization, Table 7), and the classifier is ``linear_probe``'s. All versions of an image fall on one side of the
+    split, which is the same on every call.
 
     Args:
-        model: any module that takes images, put in eval mode for the time; without ``layers`` any callable.
+        model: any module that takes images, in eval mode during the call; without ``layers`` any callable.
         loader: batches of images [B, C, H, W] in the range that the model wants, or tuples that begin with them.
         layers: names of submodules, as for ``TokenTap``; None takes the model's own output [B, D], as "output".
         transformation: "rotation" by 0, 90, 180 and 270 degrees, of square images; or "flip", left to right or not.
@@ -128,7 +128,7 @@ def transformation_accuracy(
         progress: whether to show a bar, where tqdm is installed.
 
     Returns:
-        The share of right answers for each layer; of guessing, 0.25 for rotations, 0.5 for flips.
+        The accuracy for each layer; chance is 0.25 for rotations and 0.5 for flips.
 
     Raises:
         TypeError, ValueError: unknown layers or transformation, images that are not square, too few images.
@@ -185,7 +185,7 @@ def _regressor(
     generator: torch.Generator,
     progress: bool,
 ) -> list[Tensor]:
-    """An MLP from x to t, fitted on some of their rows: its weights, then its biases."""
+    """Fit an MLP from x to t on some of their rows; return its weights, then its biases."""
     chosen, fitted = rows[: len(rows) // 10], rows[len(rows) // 10 :]
     sizes = [x.shape[1], hidden_dim, hidden_dim, t.shape[1]]
     weights = [math.sqrt(2 / a) * torch.randn(b, a, generator=generator) for a, b in pairwise(sizes)]
@@ -209,7 +209,7 @@ def _regressor(
 
 
 def _mlp(x: Tensor, layers: list[Tensor]) -> Tensor:
-    """Weights first, then as many biases."""
+    """Apply an MLP, given as its weights and then as many biases."""
     half = len(layers) // 2
     for depth, (weight, bias) in enumerate(zip(layers[:half], layers[half:])):
         x = F.linear(x if depth == 0 else x.relu(), weight, bias)

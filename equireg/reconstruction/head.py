@@ -49,6 +49,9 @@ class IntermediateReconstructionHead(nn.Module):
         num_images: n, as ``num_intermediate`` of the views.
         equivariant_fraction: share of the width that is equivariant, above 0 and up to 1; the paper takes a half. Its
             smaller shares bore a larger weight of this loss.
+        head_dim: width of a linear head on the features before the split, as the paper has it, so that the invariant
+            part keeps the width of the base method (8,192 with iBOT, 2,048 with DINOv2, 512 with SIE). None splits the
+            features themselves.
         hidden_dim: width behind the linear layer, a multiple of 8; each convolution halves it.
         channels: C, of the targets.
         mean: mean of the pixels in each channel, to take the error in units of ``std``; None with ``std`` None takes it
@@ -87,6 +90,7 @@ class IntermediateReconstructionHead(nn.Module):
         patch_size: int,
         num_images: int = 2,
         equivariant_fraction: float = 0.5,
+        head_dim: int | None = None,
         hidden_dim: int = 128,
         channels: int = 3,
         mean: Sequence[float] | None = None,
@@ -102,17 +106,22 @@ class IntermediateReconstructionHead(nn.Module):
         if hidden_dim % 8:
             check.fail("hidden_dim", "a multiple of 8", hidden_dim)
         check.count("channels", channels)
+        if head_dim is not None:
+            check.count("head_dim", head_dim)
+        width = dim if head_dim is None else head_dim
         sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if len(sides) != 2:
             check.fail("image_size", "a side or (height, width)", image_size)
         for side in sides:
             check.count("image_size", side)
         check.number("equivariant_fraction", equivariant_fraction)
-        if not (0 < equivariant_fraction <= 1 and round(equivariant_fraction * dim) > 0):
-            rule = f"above 0 and up to 1, and one of {dim} features or more"
+        if not (0 < equivariant_fraction <= 1 and round(equivariant_fraction * width) > 0):
+            rule = f"above 0 and up to 1, and one of {width} features or more"
             check.fail("equivariant_fraction", rule, equivariant_fraction)
         check.option("detach", detach, (True, False))
-        self.dim, self.equivariant_dim = dim, round(equivariant_fraction * dim)
+        self.dim, self.equivariant_dim = dim, round(equivariant_fraction * width)
+        self.invariant_dim = width - self.equivariant_dim
+        self.head = nn.Identity() if head_dim is None else nn.Linear(dim, head_dim)
         self.image_size, self.patch_size, self.channels, self.detach = (*sides,), patch_size, channels, detach
         self.grid = (math.ceil(sides[0] / patch_size), math.ceil(sides[1] / patch_size))
         self.image_weights = _weights(check, image_weights, num_images)
@@ -125,13 +134,13 @@ class IntermediateReconstructionHead(nn.Module):
         )
 
     def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Invariant and equivariant part along the width, views of ``features``; together they are all of it.
+        """Invariant and equivariant part along the width; without ``head_dim`` they are views of ``features``.
 
         Args:
             features: tokens [B, T, D], with or without class token; pooled ones [B, D]; or a CNN's map [B, D, h, w].
 
         Returns:
-            [..., D - d] and [..., d], of a map [B, D - d, h, w] and [B, d, h, w].
+            [..., D - d] and [..., d], of a map [B, D - d, h, w] and [B, d, h, w]; D is ``head_dim`` where it is given.
 
         Raises:
             TypeError, ValueError: another type, shape or width.
@@ -144,8 +153,9 @@ class IntermediateReconstructionHead(nn.Module):
             check.fail("features", "[B, T, D], [B, D, h, w] or [B, D]", list(features.shape))
         check.features("features", features, shapes[features.dim()])
         along = 1 if features.dim() == 4 else -1
-        sizes = [self.dim - self.equivariant_dim, self.equivariant_dim]
-        invariant, equivariant = features.split(sizes, along)
+        if isinstance(self.head, nn.Linear):
+            features = self.head(features.movedim(along, -1)).movedim(-1, along)
+        invariant, equivariant = features.split([self.invariant_dim, self.equivariant_dim], along)
         return invariant, equivariant
 
     def reconstruct(self, equivariant1: Tensor, equivariant2: Tensor) -> Tensor:

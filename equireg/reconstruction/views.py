@@ -1,4 +1,4 @@
-"""Views along the path of a transformation: the whole of it, and what lies half-way."""
+"""Views along the path of a transformation: the complete one, and intermediate ones."""
 
 from __future__ import annotations
 
@@ -24,42 +24,43 @@ _PARAMETERS = {
 }
 _COMPOSED = {"se2": ("rotation", "translation"), "all": tuple(_PARAMETERS)}
 _BLOCK = 2**21  # pixels, over all channels
-_FACTORS = ("brightness", "contrast", "saturation")  # 1 changes nothing; of all others, 0
+_FACTORS = ("brightness", "contrast", "saturation")  # 1 changes nothing; for all others, 0 does
 
 
 class IntermediateViews:
-    r"""A transformed view of each image, and the images on the way there, for ``IntermediateReconstructionHead``.
+    r"""A transformed view of each image, and intermediate images, for ``IntermediateReconstructionHead``.
 
-    Each image draws parameters :math:`t` of its own. The view is the image under the whole transformation; target
-    :math:`i = 1 \dots n` is the image at the fraction :math:`i / (n + 1)` of the **same** path: for 30° of rotation and
-    two intermediate images, 10° and 20° (transformed image reconstruction, Section 3). Kinds:
+    Each image draws its own parameters :math:`t`. The view is the image under the whole transformation. Target :math:`i
+    = 1 \dots n` is the image at the fraction :math:`i / (n + 1)` of the **same** path: for 30° of rotation and two
+    intermediate images, 10° and 20° (transformed image reconstruction, Section 3). Kinds:
 
     - ``"rotation"`` about the centre, counter-clockwise; ``"translation"``; ``"se2"``, both: turned, then moved, angle
-      and displacement growing together. Bilinear; what comes from outside of the frame is ``padding``.
-    - ``"color"``: brightness, contrast, saturation, hue, in this order, as torchvision's ``adjust_*``; the factors go
-      from 1 to their value in a straight line, the hue's shift from 0.
+      and displacement growing together. Bilinear; ``padding`` fills what lies outside of the frame.
+    - ``"color"``: brightness, contrast, saturation, hue, in this order, as torchvision's ``adjust_*``; the factors
+      change linearly from 1 to their values, the hue's shift from 0.
     - ``"blur"``: Gaussian, σ from 0 to its value, edges mirrored, the kernel cut at four times the largest σ.
     - ``"all"``, or several of them, as ``("rotation", "color")``: one after the other in the order of this list.
 
-    ``reconstruct`` is what the targets undergo, where that is less: the paper's best rows apply all and reconstruct
-    one, ``IntermediateViews("all", reconstruct="rotation")``.
+    ``reconstruct`` limits what the targets undergo: the paper's best rows apply all and reconstruct one,
+    ``IntermediateViews("all", reconstruct="rotation")``.
 
     Args:
         kind: what the view undergoes.
-        num_intermediate: how many, n. Two were best, one was poor, three gained nothing (the paper's Table 7).
+        num_intermediate: number of intermediate images, n. Two were best, one was poor, three gained nothing (the
+            paper's Table 7).
         reconstruct: a kind, or several; None for all of ``kind``.
         degrees: lowest and highest angle, or one number for minus to plus. Up to a quarter turn, as SIE: near a half
             turn, opposite paths end in the same view.
         translate: largest displacement to either side as a share of the width and of the height, or one number for
             both. With a quarter, at least 9/16 of the image stay in the frame.
         brightness: lowest and highest factor, or one number b for 1 - b (at least 0) to 1 + b; likewise ``contrast``
-            and ``saturation``. The defaults of these and ``hue`` are BYOL's, which most later methods took over.
+            and ``saturation``. The defaults of these and ``hue`` are BYOL's, which most later methods use.
         contrast: see ``brightness``.
         saturation: see ``brightness``.
         hue: lowest and highest shift as a share of the circle, within -0.5 .. 0.5, or one number for minus to plus.
         sigma: lowest and highest σ in pixels. The default is SimCLR's; on images of 32 pixels its upper end is strong.
-        padding: outside of the frame, "zeros" (black, torchvision's default), "border" (the nearest pixel) or
-            "reflection". Black corners tell the angle by themselves; reflections tell less.
+        padding: fills what lies outside of the frame: "zeros" (black, torchvision's default), "border" (the nearest
+            pixel) or "reflection". Black corners reveal the angle; reflections reveal less.
 
     Raises:
         TypeError, ValueError: an unknown kind, ``reconstruct`` that is no part of ``kind``, ranges out of order or
@@ -117,7 +118,7 @@ class IntermediateViews:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The columns of the parameters, those that are used of angle (degrees), dx, dy (pixels), brightness ..."""
+        """The columns of the parameters: those in use of angle (degrees), dx, dy (pixels), brightness ..."""
         return tuple(name for part in self.parts for name in _PARAMETERS[part])
 
     @property
@@ -134,24 +135,24 @@ class IntermediateViews:
 
         Returns:
             view [B, C, H, W]; targets [n, B, C, H, W]; parameters [B, P], in float32, with the columns
-            ``parameter_names``. The parameters are for probes: the encoder and the decoders are not to see them.
+            ``parameter_names``. The parameters are for probes; the encoder and the decoders must not see them.
 
         Raises:
             TypeError, ValueError: images that are not floating point, of another shape, or for colours not in 0 .. 1;
-                on CPU half a range beyond it is let pass, for resizing overshoots, and clamped.
+                overshoots of up to half a range, as by resizing, are clamped. Ranges are checked on CPU.
         """
         self._check_images(images)
         parameters = self.draw(len(images), (images.shape[2], images.shape[3]), generator).to(images.device)
         steps = [i / (self.num_intermediate + 1) for i in range(1, self.num_intermediate + 1)]
         path = [self.at(parameters, fraction, only_reconstructed=True) for fraction in steps]
-        # All at once, the whole transformation last; what is not reconstructed is done to these last ones alone.
+        # One batch, the whole transformation last; parts that are not reconstructed apply to these last ones alone.
         stacked = images.repeat(len(path) + 1, 1, 1, 1)
         result = self._apply(stacked, torch.cat([*path, parameters]), len(path) * len(images))
         view, targets = result[len(path) * len(images) :], result[: len(path) * len(images)]
         return view, targets.view(len(path), *images.shape), parameters
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
-        """Random parameters [count, P] for images of ``size`` (height, width), each column even over its range."""
+        """Random parameters [count, P] for images of ``size`` (height, width), each column uniform over its range."""
         check = Arguments("IntermediateViews.draw")
         check.count("count", count, least=0)
         if not isinstance(size, (tuple, list)) or len(size) != 2:
@@ -190,7 +191,7 @@ class IntermediateViews:
         return torch.lerp(still.to(parameters.dtype).expand_as(parameters), parameters, share.to(parameters.dtype))
 
     def transform(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Each image under parameters [B, P] that are given, such as those drawn for another crop of it.
+        """Transform each image by given parameters [B, P], such as those drawn for another crop of it.
 
         Raises:
             TypeError, ValueError: as on calling; parameters that are not [B, P] on the images' device, on CPU also
@@ -209,7 +210,7 @@ class IntermediateViews:
         return self._apply(images, parameters, 0)
 
     def _apply(self, images: Tensor, parameters: Tensor, whole: int) -> Tensor:
-        """Everything to the images from ``whole`` on; to those before, what is reconstructed."""
+        """Apply everything to the images from ``whole`` on, and to those before only what is reconstructed."""
         column = dict(zip(self.parameter_names, parameters.unbind(1)))
         still = torch.zeros_like(parameters[:, 0])  # rotation alone does not move, translation alone does not turn
         for parts in (("rotation", "translation"), ("color",), ("blur",)):
@@ -222,7 +223,7 @@ class IntermediateViews:
                 change = partial(gaussian_blur, radius=self.kernel_size // 2)
             elif "rotation" in parts:
                 change = partial(rigid_motion, padding=self.padding)
-            # On a CPU a batch of large images in blocks, whose intermediate results stay in its cache: twice as fast.
+            # On a CPU, blocks of large images keep intermediate results in the cache: twice as fast.
             size = max(1, _BLOCK // images[0].numel()) if images.device.type == "cpu" and len(images) else len(images)
             blocks = zip(images[first:].split(size), *(value.split(size) for value in values))
             images = torch.cat([images[:first], *(change(*block) for block in blocks)])
@@ -248,7 +249,7 @@ class IntermediateViews:
 
 
 def _parts(check: Arguments, name: str, kind: str | Sequence[str]) -> tuple[str, ...]:
-    """The kinds that are no composition, in the order in which they are done."""
+    """The elementary kinds, in the order in which they are applied."""
     if not isinstance(kind, (str, tuple, list)):
         check.fail_type(name, "a kind, or several in a tuple", type(kind).__name__)
     found: set[str] = set()
@@ -268,7 +269,7 @@ def _range(
     low: float = -math.inf,
     high: float = math.inf,
 ) -> tuple[float, float]:
-    """Lowest and highest value; one number means around ``center``, as far as ``low`` and ``high`` go."""
+    """Lowest and highest value; one number is a distance to both sides of ``center``, cut at ``low``."""
     got = given
     if not isinstance(given, (tuple, list)):
         if center is None:

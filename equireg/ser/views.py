@@ -1,13 +1,15 @@
-"""Two views of a batch of images, of which we know how one was made from the other."""
+"""Two views of a batch of images, with a known transformation between them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, values_visible
 from equireg.grid import Grid, GridTransform
 
 __all__ = ["EquivariantViews", "mocov3_photometric", "split_batch"]
@@ -16,20 +18,24 @@ Photometric = Callable[[Tensor], Tensor]
 
 
 class EquivariantViews:
-    r"""Two views of each image by random elements of D4 × scale, with photometric changes of their own.
+    r"""Two views of each image by random elements of D4 × scale, each with its own photometric changes.
 
-    The policy :math:`\mathcal{T}_\text{eq}` of soft equivariance regularization (Section 3.2): the photometric part of
-    a self-supervised method's augmentation, its random crop replaced by flips, quarter turns and anisotropic scaling,
-    drawn as by ``GridTransform.random``. Each view has one size for the batch.
+    The policy :math:`\mathcal{T}_\text{eq}` of soft equivariance regularization (Section 3.2) keeps the photometric
+    part of a self-supervised method's augmentation and replaces its random crop by flips, quarter turns and anisotropic
+    scaling, drawn by ``GridTransform.random``. Each view has one size for the batch.
 
     Args:
-        image_size: side of the images in pixels, or (height, width); whole patches.
-        patch_size: side of a patch in pixels, that of the model.
-        photometric: what changes the colours of one image [C, H, W] at a time, at random and without moving anything,
-            such as a ``torchvision.transforms.v2`` pipeline; or a pair of them, one for each view. None takes
-            ``mocov3_photometric(image_size)``. For no change, ``torch.nn.Identity()``.
+        image_size: side of the images in pixels, or (height, width); multiples of ``patch_size``.
+        patch_size: side of the model's patches in pixels.
+        photometric: a random change of the colours of one image [C, H, W] that moves no pixels, such as a
+            ``torchvision.transforms.v2`` pipeline; or a pair of them, one for each view. None takes
+            ``mocov3_photometric(image_size)``; ``torch.nn.Identity()`` changes nothing.
         scale: lowest and highest factor of the area.
         ratio: lowest and highest factor of width over height.
+        crop: lowest and highest area of a random box of the image, of which both views are then made; None takes the
+            whole image. The released code crops first.
+        complementary: give the second view the flip and the half turn that the first one has not, so that no pair of
+            views shares its element, as the released code does.
 
     Raises:
         TypeError, ValueError: sizes that are not whole patches, ranges out of order, a policy that is not callable.
@@ -50,6 +56,8 @@ class EquivariantViews:
         photometric: Photometric | Sequence[Photometric] | None = None,
         scale: tuple[float, float] = (0.7, 1.3),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        crop: tuple[float, float] | None = None,
+        complementary: bool = False,
     ):
         check = Arguments("EquivariantViews")
         check.count("patch_size", patch_size)
@@ -66,7 +74,11 @@ class EquivariantViews:
         if not isinstance(policies, (tuple, list)) or len(policies) != 2 or not all(map(callable, policies)):
             check.fail("photometric", "a callable or a pair of them", photometric)
         self.image_size = (sides[0], sides[1])
+        if crop is not None and (len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1):
+            check.fail("crop", "None or two areas above 0 and up to 1 in rising order", crop)
+        check.option("complementary", complementary, (True, False))
         self.patch_size, self.photometric, self.scale, self.ratio = patch_size, tuple(policies), scale, ratio
+        self.crop, self.complementary = crop, complementary
         GridTransform.random(0, self.grid, scale=scale, ratio=ratio, generator=torch.Generator())  # refuses bad ranges
 
     @property
@@ -77,11 +89,12 @@ class EquivariantViews:
     def __call__(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, GridTransform, GridTransform]:
-        """Views ``x1``, ``x2`` [B, C, H, W], each of a size of its own, and the elements ``g1``, ``g2`` that made them.
+        """Views ``x1``, ``x2`` [B, C, H, W], each with its own size, and the elements ``g1``, ``g2`` that made them.
 
         Args:
             images: [B, C, height, width] of ``image_size``, floating point in 0 .. 1.
-            generator: source of all random numbers, on CPU; the global one stays as it is. None draws from that.
+            generator: source of all random numbers, on CPU; the global one does not change. None draws from the global
+                one.
 
         Raises:
             TypeError, ValueError: images that are not floating point or not of ``image_size``.
@@ -90,10 +103,21 @@ class EquivariantViews:
         check.features("images", images, "B C H W")
         if tuple(images.shape[2:]) != self.image_size:
             check.fail("images", f"[B, C, {self.image_size[0]}, {self.image_size[1]}]", list(images.shape))
+        if values_visible(images) and images.numel():
+            low, high = (float(bound) for bound in images.detach().aminmax())
+            if not (low >= -0.5 and high <= 1.5):  # a resized image may overshoot a little
+                check.fail(
+                    "images", "in 0 .. 1: normalise the views, not what they are made of", f"{low:g} .. {high:g}"
+                )
         g1, g2 = (
             GridTransform.random(len(images), self.grid, scale=self.scale, ratio=self.ratio, generator=generator)
             for _ in range(2)
         )
+        if self.complementary:  # the parity of the turns is g2's own; the size of the view may depend on it
+            turns = g2.quarter_turns % 2 + 2 * (1 - g1.quarter_turns // 2)
+            g2 = GridTransform(turns, ~g1.flip, g2.source, g2.target)
+        if self.crop is not None:
+            images = _cropped(images, self.crop, self.ratio, generator)
         x1, x2 = (g.on_images(images, self.patch_size) for g in (g1, g2))
         with _Seeded(generator):
             x1, x2 = (_each(policy, x) for policy, x in zip(self.photometric, (x1, x2)))
@@ -133,9 +157,9 @@ def mocov3_photometric(image_size: int | tuple[int, int]) -> tuple[Photometric, 
 
 
 def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """The batch in two: ``b1`` for the usual views, and ``ratio`` of it, ``b2``, for equivariant ones.
+    """Split a batch in two: ``b1`` for the usual views, and the share ``ratio``, ``b2``, for equivariant ones.
 
-    ``b2`` has ``round(ratio · B)`` samples, and at least two where the ratio is above 0: one image alone has no
+    ``b2`` has ``round(ratio · B)`` samples, and at least two if the ratio is above 0, because one image alone has no
     negatives. It is the end of the batch, so shuffle first, as loaders do.
 
     Args:
@@ -162,8 +186,24 @@ def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return batch[: len(batch) - size], batch[len(batch) - size :]
 
 
+def _cropped(
+    images: Tensor, area: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator | None
+) -> Tensor:
+    """A box of each image, of a random area, aspect ratio and place, enlarged to the size of the image (bilinear)."""
+    draw = torch.rand(4, len(images), generator=generator, device=None if generator is None else generator.device)
+    size = (area[0] + draw[0] * (area[1] - area[0])).sqrt()
+    aspect = (math.log(ratio[0]) + draw[1] * (math.log(ratio[1]) - math.log(ratio[0]))).exp().sqrt()
+    width, height = (size * aspect).clamp(max=1), (size / aspect).clamp(max=1)
+    # affine_grid's coordinates are -1 .. 1 over the image: a box of width w is centred within 1 - w of the middle.
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = width, height
+    theta[:, 0, 2], theta[:, 1, 2] = (2 * draw[2] - 1) * (1 - width), (2 * draw[3] - 1) * (1 - height)
+    grid = F.affine_grid(theta.to(images.device, images.dtype), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
 class _Seeded:
-    """The global random numbers, drawn from ``generator`` for a while, and put back where they were."""
+    """Seeds the global random numbers from ``generator`` for a while, and restores them afterwards."""
 
     def __init__(self, generator: torch.Generator | None):
         self.generator = generator
@@ -182,5 +222,5 @@ class _Seeded:
 def _each(policy: Photometric, images: Tensor) -> Tensor:
     if isinstance(policy, torch.nn.Identity) or not len(images):
         return images
-    # torchvision draws once for each call, so an image at a time; clamped, as resizing overshoots 0 .. 1.
+    # torchvision draws once a call, so pass one image at a time; clamp, because resizing overshoots 0 .. 1.
     return torch.stack([policy(image) for image in images.clamp(0, 1)])

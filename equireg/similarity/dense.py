@@ -1,7 +1,7 @@
-"""The definition: log-sum-exp and softmax mean of a masked, weighted similarity matrix, in plain PyTorch.
+"""Reference log-sum-exp and softmax mean of a masked, weighted similarity matrix, in plain PyTorch.
 
-Every other implementation is tested against this one. It stores the matrix, so it is for small problems; its
-gradients are autograd's own.
+Every other implementation is tested against this one. It stores the matrix, so it suits small problems; autograd
+computes its gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """Which pairs (row, column) are kept: by a relation between their groups, and never where their ids are equal."""
+    """Which pairs (row, column) are kept, by a relation between their groups; pairs with equal ids never are."""
 
     relation: str  # "all", "ne": groups differ, "eq": groups agree
     row_group: Tensor | None  # [M]
@@ -24,7 +24,7 @@ class Pairs(NamedTuple):
     col_id: Tensor | None  # [N]
 
     def dropped(self, rows: slice, cols: slice) -> Tensor | None:
-        """The pairs left out in a block of the matrix, bool [rows, cols]; None where all are kept."""
+        """Mask of the pairs left out in a block of the matrix, bool [rows, cols]; None if all are kept."""
         drop = None
         if self.row_group is not None and self.col_group is not None:
             same = self.row_group[rows, None] == self.col_group[None, cols]
@@ -36,12 +36,12 @@ class Pairs(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are formed in fp32, and in fp64 for fp64."""
+    """The dtype of sums: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def exponent_limit(dtype: torch.dtype) -> float:
-    """The largest exponent used for a pair of weight zero, whose exponential is needed by no sum, only by dw."""
+    """The largest exponent for a pair of weight zero, whose exponential only the gradient of the weight needs."""
     return math.log(torch.finfo(dtype).max) - 8
 
 
@@ -52,7 +52,7 @@ def pair_lse(
     logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
     dropped = pairs.dropped(slice(None), slice(None))
     keep = torch.ones_like(logits, dtype=torch.bool)
-    if dropped is not None:  # what is left out may be NaN or infinite
+    if dropped is not None:  # dropped logits may be NaN or infinite
         keep, logits = ~dropped, logits.masked_fill(dropped, 0)
     weight = None
     if col_weight is not None:
@@ -62,8 +62,8 @@ def pair_lse(
 
 
 def _row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of a matrix of logits [M, N]; ``keep`` and ``weight`` [E, M, N], where sizes of 1 among E and M hold for all."""
-    if logits.shape[1] == 0:  # one column that is not kept stands for none
+    """``lse`` and ``mean`` of logits [M, N]; ``keep`` and ``weight`` are [E, M, N], where E and M broadcast."""
+    if logits.shape[1] == 0:  # a maximum needs a column, so add one that is not kept
         logits, keep = F.pad(logits, (0, 1)), F.pad(keep, (0, 1))
         weight = None if weight is None else F.pad(weight, (0, 1))
     kept = keep.to(logits.dtype)
@@ -73,9 +73,9 @@ def _row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None) -> tuple[Tenso
     peak = logits.detach().masked_fill(~counted, -math.inf).amax(-1, keepdim=True)  # [E, M, 1]
     empty = peak == -math.inf  # a NaN is not
     peak = peak.masked_fill(empty, 0)
-    # Of a pair that is left out the exponential is taken of 0: it is fast, and cannot overflow.
+    # A dropped pair gets the exponent 0, which is fast and cannot overflow.
     exponent = (logits - peak).mul_(kept)
-    if weight is not None:  # one of weight zero has a gradient, so its own is needed, and may lie far above the peak
+    if weight is not None:  # a pair of weight zero still has a gradient, and may lie far above the peak
         kept, exponent = kept * weight, exponent.clamp(max=exponent_limit(logits.dtype))
     mass = exponent.exp_() * kept  # [E, M, N]
     # An empty row divides by one, so that no gradient passes through 0 / 0.

@@ -1,4 +1,4 @@
-"""Row-wise log-sum-exp of a similarity matrix that is never stored: the call, and which implementation answers it."""
+"""Row-wise log-sum-exp of a similarity matrix that is never stored: the checks, and the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -44,12 +44,11 @@ def pair_lse(
         \text{mean}_{ei} = \frac{\sum_j k_{ij} w_{ej} e^{l_{ij}} l_{ij}}{\sum_j k_{ij} w_{ej} e^{l_{ij}}}
 
     Both are differentiable in ``x``, ``y``, ``scale`` and ``col_weight``. ``mean`` is the derivative of ``lse`` by the
-    logarithm of the scale: the slope of an IRMv1 penalty needs no second differentiation. A row that keeps no pair of
-    positive weight has ``lse = -inf`` and ``mean = 0``, and passes no gradient. Rows and columns are those it is given,
-    in this process.
+    logarithm of the scale, so an IRMv1 penalty needs no second differentiation. A row that keeps no pair of positive
+    weight has ``lse = -inf`` and ``mean = 0``, and passes no gradient. Rows of other processes are not gathered.
 
     Args:
-        x: rows, [M, D], floating point. Nothing is normalised here.
+        x: rows, [M, D], floating point; not normalised here.
         y: columns, [N, D], of the same dtype.
         scale: the factor of the dot products (an inverse temperature), a number or a 0-d tensor.
         relation: which pairs are kept: ``"all"``, ``"ne"`` where the groups differ, ``"eq"`` where they agree.
@@ -60,18 +59,18 @@ def pair_lse(
         col_weight: weights of the columns, at least 0, in each of E environments: [E, N]; or, with ``row_select``,
             S rows of weights in each environment: [E, S, N].
         row_select: whole numbers [M] in 0 .. S - 1: row i is weighted by ``col_weight[:, row_select[i]]``.
-        backend: ``"dense"`` stores the matrix; ``"chunked"`` streams it in O((M + N) · D) memory; ``"triton"`` does so
-            in kernels for Nvidia GPUs of compute capability 8.0 and later, for float16, bfloat16 and, where
+        backend: ``"dense"`` stores the matrix; ``"chunked"`` streams it in O((M + N) · D) memory; ``"triton"`` streams
+            it in kernels for Nvidia GPUs of compute capability 8.0 and later, for float16, bfloat16 and, where
             ``torch.set_float32_matmul_precision`` allows rounded products, float32; D up to 512, E up to 8, without
-            ``row_select``. None chooses between the first two by size; ``"triton"`` runs only when asked for. The
-            streamed forms cannot be differentiated twice, and say so.
+            ``row_select``. None chooses between the first two by size; ``"triton"`` runs only on request.
+            Differentiating a streamed form twice raises.
 
     Returns:
         ``lse`` and ``mean``, each [E, M] (E = 1 without ``col_weight``), in float32, or float64 for float64 inputs.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, an unknown relation or backend, groups or ids given by half;
+        ValueError: shapes or devices that do not fit, an unknown relation or backend, groups or ids of one side only;
             on CPU also a negative or NaN weight and a selection out of range.
         RuntimeError: ``backend="triton"`` where it cannot run, with the reason.
 
@@ -115,7 +114,7 @@ def pair_lse(
             row_select = check.integers("row_select", row_select, "M")
             check.below("row_select", row_select, check.sizes["S"], "rows of col_weight")
 
-    # The same bits whatever the strides: of a transposed matrix BLAS sums in another order.
+    # Contiguous, because BLAS sums a transposed matrix in another order, which changes the last bits.
     same = y is x
     x = x.contiguous()
     y = x if same else y.contiguous()
@@ -172,7 +171,7 @@ def mean_contrast(
 
 
 def _fastest(entries: int) -> str:
-    # "triton" is chosen only where its kernels were measured on a GPU to beat "chunked". No measurement says so yet.
+    # Not "triton": no measurement on a GPU shows yet that its kernels beat "chunked".
     return "dense" if entries <= _DENSE_ENTRIES else "chunked"
 
 

@@ -1,7 +1,7 @@
-"""Vectors of unit length, with the gradient in closed form and block by block, for these are most of a loss's tokens.
+"""Normalisation to unit length, with its gradient in closed form, computed in blocks of rows.
 
-With ``y = x / |x|`` the gradient is ``(g - y <g, y>) / |x|``. As a quotient in autograd's hands it takes five times the
-passes over memory, and copies of ``x`` to hold what lies between them.
+With ``y = x / |x|`` the gradient is ``(g - y <g, y>) / |x|``. Autograd's gradient of the quotient takes five times the
+passes over memory and keeps intermediate copies of ``x``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 from equireg._checks import refuse_forward_mode
 from equireg.similarity.dense import accumulation_dtype
 
-# Entries of a block of rows: 512 KB of fp32. Where there are no more, autograd has its own way.
+# Entries of a block of rows: 512 KB of fp32. Smaller inputs use plain autograd.
 _ENTRIES = 2**17
 
 
 def normalized(x: Tensor, source: torch.dtype | None = None) -> Tensor:
-    """Unit length along the last dimension, contiguous, in fp32 or fp64; it can be differentiated again and again.
+    """Scale to unit length along the last dimension, contiguous, in fp32 or fp64; differentiable any number of times.
 
-    A zero vector stays zero and its gradient bounded, so one shorter than 1e-6 (1e-3 in fp16) comes out shorter than 1.
-    ``source`` is the dtype that the gradient ends in, where it is not that of ``x``.
+    A vector shorter than 1e-6 (1e-3 in fp16) is divided by that number instead, so zero stays zero and gradients stay
+    bounded. ``source`` is the dtype that the gradient is finally cast to, if it is not that of ``x``.
     """
-    # The usual epsilon of 1e-12 rounds to zero in fp16, and a blank patch would give NaN; 1e-6 would give it a gradient
-    # of up to 1e6, and fp16 ends at 65,504.
+    # The usual epsilon of 1e-12 rounds to zero in fp16, so a blank patch would give NaN; with 1e-6 its gradient could
+    # reach 1e6, and fp16 ends at 65,504.
     eps = 1e-3 if torch.float16 in (x.dtype, source) else 1e-6
-    # Contiguous, so that products of what comes out give the same bits whatever the strides.
+    # Contiguous, so that products of the result give the same bits whatever the strides.
     x = x.to(accumulation_dtype(x.dtype)).contiguous()
-    if torch.compiler.is_compiling() or x.numel() <= _ENTRIES:  # a compiler has its own way, and an operator its cost
+    if torch.compiler.is_compiling() or x.numel() <= _ENTRIES:  # small inputs do not repay an operator's cost
         return _formula(x, eps)
     refuse_forward_mode(x)
     y: Tensor = _normalized(x, eps)
@@ -85,7 +85,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (x,) = ctx.saved_tensors
-    # With a graph of its own where it is to be differentiated again.
+    # With a graph of its own, so that it can be differentiated again.
     of_x = _gradient if torch.is_grad_enabled() else _normalized_backward
     return of_x(gradient, x, ctx.eps), None
 

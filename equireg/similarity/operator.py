@@ -1,8 +1,7 @@
-"""``pair_lse`` as an operator of PyTorch: registered with a fake and an autograd rule.
+"""``pair_lse`` as a registered PyTorch operator, with a fake and an autograd rule.
 
-An ``autograd.Function`` can be silently wrong under ``torch.compile``; a registered operator is taken as a whole by
-``fullgraph=True``. Differentiating twice raises: the penalties that need a derivative of a derivative have it in
-closed form, as ``mean``.
+An ``autograd.Function`` can be silently wrong under ``torch.compile``; a registered operator works with
+``fullgraph=True``. Differentiating twice raises; penalties take the derivative that they need from ``mean``.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def pair_lse_backward(
         grad_scale = by_row.new_zeros(())
         if needs_x:
             grad_scale = torch.dot(by_row.flatten(), x.to(by_row.dtype).flatten())
-            if y is None:  # each pair is in it twice
+            if y is None:  # each pair counts twice
                 grad_scale = grad_scale / 2
             by_row.mul_(scale)
         return by_row, by_col, grad_scale, by_weight

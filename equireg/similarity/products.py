@@ -13,10 +13,10 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def matmul_precision(device_type: str) -> str:
-    """What ``torch.set_float32_matmul_precision`` was given: "highest", "high" (TF32) or "medium" (bfloat16)."""
+    """The setting of ``torch.set_float32_matmul_precision``: "highest", "high" (TF32) or "medium" (bfloat16)."""
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by the newer attribute of a backend, and the function refuses to say
+    except RuntimeError:  # raised if a backend's newer attribute set the precision
         backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
         return {"tf32": "high", "bf16": "medium"}.get(backend.matmul.fp32_precision, "highest")
 
@@ -24,8 +24,8 @@ def matmul_precision(device_type: str) -> str:
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``, without a gradient.
 
-    On a CPU in fp32 by oneDNN, which runs at twice MKL's speed on AMD processors and at the same on Intel's; with
-    ``torch.set_float32_matmul_precision("medium")`` by PyTorch's own product, which knows who can do it in bf16.
+    On a CPU, fp32 uses oneDNN, which is twice as fast as MKL on AMD processors and as fast on Intel's. With
+    ``torch.set_float32_matmul_precision("medium")`` it uses PyTorch's own product, which knows what supports bf16.
     """
     ours = a.device.type == "cpu" and a.dtype == torch.float32 and matmul_precision("cpu") != "medium"
     if ours and _HAS_ONEDNN and min(*a.shape, *b.shape) > 0:
@@ -62,7 +62,7 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     with torch.autocast(x.device.type, enabled=False):
-        # With a graph of its own where it is to be differentiated again.
+        # With a graph of its own, so that it can be differentiated again.
         gradient: Tensor = (grad + grad.T) @ x if torch.is_grad_enabled() else _gram_backward(grad, x)
         return gradient
 

@@ -450,3 +450,25 @@ def test_decoder_of_weight_zero_may_hold_anything():
     loss.backward()
     assert loss.isfinite()
     assert all((parameter.grad == 0).all() for parameter in head.decoders[1].parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (3, 6, 2, 2), (3, 6)])
+def test_a_linear_head_before_the_split_sets_the_width(shape):
+    head = IntermediateReconstructionHead(6, image_size=8, patch_size=4, head_dim=10, equivariant_fraction=0.3)
+    features = torch.randn(shape)
+    invariant, equivariant = head.split(features)
+    along = 1 if len(shape) == 4 else -1
+    assert (invariant.shape[along], equivariant.shape[along]) == (7, 3)
+    expected = features.movedim(along, -1) @ head.head.weight.T + head.head.bias
+    joined = torch.cat([invariant, equivariant], along).movedim(along, -1)
+    torch.testing.assert_close(joined, expected)
+    if len(shape) > 2:
+        head(equivariant, equivariant, torch.rand(2, 3, 3, 8, 8)).backward()
+        assert head.head.weight.grad[7:].any()  # of the equivariant features
+        assert not head.head.weight.grad[:7].any()
+    assert set(head.state_dict()) - set(IntermediateReconstructionHead(6, image_size=8, patch_size=4).state_dict()) == {
+        "head.weight",
+        "head.bias",
+    }
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
+        IntermediateReconstructionHead(6, image_size=8, patch_size=4, head_dim=0)

@@ -31,7 +31,11 @@ def _of_groups(parts):
     assert parts.risk.shape == parts.penalty.shape == parts.present.shape == (2, 3)
     assert not parts.present[0, 2]
     of_groups = (parts.risk + 0.2 * parts.penalty)[parts.present]
-    return parts.global_risk + 0.2 * parts.global_penalty + of_groups.mean()
+    return parts.global_risk + of_groups.mean()
+
+
+def _of_groups_and_all(parts):
+    return _of_groups(parts) + 0.2 * parts.global_penalty
 
 
 def _refused(name, place):
@@ -55,6 +59,18 @@ RECORDS = [
         refused=_refused("IPIRMLoss: z1", 2),
         empty=Refused(ValueError, r"z1 must be of at least one sample and one feature, got \[0, 5\]"),
         one=0.0,  # no negative
+        processes="gather",
+        streams=True,
+    ),
+    Record(
+        name="IPIRMLoss/global penalty",
+        make=lambda **options: IPIRMLoss(PARTITIONS, **{"global_penalty": True, **options}),
+        inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 5), draw.indices(30)),
+        reference=lambda p, z1, z2, indices: loss_references.ip_irm(z1, z2, PARTITIONS[1:, indices], 0.5, 0.2, True),
+        made_of=_of_groups_and_all,
+        refused={"F27": Refused(ValueError, "global_penalty must be one of .* got 2", options={"global_penalty": 2})},
+        empty=Refused(ValueError, r"z1 must be of at least one sample and one feature, got \[0, 5\]"),
+        one=0.0,
         processes="gather",
         streams=True,
     ),

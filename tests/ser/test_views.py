@@ -194,3 +194,40 @@ def test_split_batch():
 def test_wrong_splits(batch, ratio, kind, message):
     with pytest.raises(kind, match=f"^split_batch: {message}"):
         split_batch(batch, ratio)
+
+
+@pytest.mark.parametrize("size", [32, (16, 48)])
+def test_complementary_views_share_no_element(size):
+    views = EquivariantViews(size, 4, photometric=IDENTITY, complementary=True)
+    images = torch.rand(16, 3, *views.image_size)
+    for seed in range(5):
+        x1, x2, g1, g2 = views(images, seeded(seed))
+        assert torch.equal(g2.flip, ~g1.flip)
+        assert torch.equal(g2.quarter_turns // 2, 1 - g1.quarter_turns // 2)
+        assert torch.equal(x2, g2.on_images(images, 4))
+        assert torch.equal(x1, g1.on_images(images, 4))
+
+
+def test_both_views_are_of_one_crop():
+    """Undone, the elements leave the same box of the image in both: a ramp's values tell where it was."""
+    views = EquivariantViews(32, 4, photometric=IDENTITY, scale=(1, 1), ratio=(1, 1), crop=(0.25, 0.25))
+    ramp = torch.linspace(0, 1, 32).expand(20, 3, 32, 32).contiguous()
+    ramp[:, 1] = ramp[:, 1].transpose(1, 2)  # channel 0 rises to the right, channel 1 downwards
+    x1, x2, g1, g2 = views(ramp, seeded())
+    first, second = g1.inverse().on_images(x1, 4), g2.inverse().on_images(x2, 4)
+    torch.testing.assert_close(first, second)
+    for channel, axis in ((0, -1), (1, -2)):
+        low, high = first[:, channel].amin((1, 2)), first[:, channel].amax((1, 2))
+        torch.testing.assert_close(high - low, torch.full((20,), 0.5), atol=0.03, rtol=0)  # half of each side
+        assert low.std() > 0.1  # from places of their own
+        assert (first[:, channel].diff(dim=axis) >= -1e-6).all()  # neither turned nor flipped
+    whole = EquivariantViews(32, 4, photometric=IDENTITY, scale=(1, 1), ratio=(1, 1), crop=(1, 1))(ramp, seeded())
+    torch.testing.assert_close(whole[2].inverse().on_images(whole[0], 4), ramp)
+
+
+def test_normalised_images_are_refused():
+    with pytest.raises(ValueError, match=r"images must be in 0 .. 1 \(normalise the views.*got -2 .. 2"):
+        EquivariantViews(32, 4)(torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32))
+    for crop in ((0, 1), (0.5, 0.2), (0.1, 1.5), (0.3,)):
+        with pytest.raises(ValueError, match="crop must be None or two areas above 0"):
+            EquivariantViews(32, 4, crop=crop)

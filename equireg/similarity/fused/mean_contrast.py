@@ -1,11 +1,11 @@
-"""Contrast of rows with their positives, as one number whose gradients are formed in the forward pass.
+"""Mean contrast of rows with their positives, whose gradients are formed in the forward pass.
 
     mean over i of  log(1 + sum_j k_ij e^{l_ij} / e^{s_i}),     s_i = scale <x_i, p_i>,     l_ij = scale <x_i, y_j>
 
-with all keys as the columns ``y``, and ``k`` keeping the pairs of different groups; all vectors are of unit length.
-Once a row's sum is known, so is what each of its pairs contributes to the gradient. So the tiles of a block of rows are
-kept until then, and the logits are not formed a second time: three products for each pair instead of four. Between
-``x`` and itself half of the tiles are enough, which are formed twice: two products.
+The columns ``y`` are all keys, ``k`` keeps the pairs of different groups, and all vectors have unit length. Once a
+row's sum is known, so is each of its pairs' share of the gradient. The tiles of a block of rows are kept until then
+instead of being formed again: three products for each pair, not four. Between ``x`` and itself, half of the tiles
+suffice and are formed twice: two products.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from equireg.similarity.streamed.bounded import BOUND
 from equireg.similarity.streamed.exponential import LOG2E
 from equireg.similarity.streamed.tiles import DEVICE_ROWS, ROWS, Tiles
 
-# Entries of the tiles that are kept of one block of rows: 64 MB of fp32 on a CPU.
+# Entries of the tiles that are kept for one block of rows: 64 MB of fp32 on a CPU.
 _KEPT, _DEVICE_KEPT = 2**24, 2**26
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -45,7 +45,7 @@ def formed_at_once(
     row_group: Tensor,
     key_group: Tensor,
 ) -> Tensor:
-    """The loss of ``mean_contrast``, which says what it takes."""
+    """The loss of ``mean_contrast``, which documents the arguments."""
     if isinstance(scale, Tensor):
         bounded = values_visible(scale) and float(scale.detach()) <= BOUND
     else:
@@ -63,7 +63,7 @@ def formed_at_once(
 def _shapes(
     x: Tensor, p: Tensor, keys: Tensor | None, keys_prime: Tensor | None, needs_x: bool, needs_p: bool
 ) -> list[tuple[int, ...]]:
-    """Of the gradients to all four; without rows where they are not there or not needed."""
+    """Shapes of the gradients to all four tensors; zero rows if a tensor is absent or needs no gradient."""
     parts = ((x, needs_x), (p, needs_p), (keys, needs_x), (keys_prime, needs_p))
     return [tuple(part.shape) if part is not None and needs else (0, x.shape[1]) for part, needs in parts]
 
@@ -93,7 +93,7 @@ def _contrast(
     scaled, pairs = x * (scale * LOG2E), Pairs("ne", row_group, key_group, None, None)
     own = keys is None or keys_prime is None
     columns = [(x, grad_x), (p, grad_p)] if own else [(keys, grad_keys), (keys_prime, grad_prime)]
-    mirrored = own and bounded  # then the first set has a way of its own
+    mirrored = own and bounded  # then the first set uses mirrored tiles
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(x.device.type, enabled=False):
         streams = [(Tiles(x, part, scale, pairs, scaled=scaled), grad) for part, grad in columns[mirrored:]]
@@ -110,9 +110,9 @@ def _contrast(
             # log(e^a + e^b) - a as softplus(b - a): the difference of two large numbers would lose a small loss.
             loss += F.softplus(gap, threshold=50).sum() / len(x)
             if not needs_x and not needs_p:
-                del tiles, tile  # or they would live on beside those of the next rows
+                del tiles, tile  # or they would stay in memory beside those of the next rows
                 continue
-            pull = gap.sigmoid() / len(x)  # towards the positive, and away from each negative by its share of it
+            pull = gap.sigmoid() / len(x)  # towards the positive; each negative pushes by its share of it
             share[rows] = (pull / total[rows]).masked_fill_(total[rows] == 0, 0)
             left, by_row = (x[rows] * (share[rows, None] * scale)).T.contiguous(), torch.zeros_like(x[rows])
             for (stream, grad), masses in zip(streams, tiles):
@@ -134,7 +134,7 @@ def _contrast(
 
 
 def _subtract_peak(tiles: list[list[Tensor]], empty: float) -> Tensor:
-    """Takes the largest logit of each row off it, and gives it in base e; 0 for a row without pairs."""
+    """Subtract each row's largest logit in place, and return it in base e; 0 for a row without pairs."""
     peak = torch.stack([tile.amax(1) for tile in chain(*tiles)]).amax(0)
     peak = peak.masked_fill(peak <= empty, 0)
     for tile in chain(*tiles):
@@ -158,7 +158,7 @@ def _add_mirrored(mirror: Tiles, total: Tensor) -> None:
 
 
 def _add_mirrored_gradient(mirror: Tiles, share: Tensor, grad_x: Tensor, scale: Tensor) -> Tensor:
-    """Adds to the gradient of ``x``, and gives that of the scale."""
+    """Add to the gradient of ``x``, and return that of the scale."""
     both = torch.zeros_like(mirror.y)
     for rows, cols, mass in _halves(mirror):
         mass *= share[rows, None] + share[None, cols]  # a pair pulls at both of its ends
@@ -166,7 +166,7 @@ def _add_mirrored_gradient(mirror: Tiles, share: Tensor, grad_x: Tensor, scale: 
         if rows != cols:
             both[cols] += times_transposed(mirror.y[rows].T, mass.T).T
     grad_x.addcmul_(both, scale)
-    return (both * mirror.y).sum() / 2  # each pair is in it twice
+    return (both * mirror.y).sum() / 2  # each pair counts twice
 
 
 @_contrast.register_fake
@@ -183,7 +183,7 @@ def _(x: Tensor, p: Tensor, keys: Tensor | None, keys_prime: Tensor | None, *oth
     schema="(Tensor upstream, Tensor loss, Tensor[] gradients) -> Tensor[]",
 )
 def _scaled(upstream: Tensor, loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    """Has no derivative, and takes the loss only to depend on it: differentiating twice raises, and does not give 0."""
+    """Takes the loss to depend on it, without a derivative: differentiating twice raises instead of giving 0."""
     return [gradient * upstream for gradient in gradients]
 
 

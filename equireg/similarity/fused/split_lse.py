@@ -1,7 +1,7 @@
-"""Log-sum-exp and softmax mean of each row of a matrix that is there, in the two parts that its columns fall into.
+"""Log-sum-exp and softmax mean of each row of a stored matrix, over each of two parts of its columns.
 
-Every pair is in one part or the other, so one exponential serves both; and a block of rows passes through all steps
-while it is in the cache. With the part e of a pair and the softmax p over its row's part, the backward pass is
+Every pair belongs to one part, so one exponential serves both. A block of rows passes through all steps while it is in
+the cache. With e the part of a pair and p the softmax over its row's part, the backward pass is
 
     dl_ij = p_ij (g_lse_ei + g_mean_ei (1 + l_ij - mean_ei))
 """
@@ -18,7 +18,7 @@ from equireg._checks import refuse_forward_mode
 from equireg.similarity.streamed.bounded import BOUND
 from equireg.similarity.streamed.exponential import exp_
 
-# Entries of a block of rows: 1 MB of fp32, of which a few stay in a CPU's cache.
+# Entries of a block of rows: 1 MB of fp32; a CPU's cache holds a few such blocks.
 _ENTRIES = 2**18
 
 
@@ -29,9 +29,9 @@ def split_lse(logits: Tensor, first: Tensor, dropped: Tensor, bound: float) -> t
         logits: [M, N], fp32 or fp64. Differentiable once.
         first: bool [M, N], which pairs are in the first part.
         dropped: bool [M, N], which pairs count in neither.
-        bound: no logit is larger, or smaller than its negative; infinity where that is not known.
+        bound: largest possible magnitude of a logit; infinity if unknown.
 
-    A part of a row without a pair has ``lse = -inf`` and ``mean = 0``, and passes no gradient.
+    A part without a pair in a row has ``lse = -inf`` and ``mean = 0`` there, and passes no gradient.
     """
     refuse_forward_mode(logits)
     lse: Tensor
@@ -66,7 +66,7 @@ def _split_lse(logits: Tensor, first: Tensor, dropped: Tensor, bounded: bool) ->
             for e, part in enumerate(parts):
                 peak[e, rows] = ((1 - part) * low + logits[rows]).amax(1)
             peak[:, rows].masked_fill_(peak[:, rows] <= low / 2, 0)
-            # What counts lies below its peak; what does not might overflow.
+            # Counted pairs lie below their peak; others might overflow.
             mass = exp_((logits[rows] - _of_part(peak, rows, parts)).clamp_(max=0))
         for e, part in enumerate(parts):
             total = part.mul_(mass).sum(1)
@@ -76,14 +76,14 @@ def _split_lse(logits: Tensor, first: Tensor, dropped: Tensor, bounded: bool) ->
 
 
 def _parts(first: Tensor, dropped: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Ones where a pair counts in a part, zeros elsewhere: products with them, for on a CPU random masks are slow."""
+    """1 where a pair counts in a part, else 0: factors to multiply with, because random masks are slow on a CPU."""
     kept = dropped.logical_not().to(dtype)
     one = first.to(dtype).mul_(kept)
     return one, kept.sub_(one)
 
 
 def _of_part(values: Tensor, rows: slice, parts: tuple[Tensor, Tensor]) -> Tensor:
-    """For each pair the value [2, M] of its part, exactly, as one of the two products is zero; zero where dropped."""
+    """The value [2, M] of each pair's part; exact, because one of two products is zero, and 0 where dropped."""
     return (parts[0] * values[0, rows, None]).add_(parts[1] * values[1, rows, None])
 
 

@@ -1,8 +1,8 @@
-"""The same sums where all logits lie within a known bound, as those of unit vectors at a common temperature do.
+"""The same sums for logits within a known bound, such as those of unit vectors at a common temperature.
 
-Then ``exp(l)`` neither overflows nor vanishes, so no maximum of a row is looked for, one exponential serves all
-environments, whose sums are products with the weights, and where y is x a tile above the diagonal is the one below,
-transposed. With ``c = (g_lse - g_mean mean) e^{-lse}`` and ``b = g_mean e^{-lse}``, each [E, M],
+Then ``exp(l)`` neither overflows nor vanishes: no row needs its maximum, and one exponential serves all environments,
+whose sums are products with the weights. Where y is x, a tile above the diagonal is the transpose of the one below.
+With ``c = (g_lse - g_mean mean) e^{-lse}`` and ``b = g_mean e^{-lse}``, each [E, M],
 
     dw_ej = sum_i e^{l_ij} (c_ei + l_ij b_ei)
     dl_ij = e^{l_ij} (sum_e (c_ei + b_ei) w_ej + l_ij sum_e b_ei w_ej)
@@ -20,18 +20,18 @@ from equireg.similarity.products import times_transposed
 from equireg.similarity.streamed.exponential import exp_
 from equireg.similarity.streamed.tiles import Gradients, Tiles
 
-# e^15 is 3e6 and e^-15 3e-7; with these weights a hundred thousand of them are far from fp32's limits. A bound twice as
-# high would also lose digits: gradients are differences of sums that are as many times larger.
+# e^15 is 3e6 and e^-15 3e-7: with these weights, sums of a hundred thousand stay far from fp32's limits. A bound twice
+# as high would also lose digits, because gradients are differences of sums that grow with it.
 BOUND = 15.0
 _WEIGHTS = (1e-20, 1e15)
 
 
 def serves(tiles: Tiles) -> bool:
-    """Whether this file's sums are safe; only on CPU, for elsewhere looking would wait for the device."""
+    """Whether these sums are safe; only on a CPU, because reading the values elsewhere waits for the device."""
     if tiles.x.device.type != "cpu" or tiles.row_select is not None or not len(tiles.x) or not len(tiles.y):
         return False
     longest = [float(torch.linalg.vector_norm(part, dim=1).amax()) for part in (tiles.x, tiles.y)]
-    if not longest[0] * longest[1] <= BOUND:  # as where one is NaN
+    if not longest[0] * longest[1] <= BOUND:  # also if one is NaN
         return False
     weight = tiles.col_weight
     return weight is None or bool(((weight == 0) | ((weight >= _WEIGHTS[0]) & (weight <= _WEIGHTS[1]))).all())
@@ -44,7 +44,7 @@ def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     moment = torch.zeros_like(total)
     for rows, cols, mirrored, mass, product in _masses(tiles):
         for sums, part in ((total, mass), (moment, product)):
-            # The thin factor on the left, which is eight times as fast as on the right.
+            # The thin factor is on the left, where it is eight times as fast as on the right.
             sums[:, rows].addmm_(weight[:, cols], part.T)
             if mirrored:
                 sums[:, cols].addmm_(weight[:, rows], part)
@@ -52,13 +52,13 @@ def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
 
 
 def backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | None, gradients: Gradients) -> None:
-    """Adds to the gradients; ``constant`` is g_lse - g_mean mean, [E, M]."""
+    """Add to the gradients; ``constant`` is g_lse - g_mean mean, [E, M]."""
     by_row, by_col, by_weight = gradients
     weight = _weight(tiles)
     inverse = torch.exp((-lse).clamp(max=exponent_limit(lse.dtype)))
     own = inverse * constant
     slope = torch.zeros_like(own) if grad_mean is None else inverse * grad_mean
-    # dl_ij = mass_ij <level_i, level'_j> + product_ij <steep_i, steep'_j>; where y is x from both ends of a pair.
+    # dl_ij = mass_ij <level_i, level'_j> + product_ij <steep_i, steep'_j>; where y is x, from both ends of a pair.
     level, steep = (own + slope, weight), (slope, weight)
     if tiles.symmetric:
         level, steep = ((torch.cat(two), torch.cat(two[::-1])) for two in (level, steep))
@@ -84,9 +84,9 @@ def _weight(tiles: Tiles) -> Tensor:
 
 
 def _masses(tiles: Tiles) -> Iterator[tuple[slice, slice, bool, Tensor, Tensor]]:
-    """Of each tile its place, e^l and e^l l; where y is x of those on and above the diagonal.
+    """The rows, columns, e^l and e^l l of each tile; where y is x, only of tiles on and above the diagonal.
 
-    The third value says whether a tile stands for its mirror image too.
+    The third value says whether a tile also stands for its mirror image.
     """
     for rows in tiles.row_blocks:
         for cols in tiles.col_blocks:

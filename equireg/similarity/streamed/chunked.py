@@ -1,4 +1,4 @@
-"""The same sums as ``dense``, streamed: tiles of the matrix are formed, used and forgotten.
+"""The same sums as ``dense``, streamed: each tile of the matrix is formed, used and discarded.
 
 Memory is O(M·D + N·D), on any device, for any dtype and width. With logits ``l``, weights ``w`` and the softmax
 ``p`` over the kept pairs of a row, the backward pass recomputes each tile and uses the closed forms
@@ -111,7 +111,7 @@ def _backward(tiles: Tiles, lse: Tensor, constant: Tensor, grad_mean: Tensor | N
                 exp_(q)
                 slope = constant[e, rows, None]
                 if grad_mean is not None:
-                    # A dropped pair must not multiply its q = 0 by what overflows.
+                    # A dropped pair must not multiply its q = 0 by an overflow.
                     slope = slope + grad_mean[e, rows, None] * logits.masked_fill(logits <= tiles.empty, 0)
                 if by_weight.numel():
                     tiles.add_to_weight(by_weight, e, rows, cols, q * slope)

@@ -1,6 +1,6 @@
-"""The exponential of a whole tile by powers of two.
+"""The exponential of a whole tile, by powers of two.
 
-Behind ``torch.exp`` stands MKL on a CPU, which on AMD processors takes four times as long as ``torch.exp2``.
+On a CPU, ``torch.exp`` calls MKL, which takes four times as long as ``torch.exp2`` on AMD processors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiles of a masked similarity matrix: each is formed, used and forgotten."""
+"""Tiles of a masked similarity matrix: each is formed, used and discarded."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from equireg.similarity.dense import Pairs, accumulation_dtype
 from equireg.similarity.products import times_transposed
 
-# On a CPU an fp32 tile and the buffer beside it stay near the cache, and thinner tiles would starve the matrix product.
-# Both hold whole images of 49 or 196 tokens: where groups are images, fewer tiles then need a mask.
+# On a CPU, an fp32 tile and its buffer stay near the cache; thinner tiles would slow the matrix product. Both sizes
+# hold whole images of 49 or 196 tokens, so that fewer tiles need a mask where groups are images.
 ROWS, COLS = 392, 784
-# Elsewhere a tile must be worth the launch of a handful of kernels: 64 MB of fp32.
+# On other devices, a tile must repay the launch of several kernels: 64 MB of fp32.
 DEVICE_ROWS, DEVICE_COLS = 2048, 8192
 
 
 class Gradients(NamedTuple):
-    """Where the backward pass adds up; empty what is not needed. Where y is x the first two are one."""
+    """Accumulators of the backward pass, empty if not needed. Where y is x, the first two are the same tensor."""
 
     by_row: Tensor
     by_col: Tensor
@@ -26,10 +26,10 @@ class Gradients(NamedTuple):
 
 
 class Tiles:
-    """Blocks of the matrix of logits ``scale · x yᵀ``, dropped pairs at a very low finite value.
+    """Blocks of the logits ``scale · x yᵀ``; dropped pairs have a very low finite value.
 
-    Without ``y`` it is ``x``, and the pairs and the weights are the same by rows and by columns. ``scaled`` is
-    ``scale · x`` where the caller has it already.
+    Without ``y``, columns are the rows of ``x``, with the same pairs and weights. ``scaled`` is ``scale · x``, if the
+    caller has it already.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Tiles:
         y = x if y is None else y
         self.x = x.to(dtype) * scale.to(dtype) if scaled is None else scaled  # scaled once, not in each tile
         self.y = y.to(dtype)
-        self.left = self.y if self.symmetric else self.x  # by which a column's gradient multiplies
+        self.left = self.y if self.symmetric else self.x  # the factor of a column's gradient
         self.pairs = pairs
         self.col_weight = None if col_weight is None else col_weight.to(dtype)
         self.row_select = row_select
@@ -56,7 +56,7 @@ class Tiles:
         self.empty = self.low / 2
         on_cpu = x.device.type == "cpu"  # elsewhere reading the ranges would wait for the device
         height, width = (ROWS, COLS) if on_cpu else (DEVICE_ROWS, DEVICE_COLS)
-        if self.symmetric:  # tiles are mirrored, so both are blocked alike; small blocks leave less on the diagonal
+        if self.symmetric:  # mirrored tiles need equal blocks; small ones leave less on the diagonal
             width = height
         self.row_blocks = [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
         self.col_blocks = [slice(i, min(i + width, len(y))) for i in range(0, len(y), width)]
@@ -97,7 +97,7 @@ class Tiles:
 
 
 class _Ranges:
-    """The smallest and largest key of each block, to see at once that two blocks have no key in common."""
+    """The smallest and largest key of each block, to rule out quickly that two blocks share a key."""
 
     def __init__(self, row_key: Tensor | None, col_key: Tensor | None, tiles: Tiles):
         self.rows, self.cols = self._of(row_key, tiles.row_blocks), self._of(col_key, tiles.col_blocks)

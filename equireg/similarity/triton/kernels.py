@@ -1,8 +1,8 @@
-"""The Triton kernels of ``pair_lse``; ``triton.py`` launches them.
+"""The Triton kernels of ``pair_lse``; ``launch.py`` launches them.
 
-Both let a program own a block of rows of one side and stream blocks of the other, for one split of the columns; no two
-programs write to the same place, so sums have one order. Logits are in base 2, for which the hardware has an
-exponential. An index beyond a side's end has no counterpart among its keys: such columns are always masked by number.
+In both, a program owns a block of rows of one side and streams blocks of the other, for one split of the columns. No
+two programs write to the same place, so sums have one order. Logits are in base 2, like the hardware's exponential.
+Columns beyond the end have no key of their own, so they are always masked by their number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _products(
     own, own_block, other, other_block, rows, cols, M, N,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of rows and columns, [ROWS, COLS]; from the blocks where they hold the whole width."""
+    """Dot products of rows and columns, [ROWS, COLS]; of the blocks, if they hold the whole width."""
     total = tl.zeros((ROWS, COLS), tl.float32)
     if D <= WIDTH:
         total = tl.dot(own_block, tl.trans(other_block), total, input_precision=PRECISION)
@@ -53,13 +53,13 @@ def _kept(
 
 @triton.jit
 def _key(keys, index, size):
-    """Beyond the end the last key again, which leaves the smallest and largest of a block as they are."""
+    """The keys at ``index``; beyond the end the last key, which leaves a block's smallest and largest key unchanged."""
     return tl.load(keys + tl.minimum(index, size - 1))
 
 
 @triton.jit
 def _meet(own_group, other_group, rows, cols, M, N):
-    """Whether the keys of rows and columns lie in ranges that overlap; where not, no two are equal."""
+    """Whether the key ranges of rows and columns overlap; if not, no two keys are equal."""
     own, other = _key(own_group, rows, M), _key(other_group, cols, N)
     return (tl.min(own, 0) <= tl.max(other, 0)) & (tl.min(other, 0) <= tl.max(own, 0))
 
@@ -81,7 +81,7 @@ def _forward_step(
     for e in tl.static_range(E):
         own = environment == e
         old = tl.sum(tl.where(own, peak, 0.0), 1)
-        # Each environment has its own peak: below a common one, all columns of one of them could vanish.
+        # Each environment has its own peak: below a common one, all columns of an environment could underflow.
         if weight is not None:
             part = tl.load(weight + e * N + cols, mask=cols < N, other=0.0)[None, :]
             new = tl.maximum(old, tl.max(tl.where(part == 0, -1e30, logits), 1))
@@ -105,9 +105,9 @@ def forward(
     D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, RELATION: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of each split of the columns, [splits, E, M]: the peak of the logits, and the sums of 2^(l - peak) and l of it.
+    """For each split of the columns, [splits, E, M]: the logits' peak, and the sums of 2^(l - peak) and of l times it.
 
-    Where nothing counts the peak is -1e30, and the sums mean nothing. EP is E rounded up to a power of two.
+    Where no pair counts, the peak is -1e30 and the sums are meaningless. EP is E rounded up to a power of two.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
@@ -162,7 +162,7 @@ def _backward_step(
         other_block = _block(other, cols, N, 0, D, WIDTH)
     logits = factor * _products(own, own_block, other, other_block, rows, cols, M, N, D, ROWS, COLS, WIDTH, PRECISION)
     kept = _kept(own_group, other_group, own_id, other_id, rows, cols, M, N, RELATION, ROWS, COLS)
-    # What is dropped may be NaN or infinite. This gives it a softmax of zero, and no product overflows with it.
+    # A dropped logit may be NaN or infinite. This value has a softmax of zero, and no product with it overflows.
     logits = tl.where(kept, logits, -1e20)
     has_row, has_col = rows < M, cols < N
     environment = tl.arange(0, EP)[None, :]
@@ -212,10 +212,10 @@ def backward(
     PRECISION: tl.constexpr, BY_OWN: tl.constexpr, BY_OTHER: tl.constexpr, FEATURES: tl.constexpr,
     WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of each split of the columns: sum_j dl_ij other_j, [splits, M, D], and own_weight's gradient, [splits, E, M].
+    """For each split of the columns: sum_j dl_ij other_j, [splits, M, D], and own_weight's gradient, [splits, E, M].
 
-    BY_OWN: the pair counts in own's log-sum-exp, with other's weight. BY_OTHER: in other's, with own's weight. Both
-    where own is other: a block of logits then serves as itself and as its mirror image. PADDED is D rounded up.
+    BY_OWN: the pair counts in own's log-sum-exp, with other's weight. BY_OTHER: in other's, with own's weight. If own
+    is other, both hold: a block of logits then serves as its mirror image too. PADDED is D rounded up.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)

@@ -1,6 +1,6 @@
-"""The same sums as ``chunked``, by kernels for Nvidia GPUs: a tile of logits never leaves the chip.
+"""The same sums as ``chunked``, in kernels for Nvidia GPUs: a tile of logits never leaves the chip.
 
-``kernels.py``, which needs Triton, is imported only where a kernel is asked for.
+``kernels.py`` needs Triton and is imported only when a kernel is requested.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def forward(
     if not cols:
         return sides.scale.new_full(totals.shape[1:], -math.inf), sides.scale.new_zeros(totals.shape[1:])
     peak = peaks.amax(0)
-    peak = peak.masked_fill(peak < -1e29, 0)  # where nothing counts, which what follows fades to zero
+    peak = peak.masked_fill(peak < -1e29, 0)  # where no pair counts; the fade below makes it zero
     fade = torch.exp2(peaks - peak)
     total, moment = (totals * fade).sum(0), (moments * fade).sum(0)
     return math.log(2) * (peak + total.log2()), (math.log(2) * moment / total).masked_fill(total == 0, 0)
@@ -136,7 +136,7 @@ class _Sides:
 
 
 class _Statistics:
-    """What a program reads of each row, [E, M]; zero gradients for rows that keep no pair."""
+    """The values that a program reads for each row, [E, M]; zero gradients for rows that keep no pair."""
 
     def __init__(self, sides: _Sides, lse: Tensor, mean: Tensor, grad_lse: Tensor, grad_mean: Tensor | None):
         empty = lse == -math.inf
@@ -155,7 +155,7 @@ class _Statistics:
 
 
 def _normalizer(sides: _Sides, constant: Tensor, slope: Tensor | None) -> Tensor:
-    """What brings the coefficients dl into the range of fp16, where small ones would vanish and large ones overflow.
+    """Factor that brings the coefficients dl into fp16's range, where small ones would vanish and large ones overflow.
 
     The softmax is at most 1, so no coefficient is larger than the sum over environments of its row's weight.
     """
@@ -163,19 +163,19 @@ def _normalizer(sides: _Sides, constant: Tensor, slope: Tensor | None) -> Tensor
     if slope is not None:
         longest = [_largest(torch.linalg.vector_norm(part.float(), dim=1)) for part in (sides.x, sides.y)]
         weight = weight + slope.abs() * (1 + longest[0] * longest[1] * sides.scale.abs())
-    # A half of 2^15, for where own is other two coefficients meet in one.
+    # Half of 2^15, because two coefficients are added where own is other.
     return 2.0**14 / _largest(weight.sum(0)).clamp(min=1e-30)
 
 
 def _largest(numbers: Tensor) -> Tensor:
-    """Of the finite ones: a single row that is not finite would otherwise spoil all others."""
+    """The largest finite number: a single row that is not finite would otherwise spoil all others."""
     return numbers.where(numbers.isfinite(), 0).amax() if len(numbers) else numbers.sum()
 
 
 def _owned(
     sides: _Sides, stats: _Statistics, by_own: bool, by_other: bool, features: bool, weights: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the backward kernel sums by one side, of x with ``by_own``, otherwise of y: dl times the other, and dw."""
+    """The backward kernel's sums for one side (x with ``by_own``, otherwise y): dl times the other side, and dw."""
     own, other, keys = sides.x, sides.y, sides.keys
     if not by_own:
         own, other, keys = other, own, (keys[1], keys[0], keys[3], keys[2])
@@ -199,7 +199,7 @@ def _owned(
 
 
 def _ranks(rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The keys of both sides as ranks among all of them: int32 holds these, whatever the keys, and in their order."""
+    """The keys of both sides as ranks among all keys: ranks fit int32 and keep the order, whatever the keys."""
     if rows is None or cols is None:
         return None, None
     keys = rows.contiguous() if cols is rows else torch.cat([rows, cols])

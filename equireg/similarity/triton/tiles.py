@@ -1,4 +1,4 @@
-"""How the Triton kernels cut their work: a static table, for a choice by trial would differ from run to run."""
+"""Tile sizes of the Triton kernels: a static table, because a choice by trial would differ from run to run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work: a program's rows and the columns of a step, the part of the width that it holds."""
+    """Tile sizes of a kernel: a program's rows, the columns of a step, and the part of the width that it holds."""
 
     rows: int
     cols: int
@@ -18,9 +18,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By what a kernel sums and the bytes of a number, and within these by the largest width that the entry serves. An entry
-# that holds the whole width keeps a program's rows on the chip. Each fits the shared memory of compute capability 8.0
-# and 9.0 without spills; the tests compile them all.
+# Keyed by what a kernel sums and the bytes of a number, then by the largest width that an entry serves. An entry that
+# holds the whole width keeps a program's rows on the chip. Each fits the shared memory of compute capability 8.0 and
+# 9.0 without spills; the tests compile them all.
 TILES = {
     ("forward", 2): {64: Tile(128, 128, 64, 8, 3), 128: Tile(128, 128, 128, 8, 2), 512: Tile(128, 64, 64, 8, 3)},
     ("forward", 4): {64: Tile(128, 128, 64, 8, 2), 512: Tile(128, 64, 32, 8, 3)},
@@ -30,8 +30,8 @@ TILES = {
     ("features", 4): {64: Tile(128, 32, 64, 8, 2), 128: Tile(64, 64, 32, 8, 2), 256: Tile(64, 32, 32, 8, 2),
                       512: Tile(32, 32, 32, 8, 2)},
 }  # fmt: skip
-# Programs for each processor of the device, at least, while there are columns to split. A split of "features" costs
-# memory: its sums are as large as x.
+# Least number of programs for each processor of the device, while there are columns to split. A split of "features"
+# costs memory: its sums are as large as x.
 _PROGRAMS = {"forward": 4, "weights": 4, "features": 2}
 
 
@@ -44,7 +44,7 @@ def tile_of(role: str, size: int, width: int) -> Tile:
 
 
 def cut(role: str, own: Tensor, other: Tensor) -> tuple[Tile, int, int]:
-    """A kernel's tile, and as many splits of the columns as keep the device busy, each of so many columns."""
+    """A kernel's tile, the number of column splits that keeps the device busy, and the columns of each split."""
     tile = tile_of(role, own.element_size(), own.shape[1])
     blocks = -(-len(other) // tile.cols)
     row_blocks = max(1, -(-len(own) // tile.rows))
