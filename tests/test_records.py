@@ -173,8 +173,9 @@ def test_opcheck_of_every_registered_operator(monkeypatch):  # K12
                 torch.library.opcheck(operator, tree_map(partial(copied, learning=learning), args))
 
 
-def test_every_record_of_a_loss_with_parts_says_what_they_make():
-    assert {r.name for r in RECORDS if r.made_of} == {r.name for r in modules if hasattr(r.build(), "parts")}
+def test_a_record_says_what_the_parts_of_each_loss_make():
+    with_parts = {record.public_name for record in modules if hasattr(record.build(), "parts")}
+    assert {record.public_name for record in RECORDS if record.made_of} == with_parts
 
 
 @pytest.mark.parametrize("record", [record for record in RECORDS if record.made_of], ids=lambda record: record.name)
@@ -189,7 +190,8 @@ def test_parts_make_the_loss(record):
     torch.testing.assert_close(record.made_of(parts), parts.loss.detach())
     if record.compiles:
         torch._dynamo.reset()
-        compiled = torch.compile(record.build().parts, fullgraph=True, backend="eager")(*args)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # how many classes depends on the batch
+            compiled = torch.compile(record.build().parts, fullgraph=True, backend="eager")(*args)
         torch.testing.assert_close(tree_leaves(compiled), tree_leaves(parts))
 
 

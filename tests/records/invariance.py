@@ -69,6 +69,10 @@ def _sup_con_reference(p, features, labels, indices):
     return loss_references.sup_con_and_rex(p, features, labels, similar, temperature=0.1, weight=2.0, risk_weight=1.4)
 
 
+def _of_classes(weight):
+    return lambda parts: (parts.risk.sum(1) + weight * parts.penalty).mean()
+
+
 _IRM_REFUSED = {
     "F2 whole numbers": refused_type(0, "ClassWiseIRM: features"),
     "F31 labels": Refused(TypeError, "labels must be .* got torch.float32", replace(1, torch.ones(BATCH))),
@@ -129,6 +133,7 @@ RECORDS = [
         make=_irm(projection=None, detach=True),
         inputs=lambda draw: _batch(draw, grad=False),
         reference=_irm_reference(weight=10.0, penalty="rex", denominator="own"),
+        made_of=_of_classes(weight=10.0),
         refused=_IRM_REFUSED,
         empty=0.0,
         one=0.0,
@@ -139,6 +144,7 @@ RECORDS = [
         make=_irm(penalty="irmv1", denominator="all", weight=2.0, detach=False),
         inputs=_batch,
         reference=_irm_reference(weight=2.0, penalty="irmv1", denominator="all"),
+        made_of=_of_classes(weight=2.0),
         refused={
             "E5 indices": Refused(
                 ValueError, "indices must be in 0 .. 29 .* got 30 at", replace(2, lambda i: 0 * i + 30)
@@ -154,6 +160,7 @@ RECORDS = [
         make=_irm(weight=0.0, sample_weights=True),
         inputs=_batch,
         reference=_weighted_reference,
+        made_of=_of_classes(weight=0.0),
         refused={
             "labels": Refused(ValueError, "labels must be those of the fitted", replace(1, lambda y: (y + 1) % 3)),
             "F27 detach": Refused(ValueError, "detach must be one of .* got 'risk'", options={"detach": "risk"}),
@@ -179,6 +186,7 @@ RECORDS = [
         make=_irm(weight=2.0, detach=False),
         inputs=lambda draw: _batch(draw)[:2],
         reference=_irm_reference(weight=2.0, penalty="rex", denominator="own"),
+        made_of=_of_classes(weight=2.0),
         refused=_IRM_REFUSED,
         empty=0.0,
         one=0.0,
