@@ -10,10 +10,9 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.distributed import Group
-from equireg.ipirm.partition_loss import PartitionLoss
+from equireg.ipirm.partition_loss import IPIRMParts, Pairs, PartitionLoss
 from equireg.ipirm.partitions import PartitionUpdater
-from equireg.ipirm.soft_info_nce import rows_of
-from equireg.similarity import normalized, pair_lse
+from equireg.similarity import normalized
 
 __all__ = ["MoCoIPIRMLoss"]
 
@@ -76,38 +75,38 @@ class MoCoIPIRMLoss(PartitionLoss):
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
 
     def forward(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+        return self.parts(query, key, indices).loss
+
+    def parts(self, query: Tensor, key: Tensor, indices: Tensor) -> IPIRMParts:
+        """The loss and, detached, the risk and penalty of all samples and of each group in each partition.
+
+        As the call does, it puts the keys into the queue in training mode: use one of them in a step.
+        """
         processes = self.processes
-
         with processes.alike() as facts:
-            check = Arguments(self.function)
-            check.sizes["d"] = self.queue.shape[1]
-            check.features("query", query, "N d")
-            check.features("key", key, "N d")
-            check.dtype_of("key", key, "query", query)
-            if not 0 < len(query) * processes.size <= len(self.queue):
-                places = "" if processes.size == 1 else f" in {processes.size} processes"
-                rule = f"of 1 to queue_size = {len(self.queue)} samples{places}"
-                check.fail("query", rule, list(query.shape))
-            x, own_key, indices = normalized(query), normalized(key.detach()), self.check_indices(check, indices)
+            indices = self._check(query, key, indices)
+            x, own_key = normalized(query), normalized(key.detach())
             facts.update({"query": query, "key": own_key, "training": self.training, **self.facts()})
-        groups, count = self.groups_of(indices)
-        bank, owners = self.queue.to(x.dtype), self.queue_indices
-        known = owners >= 0
-        in_queue = torch.where(known, self.groups_of(owners.clamp(min=0))[0], -1)  # [P, queue_size]
-        positive = (x * own_key).sum(1) / self.temperature
-
-        scale = 1 / self.temperature
-        everyone = rows_of(*pair_lse(x, bank, scale, row_id=indices, col_id=owners), positive)
-        parts = []
-        for group, of_queue in zip(groups, in_queue):
-            negatives = pair_lse(
-                x, bank, scale, relation="eq", row_group=group, col_group=of_queue, row_id=indices, col_id=owners
-            )
-            parts.append((rows_of(*negatives, positive), group, count))
-        loss = self.combined(everyone, torch.ones_like(positive), parts)
+        positive, queue, owners = (x * own_key).sum(1) / self.temperature, self.queue.to(x.dtype), self.queue_indices
+        pairs = Pairs(x, queue, positive, indices, owners, self.temperature)
+        groups, num_groups = self.groups_of(indices)
+        in_queue = torch.where(owners >= 0, self.groups_of(owners.clamp(min=0))[0], -1)  # [P, queue_size]
+        parts = self.contrasted(pairs, groups, in_queue, num_groups, torch.ones_like(positive))
         if self.training:
             self._enqueue(processes.gather(own_key).flatten(0, 1), processes.gather(indices).flatten())
-        return loss
+        return parts
+
+    def _check(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+        check = Arguments(self.function)
+        check.sizes["d"] = self.queue.shape[1]
+        check.features("query", query, "N d")
+        check.features("key", key, "N d")
+        check.dtype_of("key", key, "query", query)
+        size = self.processes.size
+        if not 0 < len(query) * size <= len(self.queue):
+            places = "" if size == 1 else f" in {size} processes"
+            check.fail("query", f"of 1 to queue_size = {len(self.queue)} samples{places}", list(query.shape))
+        return self.check_indices(check, indices)
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor, indices: Tensor) -> None:

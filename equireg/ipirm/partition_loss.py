@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,33 @@ from equireg._agreement import Checksum, Facts
 from equireg._checks import Arguments
 from equireg.distributed import Group, Processes
 from equireg.ipirm.partitions import PartitionUpdater
-from equireg.ipirm.soft_info_nce import Rows
+from equireg.ipirm.soft_info_nce import RowTerms, info_nce_terms
+from equireg.similarity import pair_lse
+
+
+class IPIRMParts(NamedTuple):
+    """A loss of IP-IRM and the P partitions of K groups that it is made of, each penalty a squared slope.
+
+    The loss is global_risk + weight · global_penalty, and the mean of risk + weight · penalty over the groups present.
+    """
+
+    loss: Tensor
+    global_risk: Tensor  # of all samples as one group
+    global_penalty: Tensor
+    risk: Tensor  # [P, K], in the partitions that have more than one group
+    penalty: Tensor  # [P, K]
+    present: Tensor  # bool [P, K]: the batch has samples of the group with negatives; the others count nothing
+
+
+class Pairs(NamedTuple):
+    """Rows, and the columns in which their negatives are: those of another sample."""
+
+    rows: Tensor  # [rows, d], of unit length
+    columns: Tensor  # [columns, d]
+    positive: Tensor  # cosine similarity of each row with its positive over the temperature, [rows]
+    row_ids: Tensor  # which sample it is, [rows]
+    column_ids: Tensor
+    temperature: float
 
 
 class PartitionLoss(nn.Module):
@@ -74,28 +100,61 @@ class PartitionLoss(nn.Module):
             "settings": self.settings(),
         }
 
-    def combined(self, everyone: Rows, weights: Tensor, parts: list[tuple[Rows, Tensor, int]]) -> Tensor:
-        """The global term, and the mean over partitions and the groups of each that the batch has."""
-        whole = torch.zeros_like(weights, dtype=torch.int64)
-        sums = [
-            _sums(everyone, weights, whole, 1),
-            *(_sums(rows, weights, group, count) for rows, group, count in parts),
-        ]
+    def contrasted(
+        self, pairs: Pairs, row_groups: Tensor, column_groups: Tensor, num_groups: int, weights: Tensor
+    ) -> IPIRMParts:
+        """``combined`` of InfoNCE with negatives from all groups, and from the row's group in each partition."""
+        by_partition = []
+        for row_group, column_group in zip(row_groups, column_groups):
+            alike = column_groups is row_groups  # then each similarity is formed once
+            by_partition.append(_info_nce(pairs, row_group, row_group if alike else column_group))
+        return self.combined(_info_nce(pairs), by_partition, row_groups, num_groups, weights)
+
+    def combined(
+        self, everyone: RowTerms, by_partition: list[RowTerms], groups: Tensor, num_groups: int, weights: Tensor
+    ) -> IPIRMParts:
+        """The global term, and the mean over partitions and the groups of each that the batch has.
+
+        Args:
+            everyone: of each row, among the rows of all groups.
+            by_partition: of each row, among those of its group; for each of P partitions.
+            groups: of each row in each partition, [P, rows].
+            num_groups: K, at most.
+            weights: how much each row counts, [rows].
+        """
+        sums = [_sums(everyone, weights, torch.zeros_like(weights, dtype=torch.int64), 1)]
+        sums += [_sums(terms, weights, group, num_groups) for terms, group in zip(by_partition, groups)]
         # A penalty is the square of a mean: of all processes, not the mean of theirs.
-        loss, slope, size = self.processes.total(torch.cat(sums, 1))
-        there = size > 0
-        size = torch.where(there, size, 1)
-        of_group = loss / size + self.weight * (slope / size).square()
-        combined: Tensor = of_group[0] + of_group[1:].sum() / there[1:].sum().clamp(min=1)
-        return combined
+        risk, slope, size = self.processes.total(torch.cat(sums, 1))
+        present = size > 0
+        size = torch.where(present, size, 1)
+        risk, penalty = risk / size, (slope / size).square()
+        of_group = risk + self.weight * penalty
+        loss = of_group[0] + of_group[1:].sum() / present[1:].sum().clamp(min=1)
+        of_groups = (part[1:].view(-1, num_groups) for part in (risk.detach(), penalty.detach(), present))
+        return IPIRMParts(loss, risk[0].detach(), penalty[0].detach(), *of_groups)
 
     def extra_repr(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings().items())
         return f"{settings}, gather_distributed={self.processes}"
 
 
-def _sums(rows: Rows, weights: Tensor, group: Tensor, num_groups: int) -> Tensor:
+def _info_nce(pairs: Pairs, row_group: Tensor | None = None, column_group: Tensor | None = None) -> RowTerms:
+    lse, mean = pair_lse(
+        pairs.rows,
+        pairs.columns,
+        1 / pairs.temperature,
+        relation="all" if row_group is None else "eq",
+        row_group=row_group,
+        col_group=column_group,
+        row_id=pairs.row_ids,
+        col_id=pairs.column_ids,
+    )
+    return info_nce_terms(lse, mean, pairs.positive)
+
+
+def _sums(terms: RowTerms, weights: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Sums over the rows of each group of the loss, the slope and the weight, [3, K]."""
     member = group == torch.arange(num_groups, device=group.device)[:, None]  # [K, rows]
-    member = torch.where(member & rows.counted, weights, 0)
-    return torch.stack([(member * rows.loss).sum(1), (member * rows.slope).sum(1), member.sum(1)])
+    member = torch.where(member & terms.counted, weights, 0)
+    return torch.stack([(member * terms.loss).sum(1), (member * terms.slope).sum(1), member.sum(1)])

@@ -19,7 +19,7 @@ _LEAST_PASSES, _PATIENCE = 50, 5
 _RELAXED_WEIGHT = 10.0
 
 
-class Search(NamedTuple):
+class SearchConfig(NamedTuple):
     """What is maximised, and how; the arguments of ``PartitionUpdater``."""
 
     num_groups: int
@@ -31,7 +31,7 @@ class Search(NamedTuple):
     balance: str | None
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """A partition, int64 [N], and the parts of its objective, in which ``balance`` counts negatively."""
 
     partition: Tensor
@@ -41,31 +41,34 @@ class Found(NamedTuple):
     passes: int
 
 
-def find_partition(z1: Tensor, z2: Tensor, search: Search, generator: torch.Generator, *, progress: bool) -> Found:
+def find_partition(
+    z1: Tensor, z2: Tensor, config: SearchConfig, generator: torch.Generator, *, progress: bool
+) -> SearchResult:
     """From fresh logits; the best pass counts. Raises FloatingPointError where the objective is not finite."""
     count = len(z1)
-    blocks = 1 if search.block_size is None else math.ceil(count / search.block_size)
+    blocks = 1 if config.block_size is None else math.ceil(count / config.block_size)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(z1.device.type, enabled=False):
         z1, z2 = z1.detach().clone(), z2.detach().clone()
-        logits = torch.randn(count, search.num_groups, generator=generator).to(z1.device).requires_grad_()
-        optimizer = torch.optim.Adam([logits], lr=search.lr)
+        logits = torch.randn(count, config.num_groups, generator=generator).to(z1.device).requires_grad_()
+        optimizer = torch.optim.Adam([logits], lr=config.lr)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, _MILESTONES, _DECAY)
-        best, best_objective, best_logits, waited = Found(z1.new_empty(0), 0.0, 0.0, 0.0, 0), -math.inf, logits, 0
-        for number in progress_bar(range(1, search.max_passes + 1), "partition", shown=progress):
+        best, best_objective = SearchResult(z1.new_empty(0), 0.0, 0.0, 0.0, 0), -math.inf
+        best_logits, waited = logits, 0
+        for number in progress_bar(range(1, config.max_passes + 1), "partition", shown=progress):
             optimizer.zero_grad()
             # Blocks of even size: a small last one would have other negatives than the rest.
             order = torch.randperm(count, generator=generator) if blocks > 1 else torch.arange(count)
             loss = penalty = 0.0
             for block in order.to(z1.device).tensor_split(blocks):
                 shares = logits.index_select(0, block).softmax(1)
-                risk, slope = soft_info_nce(z1[block], z2[block], shares, temperature=search.temperature)
+                risk, slope = soft_info_nce(z1[block], z2[block], shares, temperature=config.temperature)
                 squared = irmv1_penalty(slope)
                 # Times N, so that Adam's epsilon stays as small beside a gradient as in a small dataset.
-                (-(risk.sum() + search.weight * squared) * (count / blocks)).backward()
+                (-(risk.sum() + config.weight * squared) * (count / blocks)).backward()
                 loss, penalty = loss + float(risk.detach().sum()) / blocks, penalty + float(squared.detach()) / blocks
-            balance = _balance(logits.softmax(1).mean(0), search.balance)
+            balance = _balance(logits.softmax(1).mean(0), config.balance)
             (balance * count).backward()
-            objective = loss + search.weight * penalty - float(balance.detach())
+            objective = loss + config.weight * penalty - float(balance.detach())
             if not math.isfinite(objective):
                 raise FloatingPointError(
                     f"PartitionUpdater.update: the objective must be finite, got {objective} in pass {number}"
@@ -73,13 +76,13 @@ def find_partition(z1: Tensor, z2: Tensor, search: Search, generator: torch.Gene
             waited += 1
             if objective > best_objective:
                 best_objective, best_logits, waited = objective, logits.detach().clone(), 0
-                best = Found(best_logits, loss, penalty, float(balance.detach()), number)
+                best = SearchResult(best_logits, loss, penalty, float(balance.detach()), number)
             if number > _LEAST_PASSES and waited >= _PATIENCE:
                 break
             optimizer.step()
             schedule.step()
     partition = best_logits.argmax(1)
-    if search.balance is not None:
+    if config.balance is not None:
         partition = _within_two_to_one(partition, best_logits)
     return best._replace(partition=partition, passes=number)
 

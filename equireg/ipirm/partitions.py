@@ -14,7 +14,7 @@ from equireg._agreement import Facts, checksum
 from equireg._checks import Arguments
 from equireg.distributed import Processes, broadcast_from_rank0, gather_rows
 from equireg.features import extract_two_views
-from equireg.ipirm.partition_search import Found, Search, adjusted_rand_index, find_partition
+from equireg.ipirm.partition_search import SearchConfig, SearchResult, adjusted_rand_index, find_partition
 from equireg.ipirm.soft_info_nce import check_views
 
 __all__ = ["PartitionReport", "PartitionUpdater"]
@@ -243,16 +243,16 @@ class PartitionUpdater(nn.Module):
             Arguments("PartitionUpdater.update").fail("loader", f"of all {self.num_samples} samples", got)
         return rows[order[first]]
 
-    def _search(self, z1: Tensor, z2: Tensor, generator: torch.Generator, progress: bool) -> Found:
-        search = Search(
+    def _search(self, z1: Tensor, z2: Tensor, generator: torch.Generator, progress: bool) -> SearchResult:
+        config = SearchConfig(
             self.num_groups, self.temperature, self.weight, self.lr, self.max_passes, self.block_size, self.balance
         )
-        found = [find_partition(z1, z2, search, generator, progress=progress) for _ in range(self.starts)]
+        found = [find_partition(z1, z2, config, generator, progress=progress) for _ in range(self.starts)]
         # The objective has local maxima; and a partition that collapsed is the last choice.
         best = max(found, key=lambda one: (not self._collapsed(one.partition), self._objective(one)))
         return best._replace(partition=best.partition.cpu())
 
-    def _objective(self, found: Found) -> float:
+    def _objective(self, found: SearchResult) -> float:
         return found.loss + self.weight * found.penalty - found.balance
 
     def _collapsed(self, partition: Tensor) -> bool:
@@ -260,7 +260,7 @@ class PartitionUpdater(nn.Module):
         share = self.num_samples / self.num_groups
         return smallest < max(min(2, int(share)), _COLLAPSED * share)
 
-    def _report(self, found: Found) -> PartitionReport:
+    def _report(self, found: SearchResult) -> PartitionReport:
         partition = found.partition.to(self.partitions.device)
         return PartitionReport(
             objective=self._objective(found),

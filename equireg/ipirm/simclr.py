@@ -9,10 +9,10 @@ from torch import Tensor
 
 from equireg._checks import Arguments, values_visible
 from equireg.distributed import Group
-from equireg.ipirm.partition_loss import PartitionLoss
+from equireg.ipirm.partition_loss import IPIRMParts, Pairs, PartitionLoss
 from equireg.ipirm.partitions import PartitionUpdater
-from equireg.ipirm.soft_info_nce import check_views, rows_of
-from equireg.similarity import normalized, pair_lse
+from equireg.ipirm.soft_info_nce import check_views
+from equireg.similarity import accumulation_dtype, normalized
 
 __all__ = ["IPIRMLoss", "mix_images"]
 
@@ -73,44 +73,41 @@ class IPIRMLoss(PartitionLoss):
     def forward(
         self, z1: Tensor, z2: Tensor, indices: Tensor, mix: tuple[Tensor, float | Tensor] | None = None
     ) -> Tensor:
-        processes = self.processes
+        return self.parts(z1, z2, indices, mix).loss
 
-        with processes.alike() as facts:
+    def parts(
+        self, z1: Tensor, z2: Tensor, indices: Tensor, mix: tuple[Tensor, float | Tensor] | None = None
+    ) -> IPIRMParts:
+        """The loss and, detached, the risk and penalty of all samples and of each group in each partition."""
+        with self.processes.alike() as facts:
             check = Arguments(self.function)
             check_views(check, z1, z2, self.temperature)
             indices = self.check_indices(check, indices)
-            views = torch.stack([normalized(z1), normalized(z2)])
-            parts_of = None if mix is None else _checked_mix(check, mix, views[0])
-            facts.update({"z1": z1, "z2": z2, "mix": parts_of and parts_of[1], **self.facts()})
-        everyone, all_indices = processes.gather(views), processes.gather(indices).flatten()
-        all_views = everyone.transpose(0, 1).flatten(1, 2)  # [views, processes · N, d]
-        x1, x2 = views
-        samples = torch.arange(len(all_indices), device=z1.device)
-        mine = samples[processes.rank * len(x1) :][: len(x1)]
-        if parts_of is None:
-            x, label, weights = views.flatten(0, 1), mine.repeat(2), torch.ones_like(views[..., 0]).flatten()
-            # One tensor for both where they are the same: then each similarity is formed once.
-            y, own = (x, label) if processes.size == 1 else (all_views.flatten(0, 1), samples.repeat(2))
-            positive = ((x1 * x2).sum(1) / self.temperature).repeat(2)
-        else:
-            partner, share = parts_of
-            # Each anchor twice, as either of the samples that it is mixed from.
-            x, y, own = x1.repeat(2, 1), all_views[1], samples
-            label = torch.cat([mine, mine[partner]])
-            weights = torch.cat([share, 1 - share])
-            positive = (x * y[label]).sum(1) / self.temperature
+            mixed = None if mix is None else _check_mix(check, mix, z1)
+            facts.update({"z1": z1, "z2": z2, "mix": mixed and mixed[1], **self.facts()})
+        pairs, weights = self._pairs(normalized(z1), normalized(z2), mixed)
+        groups, num_groups = self.groups_of(self.processes.gather(indices).flatten())
+        row_groups = groups[:, pairs.row_ids]
+        column_groups = row_groups if pairs.column_ids is pairs.row_ids else groups[:, pairs.column_ids]
+        return self.contrasted(pairs, row_groups, column_groups, num_groups, weights)
 
-        scale = 1 / self.temperature
-        whole = rows_of(*pair_lse(x, y, scale, row_id=label, col_id=own), positive)
-        parts, (groups, count) = [], self.groups_of(all_indices)
-        for group in groups:
-            by_row = group[label]
-            by_col = by_row if label is own else group[own]
-            negatives = pair_lse(
-                x, y, scale, relation="eq", row_group=by_row, col_group=by_col, row_id=label, col_id=own
-            )
-            parts.append((rows_of(*negatives, positive), by_row, count))
-        return self.combined(whole, weights, parts)
+    def _pairs(self, x1: Tensor, x2: Tensor, mixed: tuple[Tensor, Tensor] | None) -> tuple[Pairs, Tensor]:
+        """The pairs of all processes that have their rows in this one, and how much each row counts."""
+        size, views = self.processes.size, torch.stack([x1, x2])
+        all_views = self.processes.gather(views).transpose(0, 1).flatten(1, 2)  # [2, processes · N, d]
+        samples = torch.arange(size * len(x1), device=x1.device)
+        mine = samples.view(size, -1)[self.processes.rank]
+        if mixed is None:
+            rows, ids = views.flatten(0, 1), mine.repeat(2)
+            # One tensor for both where they are the same: then each similarity is formed once.
+            columns, column_ids = (rows, ids) if size == 1 else (all_views.flatten(0, 1), samples.repeat(2))
+            positive = ((x1 * x2).sum(1) / self.temperature).repeat(2)
+            return Pairs(rows, columns, positive, ids, column_ids, self.temperature), torch.ones_like(positive)
+        partner, share = mixed
+        # Each mixed image twice, as either of the samples that it is made of.
+        rows, columns, ids = x1.repeat(2, 1), all_views[1], torch.cat([mine, mine[partner]])
+        positive = (rows * columns[ids]).sum(1) / self.temperature
+        return Pairs(rows, columns, positive, ids, samples, self.temperature), torch.cat([share, 1 - share])
 
     def settings(self) -> dict[str, Any]:
         return {"temperature": self.temperature, **super().settings()}
@@ -155,18 +152,20 @@ def mix_images(
     return torch.lerp(images[partner], images, share_of), partner, share
 
 
-def _checked_mix(check: Arguments, mix: tuple[Tensor, float | Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def _check_mix(check: Arguments, mix: tuple[Tensor, float | Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Partner and share of each row of ``z``, [N]."""
     if not isinstance(mix, tuple) or len(mix) != 2:
         got = f"{len(mix)} parts" if isinstance(mix, tuple) else type(mix).__name__
         check.fail("mix", "(partner, share) or None", got)
     partner = check.integers("mix's partner", mix[0], "N")
-    check.below("mix's partner", partner, len(x), "the batch")
+    check.below("mix's partner", partner, len(z), "the batch")
+    exact = accumulation_dtype(z.dtype)
     if isinstance(mix[1], Tensor):
-        share = check.features("mix's share", mix[1], "N").to(x.dtype)
+        share = check.features("mix's share", mix[1], "N").to(exact)
         if values_visible(share) and not bool(((share >= 0) & (share <= 1)).all()):
             low, high = (float(bound) for bound in share.detach().aminmax())
             check.fail("mix's share", "in 0 .. 1", f"{low:g} .. {high:g}")
     else:
         check.share("mix's share", mix[1])
-        share = torch.full_like(x[:, 0], float(mix[1]))
+        share = z.new_full((len(z),), float(mix[1]), dtype=exact)
     return partner, share

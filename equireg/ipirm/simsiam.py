@@ -7,9 +7,9 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.distributed import Group
-from equireg.ipirm.partition_loss import PartitionLoss
+from equireg.ipirm.partition_loss import IPIRMParts, PartitionLoss
 from equireg.ipirm.partitions import PartitionUpdater
-from equireg.ipirm.soft_info_nce import Rows
+from equireg.ipirm.soft_info_nce import RowTerms
 from equireg.similarity import normalized
 
 __all__ = ["SimSiamIPIRMLoss"]
@@ -47,17 +47,24 @@ class SimSiamIPIRMLoss(PartitionLoss):
         super().__init__("SimSiamIPIRMLoss", partitions, weight, gather_distributed)
 
     def forward(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> Tensor:
+        return self.parts(p1, p2, z1, z2, indices).loss
+
+    def parts(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, indices: Tensor) -> IPIRMParts:
+        """The loss and, detached, the risk and penalty of all samples and of each group in each partition."""
         with self.processes.alike() as facts:
-            check = Arguments(self.function)
-            for name, part in (("p1", p1), ("p2", p2), ("z1", z1), ("z2", z2)):
-                check.features(name, part, "N d")
-                check.dtype_of(name, part, "p1", p1)
-            if p1.numel() == 0:
-                check.fail("p1", "of at least one sample and one feature", list(p1.shape))
-            indices = self.check_indices(check, indices)
+            indices = self._check({"p1": p1, "p2": p2, "z1": z1, "z2": z2}, indices)
             facts.update({"p1": p1, "p2": p2, **self.facts()})
         q1, q2, x1, x2 = normalized(p1), normalized(p2), normalized(z1.detach()), normalized(z2.detach())
         loss = -((q1 * x2).sum(1) + (q2 * x1).sum(1)) / 2
-        groups, count = self.groups_of(indices)
-        rows = Rows(loss, loss, torch.ones_like(loss, dtype=torch.bool))
-        return self.combined(rows, torch.ones_like(loss), [(rows, group, count) for group in groups])
+        terms = RowTerms(loss, slope=loss, counted=torch.ones_like(loss, dtype=torch.bool))
+        groups, num_groups = self.groups_of(indices)
+        return self.combined(terms, [terms] * len(groups), groups, num_groups, torch.ones_like(loss))
+
+    def _check(self, views: dict[str, Tensor], indices: Tensor) -> Tensor:
+        check = Arguments(self.function)
+        for name, view in views.items():
+            check.features(name, view, "N d")
+            check.dtype_of(name, view, "p1", views["p1"])
+        if views["p1"].numel() == 0:
+            check.fail("p1", "of at least one sample and one feature", list(views["p1"].shape))
+        return self.check_indices(check, indices)

@@ -24,20 +24,20 @@ from equireg.similarity import normalized, pair_lse
 __all__ = ["soft_info_nce"]
 
 
-class Rows(NamedTuple):
-    """The loss and its slope for each row, and whether the row has a negative; where not, both are 0."""
+class RowTerms(NamedTuple):
+    """The loss of each row and its slope in θ, and whether the row has a negative; where not, both are 0."""
 
     loss: Tensor
     slope: Tensor
     counted: Tensor
 
 
-def rows_of(lse: Tensor, mean: Tensor, positive: Tensor) -> Rows:
+def info_nce_terms(lse: Tensor, mean: Tensor, positive: Tensor) -> RowTerms:
     """From the log-sum-exp and softmax mean of each row's negatives, [K, rows], and the similarity of its positive."""
     counted = lse != -math.inf  # NaN counts, and shows
     gap = torch.where(counted, lse - positive, 0)
     loss, slope = F.softplus(gap), gap.sigmoid() * (mean - positive)
-    return Rows(torch.where(counted, loss, 0), torch.where(counted, slope, 0), counted)
+    return RowTerms(torch.where(counted, loss, 0), torch.where(counted, slope, 0), counted)
 
 
 def soft_info_nce(
@@ -89,34 +89,34 @@ def soft_info_nce(
     """
     processes = Processes("soft_info_nce", gather_distributed)
     with processes.alike() as facts:
-        check = Arguments("soft_info_nce")
-        check_views(check, z1, z2, temperature)
-        if weights is not None:
-            check.features("weights", weights, "N K")
-            check.weights("weights", weights)
+        _check(z1, z2, weights, temperature)
         facts.update({"z1": z1, "z2": z2, "weights": weights})
     # Both views of a sample side by side, so that the pairs left out lie along the diagonal.
     views = torch.stack([normalized(z1), normalized(z2)], 1)
     shares = views.new_ones(len(z1), 1) if weights is None else weights.to(views.dtype)
-    first, x = processes.rank * len(z1), views.flatten(0, 1)
-    ids = torch.arange(first, first + len(z1), device=z1.device).repeat_interleave(2)
-    y, all_ids, all_shares = x, ids, shares
-    if processes.size > 1:
-        y, all_shares = processes.gather(views).flatten(0, 2), processes.gather(shares).flatten(0, 1)
-        all_ids = torch.arange(len(all_shares), device=z1.device).repeat_interleave(2)
-    col_weight = None if weights is None else all_shares.T.repeat_interleave(2, 1)  # [K, 2 N]
-    lse, mean = pair_lse(x, y, 1 / temperature, row_id=ids, col_id=all_ids, col_weight=col_weight)
+    all_shares = processes.gather(shares).flatten(0, 1)
+    col_weight = None if weights is None else _of_rows(all_shares)
+    row_ids = col_ids = _of_rows(torch.arange(len(all_shares), device=z1.device))
+    rows = cols = views.flatten(0, 1)
+    mine = slice(2 * processes.rank * len(z1), 2 * (processes.rank + 1) * len(z1))
+    if processes.size > 1:  # alone, one tensor for rows and columns: then each similarity is formed once
+        row_ids, cols = col_ids[mine], processes.gather(views).flatten(0, 2)
+    lse, mean = pair_lse(rows, cols, 1 / temperature, row_id=row_ids, col_id=col_ids, col_weight=col_weight)
     if weights is not None:
-        others = 2 * _without_own(all_shares.double())[first : first + len(z1)].T.repeat_interleave(2, 1)
+        others = 2 * _of_rows(_without_own(all_shares.double()))[:, mine]
         scale = (2 * len(all_shares) - 2) / torch.where(others > 0, others, 1)
         lse = lse + scale.log().to(lse.dtype)
-    positive = ((views[:, 0] * views[:, 1]).sum(1) / temperature).repeat_interleave(2)
-    rows = rows_of(lse, mean, positive)
-    counted = shares.T.repeat_interleave(2, 1) * rows.counted
-    sums = torch.stack([(counted * rows.loss).sum(1), (counted * rows.slope).sum(1), counted.sum(1)])
+    terms = info_nce_terms(lse, mean, _of_rows((views[:, 0] * views[:, 1]).sum(1) / temperature))
+    counted = _of_rows(shares) * terms.counted
+    sums = torch.stack([(counted * terms.loss).sum(1), (counted * terms.slope).sum(1), counted.sum(1)])
     loss, slope, size = processes.total(sums)
     size = torch.where(size > 0, size, 1)
     return loss / size, slope / size
+
+
+def _of_rows(of_samples: Tensor) -> Tensor:
+    """[K, 2 N] from [N, K], or [2 N] from [N]: what belongs to a sample, for the rows of both its views."""
+    return of_samples.movedim(0, -1).repeat_interleave(2, -1)
 
 
 def _without_own(x: Tensor) -> Tensor:
@@ -127,7 +127,16 @@ def _without_own(x: Tensor) -> Tensor:
     return before + after
 
 
+def _check(z1: Tensor, z2: Tensor, weights: Tensor | None, temperature: float) -> None:
+    check = Arguments("soft_info_nce")
+    check_views(check, z1, z2, temperature)
+    if weights is not None:
+        check.features("weights", weights, "N K")
+        check.weights("weights", weights)
+
+
 def check_views(check: Arguments, z1: Tensor, z2: Tensor, temperature: float) -> None:
+    """Features [N, d] of both views, not empty, of one dtype; and a temperature."""
     check.features("z1", z1, "N d")
     check.features("z2", z2, "N d")
     check.dtype_of("z2", z2, "z1", z1)

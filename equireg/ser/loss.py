@@ -7,6 +7,8 @@ moved by ``g2 @ g1.inverse()``, should be that of the second: at each place, aga
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -49,12 +51,16 @@ def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0
         >>> round(float(loss), 4)
         0.4327
     """
-    check = Arguments("patch_nt_xent")
-    _check_pair(check, z, z_prime, temperature)
-    if len(z) < 2:
-        check.fail("z", "of at least 2 images: negatives come from other images", list(z.shape))
-    z, z_prime = normalized(z), normalized(z_prime)
-    return _loss(z, z_prime, None, 0, temperature)
+    _check_maps(z, z_prime, temperature)
+    return _contrast(normalized(z), normalized(z_prime), temperature, Processes("patch_nt_xent", False))
+
+
+class SERParts(NamedTuple):
+    """``SERLoss`` and what it is made of, means over images and places: log_denominator - alignment / temperature."""
+
+    loss: Tensor
+    alignment: Tensor  # cosine similarity of the tokens of both views at the same place
+    log_denominator: Tensor  # logarithm of the positive and negatives' sum of exponentials
 
 
 class SERLoss(nn.Module):
@@ -124,64 +130,67 @@ class SERLoss(nn.Module):
             TypeError, ValueError: tokens that do not fit the elements or each other, elements of different source
                 grids, a batch of one image without others to gather.
         """
+        return self.parts(tokens1, tokens2, g1, g2).loss
+
+    def parts(self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform) -> SERParts:
+        """The loss and, detached, what it is made of: ``.loss``, ``.alignment`` and ``.log_denominator``."""
         processes = self.processes
         with processes.alike() as facts:
-            z, z_prime = self._projected(tokens1, tokens2, g1, g2, 2 if processes.size == 1 else 1)
+            _check_views(tokens1, tokens2, g1, g2, self.dim, least=2 if processes.size == 1 else 1)
+            relative = g2.__matmul__(g1.inverse())  # g2 @ g1⁻¹; torch.compile of PyTorch 2.6 cannot trace the operator
+            z = normalized(self.projection(relative.on_tokens(self.token_norm(tokens1))))
+            z_prime = normalized(self.projection(self.token_norm(tokens2)))
             facts.update({"projected tokens1": z, "projected tokens2": z_prime})
-        if processes.size == 1:
-            return _loss(z, z_prime, None, 0, self.temperature)
-        keys = processes.gather(z).flatten(0, 1), processes.gather(z_prime).flatten(0, 1)
-        loss = _loss(z, z_prime, keys, processes.rank * len(z), self.temperature)
-        return processes.total(loss) / processes.size
-
-    def _projected(
-        self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform, least: int
-    ) -> tuple[Tensor, Tensor]:
-        """Both token maps at the places of the second view, projected and of unit length, [B, T2, projection_dim]."""
-        check = Arguments("SERLoss")
-        for name, g in (("g1", g1), ("g2", g2)):
-            if not isinstance(g, GridTransform):
-                check.fail_type(name, "a GridTransform", type(g).__name__)
-        if g1.source != g2.source:
-            check.fail("g2", f"of g1's source grid {g1.source}", g2.source)
-        if len(g2) != len(g1):
-            check.fail("g2", f"of {len(g1)} elements as g1", len(g2))
-        check.sizes.update(B=len(g1), D=self.dim)
-        for name, g, number, tokens in (("tokens1", g1, "T1", tokens1), ("tokens2", g2, "T2", tokens2)):
-            check.features(name, tokens, f"B {number} D")
-            if tokens.shape[1] != g.target[0] * g.target[1]:
-                rule = f"of {g.target[0]} x {g.target[1]} tokens, without class or register tokens"
-                check.fail(name, rule, list(tokens.shape))
-        if len(g1) < least:
-            check.fail("tokens1", f"of at least {least} images: negatives come from others", list(tokens1.shape))
-        relative = g2.__matmul__(g1.inverse())  # g2 @ g1⁻¹; torch.compile of PyTorch 2.6 cannot trace the operator
-        moved = relative.on_tokens(self.token_norm(tokens1))
-        return normalized(self.projection(moved)), normalized(self.projection(self.token_norm(tokens2)))
+        loss = _contrast(z, z_prime, self.temperature, processes)
+        alignment = (z.detach() * z_prime.detach()).sum(-1).mean()
+        loss, alignment = processes.total(torch.stack([loss, alignment])) / processes.size
+        return SERParts(loss, alignment.detach(), (loss + alignment / self.temperature).detach())
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, temperature={self.temperature}, gather_distributed={self.processes}"
 
 
-def _check_pair(check: Arguments, z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:
+def _contrast(z: Tensor, z_prime: Tensor, temperature: float | Tensor, processes: Processes) -> Tensor:
+    """Mean over the anchors ``z`` [B, T, D] of this process, with the tokens of all processes as keys; unit lengths."""
+    if isinstance(temperature, Tensor):  # of half precision it would round its inverse
+        temperature = temperature.to(z.dtype)
+    keys = None  # the anchors and their positives themselves
+    if processes.size > 1:
+        keys = processes.gather(z).flatten(0, 2), processes.gather(z_prime).flatten(0, 2)
+    image_of_key = torch.arange(processes.size * len(z), device=z.device).repeat_interleave(z.shape[1])
+    image = image_of_key.unflatten(0, (processes.size, -1))[processes.rank]
+    return mean_contrast(z.flatten(0, 1), z_prime.flatten(0, 1), keys, temperature, image, image_of_key)
+
+
+def _check_maps(z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:
+    check = Arguments("patch_nt_xent")
     check.features("z", z, "B T D")
     check.features("z_prime", z_prime, "B T D")
     check.dtype_of("z_prime", z_prime, "z", z)
     if check.sizes["T"] == 0 or check.sizes["D"] == 0:
         check.fail("z", "of at least one token, at least one wide", list(z.shape))
     check.positive("temperature", temperature)
+    if len(z) < 2:
+        check.fail("z", "of at least 2 images: negatives come from other images", list(z.shape))
 
 
-def _loss(
-    z: Tensor, z_prime: Tensor, everyone: tuple[Tensor, Tensor] | None, first: int, temperature: float | Tensor
-) -> Tensor:
-    """Mean over the anchors ``z`` [B, T, D], images ``first ..`` of ``everyone``, the maps [all, T, D] of both views.
-
-    None where they are the anchors and their positives themselves. All of unit length.
-    """
-    if isinstance(temperature, Tensor):  # of half precision it would round its inverse
-        temperature = temperature.to(z.dtype)
-    images, places = len(z), z.shape[1]
-    anchor_image = torch.arange(first, first + images, device=z.device).repeat_interleave(places)
-    key_image = torch.arange(len(z if everyone is None else everyone[0]), device=z.device).repeat_interleave(places)
-    keys = None if everyone is None else (everyone[0].flatten(0, 1), everyone[1].flatten(0, 1))
-    return mean_contrast(z.flatten(0, 1), z_prime.flatten(0, 1), keys, temperature, anchor_image, key_image)
+def _check_views(
+    tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform, dim: int, *, least: int
+) -> None:
+    """Tokens at the places of their elements' target grids, ``dim`` wide, of ``least`` images or more."""
+    check = Arguments("SERLoss")
+    for name, g in (("g1", g1), ("g2", g2)):
+        if not isinstance(g, GridTransform):
+            check.fail_type(name, "a GridTransform", type(g).__name__)
+    if g1.source != g2.source:
+        check.fail("g2", f"of g1's source grid {g1.source}", g2.source)
+    if len(g2) != len(g1):
+        check.fail("g2", f"of {len(g1)} elements as g1", len(g2))
+    check.sizes.update(B=len(g1), D=dim)
+    for name, g, number, tokens in (("tokens1", g1, "T1", tokens1), ("tokens2", g2, "T2", tokens2)):
+        check.features(name, tokens, f"B {number} D")
+        if tokens.shape[1] != g.target[0] * g.target[1]:
+            rule = f"of {g.target[0]} x {g.target[1]} tokens, without class or register tokens"
+            check.fail(name, rule, list(tokens.shape))
+    if len(g1) < least:
+        check.fail("tokens1", f"of at least {least} images: negatives come from others", list(tokens1.shape))

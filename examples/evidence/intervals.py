@@ -19,9 +19,7 @@ class Difference(NamedTuple):
     @property
     def verdict(self) -> str:
         """What so few seeds can tell."""
-        if self.low > 0:
-            return "higher"
-        return "lower" if self.high < 0 else "no difference told"
+        return "higher" if self.low > 0 else "lower" if self.high < 0 else "no difference told"
 
 
 def paired(values: list[float], base: list[float]) -> Difference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import time
@@ -11,133 +12,127 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from evidence.plan import SCALES, TUNING_SEED, Group, plan, settings_of
+from evidence import classification, pretraining
+from evidence.experiments import GROUPS, PRETRAINED, TUNING_SEED, Settings, seeds_of, settings_of, tried
+from evidence.networks import fit
 from tqdm.auto import tqdm
-from training import safe_name, write_atomically
+from vipriors.training import differences, write_file
 
-FOUND = "found.json"
+KINDS = {"pretraining": pretraining, "classification": classification}
 
 
-class Job(NamedTuple):
+class Place(NamedTuple):
+    """Where images and runs are, and how large everything is."""
+
     scale: str
     data: Path
     runs: Path
+
+
+class Job(NamedTuple):
+    """One run: an arm with a seed, on validation images to choose a setting, or on test images."""
+
+    place: Place
     group: str
     arm: str
     seed: int
     split: str
-    chosen: dict[str, Any]
+    chosen: Settings
 
     @property
     def folder(self) -> Path:
-        """Of one run, ``group / arm / seed``; with the value that is tried where it is for validation."""
-        tried = "".join(f", {flag} {value}" for flag, value in self.chosen.items()) if self.split == "val" else ""
-        return self.runs / safe_name(self.group) / safe_name(f"{self.arm}{tried}") / str(self.seed)
+        value = "".join(f", {name} {value}" for name, value in self.chosen.items()) if self.split == "val" else ""
+        return self.place.runs / self.group / f"{self.arm}{value}" / str(self.seed)
+
+    def settings(self) -> Settings:
+        return json.loads(json.dumps(settings_of(self.place.scale, self.group, self.arm, self.chosen)))
+
+    def found(self) -> dict[str, Any] | None:
+        """The results, if it is finished.
+
+        Raises:
+            ValueError: it was run with other settings.
+        """
+        path = self.folder / "found.json"
+        found = json.loads(path.read_text()) if path.exists() else None
+        if found and (changed := differences(found["settings"], self.settings())):
+            raise ValueError(f"{self.folder} was run with other settings: {changed}; remove it, or give another --runs")
+        return found
 
 
-def execute(job: Job) -> Path:
-    """Train, unless that is done.
-
-    Raises:
-        ValueError: it was done with other settings.
-    """
-    done = job.folder / FOUND
-    if done.exists():
-        read_found(job)
-        return done
+def execute(job: Job) -> None:
+    """Train and measure on one thread, unless that is done; what is printed goes to ``output.txt``."""
+    if job.found():
+        return
     torch.set_num_threads(1)
-    start = time.monotonic()
-    arm = plan(SCALES[job.scale], job.data, job.runs)[job.group].arms[job.arm]
-    results = arm.train(job.seed, job.folder, split=job.split, **job.chosen)
-    content = {**results, "settings": settings_of(SCALES[job.scale], job.group), "chosen": job.chosen}
-    content["seconds"] = time.monotonic() - start
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(done, (json.dumps(content, indent=1) + "\n").encode())
-    return done
+    start, s, folder, seed = time.perf_counter(), job.settings(), job.folder, job.seed
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a") as output, contextlib.redirect_stderr(output):
+        kind = KINDS[s["kind"]]
+        objective, images = kind.prepare(s, job.place.data, job.place.runs, folder, seed)
+        step = fit(objective, images, s, folder, seed)
+        found = kind.results(objective, s, job.place.data, folder, job.split, seed)
+    found |= {"settings": s, "chosen": job.chosen, "step_seconds": step, "seconds": time.perf_counter() - start}
+    write_file(folder / "found.json", (json.dumps(found, indent=1) + "\n").encode())
+    for checkpoint in folder.rglob("checkpoint-*.pt"):
+        checkpoint.unlink()
 
 
-def read_found(job: Job) -> dict[str, Any]:
-    """The results of a finished run of this plan."""
-    found = json.loads((job.folder / FOUND).read_text())
-    expected = json.loads(json.dumps([settings_of(SCALES[job.scale], job.group), job.chosen]))
-    if [found["settings"], found["chosen"]] != expected:
-        raise ValueError(f"{job.folder} was run with other settings; remove it, or give another --runs")
-    return found
-
-
-def run_all(scale: str, data: Path, runs: Path, only: list[str], processes: int) -> None:
-    """First the settings are chosen on validation images, then every arm is trained with every seed."""
-    groups = {name: group for name, group in plan(SCALES[scale], data, runs).items() if not only or name in only}
-    first = {name: group for name, group in groups.items() if not group.needs}
-    later = {name: group for name, group in groups.items() if group.needs}
+def run_all(place: Place, groups: list[str], processes: int) -> None:
+    """First settings are chosen on validation images, then every arm is trained with every seed."""
+    first = [group for group in groups if not GROUPS[group]["settings"].get("encoder")]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for part in (first, later):
-            tuned = [job for name, group in part.items() for job in tuning(scale, data, runs, name, group)]
-            finish(pool, tuned, "on validation images")
-            jobs = [job for name, group in part.items() for job in final(scale, data, runs, name, group)]
-            finish(pool, jobs, "on test images")
+        for part in (first, [group for group in groups if group not in first]):
+            finish(pool, [job for group in part for job in tuning(place, group)], "on validation images")
+            finish(pool, [job for group in part for job in final(place, group)], "on test images")
 
 
-def tuning(scale: str, data: Path, runs: Path, name: str, group: Group) -> list[Job]:
-    """One run for each value of a setting; and the base, from which others start."""
+def tuning(place: Place, group: str) -> list[Job]:
+    """One run for each value of a setting; and the encoder that others start from."""
     jobs = []
-    for arm, kind in group.arms.items():
-        tried = [{kind.flag: value} for value in kind.choices] or [{}]
-        if kind.choices or (name == "ipirm" and arm == "off"):
-            jobs += [Job(scale, data, runs, name, arm, TUNING_SEED, "val", chosen) for chosen in tried]
+    for arm in GROUPS[group]["arms"]:
+        values = tried(group, arm) or ([{}] if (group, arm) == PRETRAINED else [])
+        jobs += [Job(place, group, arm, TUNING_SEED, "val", chosen) for chosen in values]
     return jobs
 
 
-def choose(scale: str, data: Path, runs: Path, name: str, group: Group) -> dict[str, dict[str, Any]]:
+def choose(place: Place, group: str) -> dict[str, Settings]:
     """The values with the highest mean accuracy on validation images, for each arm."""
-    chosen: dict[str, dict[str, Any]] = {arm: {} for arm in group.arms}
-    best: dict[str, float] = {}
-    for job in tuning(scale, data, runs, name, group):
-        accuracy = read_found(job)["accuracy"]
+    best: dict[str, tuple[float, Settings]] = {}
+    for job in tuning(place, group):
+        accuracy = job.found()["accuracy"]
         value = accuracy.get("val", mean(accuracy.values()))
-        if value > best.get(job.arm, -1.0):
-            best[job.arm], chosen[job.arm] = value, job.chosen
-    return chosen | {arm: chosen[kind.like] for arm, kind in group.arms.items() if kind.like}
+        if job.arm not in best or value > best[job.arm][0]:
+            best[job.arm] = value, job.chosen
+    return {arm: best.get(own.get("like", arm), (0.0, {}))[1] for arm, own in GROUPS[group]["arms"].items()}
 
 
-def final(scale: str, data: Path, runs: Path, name: str, group: Group) -> list[Job]:
+def final(place: Place, group: str) -> list[Job]:
     """Every arm with every seed, with the settings that were chosen for it."""
-    chosen = choose(scale, data, runs, name, group)
-    seeds = range(SCALES[scale].seeds)
-    return [Job(scale, data, runs, name, arm, seed, "test", chosen[arm]) for seed in seeds for arm in group.arms]
+    chosen, seeds = choose(place, group), range(seeds_of(place.scale))
+    return [Job(place, group, arm, seed, "test", chosen[arm]) for seed in seeds for arm in GROUPS[group]["arms"]]
 
 
 def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
     """All of them, under a bar; a run that fails is told, and the others go on."""
-    waiting = [job for job in jobs if not (job.folder / FOUND).exists()]
-    futures = {pool.submit(execute, job): job for job in waiting}
-    failed = []
+    waiting = {pool.submit(execute, job): job for job in jobs if not job.found()}
+    failed = 0
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=title, unit="run") as bar:
-        for future in as_completed(futures):
+        for future in as_completed(waiting):
             bar.update()
             if error := future.exception():
-                failed.append(f"{futures[future].folder}: {type(error).__name__}: {error}")
-                tqdm.write(failed[-1])
+                failed += 1
+                tqdm.write(f"{waiting[future].folder}: {type(error).__name__}: {error}")
     if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and a new start repeats these"
-        )
+        raise ValueError(f"{failed} of {len(jobs)} runs failed; the others are kept, and a new start repeats these")
 
 
-def collect(scale: str, data: Path, runs: Path) -> dict[str, Any]:
+def collect(place: Place) -> dict[str, Any]:
     """The results of every group that is finished: group, arm, seed."""
     found: dict[str, Any] = {}
-    for name, group in plan(SCALES[scale], data, runs).items():
-        tuned = tuning(scale, data, runs, name, group)
-        if not all((job.folder / FOUND).exists() for job in tuned):
-            continue
-        jobs = final(scale, data, runs, name, group)
-        if all((job.folder / FOUND).exists() for job in jobs):
+    for group in GROUPS:
+        jobs = final(place, group) if all(job.found() for job in tuning(place, group)) else []
+        if jobs and all(job.found() for job in jobs):
             for job in jobs:
-                found.setdefault(name, {}).setdefault(job.arm, {})[str(job.seed)] = read_found(job)
+                found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = job.found()
     return found
-
-
-def hours_of(runs: Path) -> float:
-    """Of training and measuring, on validation images too; a run that was stopped counts from where it went on."""
-    return sum(json.loads(path.read_text())["seconds"] for path in runs.rglob(FOUND)) / 3600

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from equireg import PartitionUpdater, WithIndex, extract_two_views
 from equireg.ipirm import partitions
-from equireg.ipirm.partition_search import Search, adjusted_rand_index, entropy_limit, find_partition
+from equireg.ipirm.partition_search import SearchConfig, adjusted_rand_index, entropy_limit, find_partition
 from tests import references
 from tests.processes import in_processes
 
@@ -65,7 +65,7 @@ def written_out(z1, z2, groups, weight, lr, passes, generator):
 @pytest.mark.parametrize("groups", [2, 3])
 def test_search_equals_one_written_out(groups):
     z1, z2 = torch.randn(2, 24, 5, dtype=torch.float64)
-    search = Search(groups, 0.5, 0.5, 0.5, 30, None, None)
+    search = SearchConfig(groups, 0.5, 0.5, 0.5, 30, None, None)
     found = find_partition(z1, z2, search, torch.Generator().manual_seed(1), progress=False)
     best, chosen = written_out(z1, z2, groups, 0.5, 0.5, 30, torch.Generator().manual_seed(1))
     assert torch.equal(found.partition, chosen)
@@ -447,7 +447,7 @@ def test_the_best_of_several_starts():
     """One start stops at a local maximum that another gets past."""
     z = torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(1)
-    search = Search(2, 0.5, 0.5, 0.5, 61, 3096, "relaxed")
+    search = SearchConfig(2, 0.5, 0.5, 0.5, 61, 3096, "relaxed")
     singles = [find_partition(*z, search, generator, progress=False) for _ in range(4)]
     objectives = [one.loss + 0.5 * one.penalty - one.balance for one in singles]
     assert max(objectives) - objectives[0] > 1e-3

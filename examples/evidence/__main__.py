@@ -1,0 +1,80 @@
+"""Does it help? Every method with and without its regularizer, several seeds each, and a page that says so.
+
+    EQUIREG_DATA=folder python examples/evidence            # trains what is missing, then writes the page
+    python examples/evidence --page-only                    # writes it anew from docs/results.json
+
+``folder`` holds cifar10/, tiny-vipriors64/ and pacs64/. The runs are in runs/evidence/<scale>, a folder each; a stopped
+one goes on where it was. The page is docs/results.md, with a picture for each question; docs/results.json holds the
+figures of all runs. What is compared, and with which settings, is in experiments.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:1] = [str(HERE.parent)]  # where evidence and vipriors lie; in place of this folder
+
+from evidence.experiments import GROUPS, PLAN, seeds_of
+from evidence.page import write_page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=PLAN["scales"], default="cpu")
+    parser.add_argument("--data", type=Path, default=os.environ.get("EQUIREG_DATA", "."), help="default: EQUIREG_DATA")
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--docs", type=Path, default=HERE.parent.parent / "docs", help="where the page goes")
+    parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to train; default: all")
+    parser.add_argument("--page-only", action="store_true", help="train nothing; write the page from results.json")
+    options = parser.parse_args()
+    if options.scale == "test" and options.docs == parser.get_default("docs"):
+        parser.error("--scale test needs --docs, or it would write over the page")
+    missing = [name for name in ("cifar10", "tiny-vipriors64", "pacs64") if not (options.data / name).is_dir()]
+    if missing and not options.page_only:
+        parser.error(f"--data, or the variable EQUIREG_DATA, must name a folder that holds {', '.join(missing)}")
+    saved = options.docs / "results.json"
+    try:
+        if not options.page_only:
+            saved.write_text(json.dumps(train(options), indent=1) + "\n")
+        print(write_page(json.loads(saved.read_text()), options.docs))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """What is missing; the results of all finished groups."""
+    import torch
+    from evidence.runs import Place, collect, run_all
+
+    place = Place(options.scale, options.data.resolve(), options.runs.resolve() / options.scale)
+    run_all(place, options.only, options.processes)
+    found, gpu = collect(place), f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    steps = {
+        group: {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in arms.items()}
+        for group, arms in found.items()
+    }
+    seconds = [json.loads(path.read_text())["seconds"] for path in place.runs.rglob("found.json")]
+    return {
+        "scale": options.scale,
+        "seeds": seeds_of(options.scale),
+        "machine": f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})",
+        "torch": torch.__version__.split("+")[0],
+        "date": datetime.date.today().isoformat(),
+        "hours": sum(seconds) / 3600,
+        "step_seconds": steps,
+        "runs": found,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Classifiers from few or biased labels: cross entropy, and what an arm adds to it, ``ClassWiseIRM`` or weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from evidence.datasets import READERS, Images
+from evidence.experiments import PRETRAINED, Settings
+from evidence.measures import told
+from evidence.networks import NORMALIZE, Encoder, create, encode, fit
+from evidence.views import crops
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from vipriors.training import seed_everything
+
+from equireg import ClassWiseIRM, Environments, FeatureMask
+
+IRM = ("weight", "penalty", "temperature", "detach", "contrast", "penalty_on", "risk_weight")  # what ClassWiseIRM takes
+
+
+class Objective(nn.Module):
+    """``(weights[idx] * cross_entropy(head(mask(f)), y)).mean() + irm(f, y, idx)``, each part where the arm has it."""
+
+    def __init__(self, s: Settings, num_classes: int, num_samples: int):
+        super().__init__()
+        network = create(s)
+        width = network.num_features
+        self.s, self.backbone = s, network if s["model"] == "digits" else nn.Sequential(NORMALIZE, network)
+        self.backbone.requires_grad_(not s["frozen"])
+        self.head = nn.Linear(width, num_classes)
+        if s["weight_norm"]:
+            self.head = weight_norm(self.head)
+        self.register_buffer("weights", torch.ones(num_samples))
+        self.irm = None
+        if s["environments"]:
+            own = {name: s[name] for name in IRM if name in s}
+            projection = nn.Identity() if s.get("projection") == "identity" else None
+            self.irm = ClassWiseIRM(width, num_classes, projection=projection, **own)
+            self.irm.mask = FeatureMask(width, scale=s["scale"] or None)
+
+    def classify(self, f: Tensor) -> Tensor:
+        if self.irm is not None:
+            return self.head(self.irm.mask(f))
+        return self.head(self.s["scale"] * F.normalize(f, dim=1) if self.s["scale"] else f)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        return self.classify(self.backbone(pixels))
+
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Any:
+        self.backbone.train(not self.s["frozen"])
+        views = pixels / 255
+        if self.s["crop_scale"]:  # two views of each image
+            views = torch.cat([crops(views, self.s["image_size"], self.s["crop_scale"]) for _ in range(2)])
+            labels, indices = labels.repeat(2), indices.repeat(2)
+        f = self.backbone(views)
+        loss = (self.weights[indices] * F.cross_entropy(self.classify(f), labels, reduction="none")).mean()
+        if self.irm is not None and progress >= self.s["irm_from"]:
+            loss = loss + self.irm(f, labels, indices)
+        return loss, {}
+
+
+def weights_of(features: Tensor, images: Images, s: Settings) -> Tensor:
+    """Of each sample in cross entropy, 1 in the mean over its class: found, shuffled, or balancing true contexts."""
+    labels, contexts = images.labels, images.contexts
+    if s["weights"] == "contexts":
+        cells = labels * (contexts.max() + 1) + contexts
+        weights, sizes = 1 / cells.bincount()[cells].float(), labels.bincount()
+        return weights * (sizes / torch.zeros(len(sizes)).index_add(0, labels, weights))[labels]
+    weights = Environments.split(features, labels).weights(sharpness=s["sharpness"])
+    if s["weights"] == "shuffled":  # within each class
+        drawn = torch.randperm(len(labels))
+        weights[labels.argsort(stable=True)] = weights[drawn[labels[drawn].argsort(stable=True)]]
+    return weights
+
+
+def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
+    own = dict(s["data"])
+    read, root = READERS[own.pop("reader")], data / own.pop("folder", "")
+    return read(root, split, s["image_size"], draw=seed if s["draw"] else None, **own)
+
+
+def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[Objective, Images]:
+    """The objective on first weights that all arms have of one seed, with environments or weights; the training images.
+
+    These are found in the features of the pretrained encoder, or where there is none, of cross entropy after
+    ``fit_epochs``.
+    """
+    images = images_of(s, data, "train", seed)
+    seed_everything(seed, "weights")
+    objective = Objective(s, int(images.labels.max()) + 1, len(images.labels))
+    if s["encoder"]:
+        saved = runs.joinpath(*PRETRAINED, str(seed), "encoder.pt")
+        objective.backbone[1].load_state_dict(torch.load(saved, weights_only=True))
+    if s["environments"] or s["weights"]:
+        encoder = objective.backbone
+        if not s["encoder"]:
+            plain = {**s, "environments": "", "weights": "", "scale": 0.0, "epochs": s["fit_epochs"]}
+            first, _ = prepare(plain, data, runs, folder, seed)
+            fit(first, images, plain, folder / "encoder", seed)
+            encoder = first.backbone
+        features = encode(encoder.eval(), images.pixels)
+        seed_everything(seed, "environments")
+        if s["environments"] == "random":
+            features = torch.randn_like(features)
+        if s["environments"]:
+            adjust = s["environments"] != "plain"
+            objective.irm.environments = Environments.split(features, images.labels, adjust=adjust)
+        if s["weights"]:
+            objective.weights = weights_of(features, images, s)
+    return objective, images
+
+
+def results(objective: Objective, s: Settings, data: Path, folder: Path, split: str, seed: int) -> dict[str, Any]:
+    """Accuracy in percent on validation images, and on the test's if ``split`` is that; there also what is ``told``."""
+    objective.eval()
+
+    def predict(pixels: Tensor) -> Tensor:
+        return encode(objective.logits, pixels).argmax(1)
+
+    parts = {name: images_of(s, data, name, seed) for name in dict.fromkeys(("val", split))}
+    right = {name: (predict(part.pixels) == part.labels).float().mean().item() for name, part in parts.items()}
+    found = {"accuracy": {name: 100 * share for name, share in right.items()}}
+    if s["told"] and split == "test":
+        encoder = Encoder(objective.backbone, objective.backbone[1], "layer2")
+        found |= told(encoder, predict, s, data / s["data"]["folder"])
+    return found

@@ -1,0 +1,81 @@
+"""Every data set of the experiments as one uint8 tensor of images, with labels and, where they are known, contexts."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from evidence.corruptions import KINDS, corrupted
+from sklearn.datasets import load_digits
+from torch import Tensor
+from vipriors.images import read
+
+COLORS = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c aa6e28"  # one for each class
+COLORS = torch.tensor(list(bytes.fromhex(COLORS))).view(10, 3)
+
+
+class Images(NamedTuple):
+    pixels: Tensor  # uint8 [N, 3, S, S]
+    labels: Tensor  # [N]
+    contexts: Tensor | None = None  # [N]: a domain, a colour, a corruption
+
+    def at(self, places: Tensor) -> Images:
+        return Images(*(part if part is None else part[places] for part in self))
+
+    def evenly(self, count: int) -> Images:
+        """So many of them at even distances, as they are sorted by class."""
+        return self.at(torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long())
+
+
+@cache
+def folders(
+    root: Path, split: str, size: int, *, draw: int | None = None, shots: int = 0, layout: str = "folders"
+) -> Images:
+    """As the recipe reads them; in training so many ``shots`` of each class, the first ones or drawn by a seed.
+
+    With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
+    are spread evenly over all domains.
+    """
+    how = {"data": root, "layout": layout, "shots": shots, "draw": -1 if draw is None else draw, "bias": 0.95}
+    files = read(Namespace(**how, broken="raise", max_bad=0.0), split)
+    pixels = [np.asarray(image.convert("RGB").resize((size, size), 3)) for image, _ in files]
+    return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), files.labels, files.contexts)
+
+
+@cache
+def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: float = 0.05) -> Images:
+    """scikit-learn's, in ten colours for contexts."""
+    generator, gray = torch.Generator().manual_seed(draw or 0), load_digits()
+    order = torch.randperm(len(gray.target), generator=generator)
+    first, last = {"train": (0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1)}[split]
+    order = order[int(first * len(order)) : int(last * len(order))]
+    labels = torch.tensor(gray.target)[order].long()
+    colors = biased(labels, split, conflicting, generator)
+    pixels = torch.tensor(gray.images)[order][:, None] / 16 * COLORS[colors][:, :, None, None]
+    return Images(pixels.round().to(torch.uint8), labels, colors)
+
+
+@cache
+def under_corruptions(root: Path, split: str, size: int, *, draw: int | None, conflicting: float) -> Images:
+    """A folder for each class, and a kind of corruption for each context."""
+    images, generator = folders(root, split, size), torch.Generator().manual_seed(draw or 0)
+    contexts, pixels = biased(images.labels, split, conflicting, generator), images.pixels.clone()
+    for context in contexts.unique().tolist():
+        own = contexts == context
+        pixels[own] = corrupted(pixels[own], KINDS[context], severity=3, seed=context)
+    return Images(pixels, images.labels, contexts)
+
+
+def biased(labels: Tensor, split: str, conflicting: float, generator: torch.Generator) -> Tensor:
+    """In training each class is in a context of its own but for the share ``conflicting``; held out, in another's."""
+    classes = int(labels.max()) + 1
+    others = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
+    own = (torch.rand(labels.shape, generator=generator) >= conflicting) & (split == "train")
+    return torch.where(own, labels, others)
+
+
+READERS = {"folders": folders, "digits": digits, "corruptions": under_corruptions}

@@ -1,0 +1,32 @@
+"""Reads ``experiments.yaml``: what is compared, and the settings of each run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Settings = dict[str, Any]
+PLAN: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("experiments.yaml").read_text())
+GROUPS: dict[str, Any] = PLAN["groups"]
+TUNING_SEED = 100  # of no seed that is reported
+PRETRAINED = ("ipirm", "off")  # what classifiers start from
+
+
+def settings_of(scale: str, group: str, arm: str, chosen: Settings) -> Settings:
+    """All that decides a run but for its seed: those of the base, of the scale, of the arm, and what was chosen."""
+    sizes, own = PLAN["scales"][scale], GROUPS[group]["arms"][arm]
+    found = {**GROUPS[group]["settings"], **sizes.get("all", {}), **sizes.get(group, {}), **own, **chosen}
+    if found.get("encoder"):
+        found["encoder"] = settings_of(scale, *PRETRAINED, {})
+    return {name: value for name, value in found.items() if name not in ("try", "like", "seeds")}
+
+
+def seeds_of(scale: str) -> int:
+    return PLAN["scales"][scale].get("all", {}).get("seeds", PLAN["measures"]["seeds"])
+
+
+def tried(group: str, arm: str) -> list[Settings]:
+    """A choice for each value that is tried for this arm."""
+    return [{name: value} for name, values in GROUPS[group]["arms"][arm].get("try", {}).items() for value in values]

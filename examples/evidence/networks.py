@@ -1,0 +1,86 @@
+"""The networks of all arms, on pixels in 0 .. 1, and how they are trained: by the recipe's loop, one run a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from evidence.datasets import Images
+from evidence.experiments import Settings
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from vipriors.images import MEAN, STD
+from vipriors.training import cosine, train
+
+NORMALIZE = v2.Normalize(MEAN, STD)
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+if not torch.cuda.is_available():  # at these sizes its backward pass takes as long as all the rest of a step
+    timm.layers.set_fused_attn(False)
+
+
+class Encoder(NamedTuple):
+    """What is measured: pixels to features [B, D], and the layer whose map of tokens is looked at."""
+
+    features: nn.Module
+    model: nn.Module
+    layer: str
+
+
+def create(s: Settings) -> nn.Module:
+    """The backbone that the settings name, without a head."""
+    if s["model"] == "digits":
+        return digits_network()
+    sizes = {name: s[name] for name in ("depth", "patch_size") if name in s}
+    if sizes:  # a vision transformer
+        sizes |= {"img_size": s["image_size"], "dynamic_img_size": True, "global_pool": s["pool"], "fc_norm": False}
+    return timm.create_model(s["model"], num_classes=0, **sizes).to(memory_format=torch.channels_last)
+
+
+def digits_network() -> nn.Module:
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    layers = [*block(3, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 128), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    network = nn.Sequential(*layers)
+    network.num_features = 512
+    return network
+
+
+@torch.no_grad()
+def encode(features: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """[N, D] of uint8 pixels by a module or its method, computed where that is, returned on the CPU."""
+    device = next(getattr(features, "__self__", features).parameters()).device
+    return torch.cat([features(part.to(device) / 255).float().cpu() for part in pixels.split(250)])
+
+
+def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: int) -> float:
+    """Train ``objective(pixels, labels, indices, progress)``, or go on from the folder's last checkpoint.
+
+    ``pixels`` are uint8, and ``progress`` is the share of the training that is done. Returns the seconds of a step.
+    """
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[s["optimizer"]](parameters, lr=s["lr"], weight_decay=s["weight_decay"])
+    sizes = {"samples": len(images.labels), "batch_size": min(s["batch_size"], len(images.labels))}
+    per_epoch, start, done = sizes["samples"] // sizes["batch_size"], time.perf_counter(), []
+
+    def make_batch(step: int, indices: list[int]) -> tuple[Any, ...]:
+        done.append(step)
+        places = torch.tensor(indices)
+        return images.pixels[places], images.labels[places], places, step / (s["epochs"] * per_epoch)
+
+    def learning_rate(step: int, steps: int) -> float:
+        """By half a cosine, or to a tenth at 60% and at 80% of the steps."""
+        if s["schedule"] == "steps":
+            return s["lr"] * 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
+        return cosine(step, steps, s["lr"], warmup=s["warmup_epochs"] * per_epoch)
+
+    how = {"learning_rate": learning_rate, "epochs": s["epochs"], "seed": seed, "settings": s, "resume": True}
+    if hasattr(objective, "before_epoch"):
+        how["before_epoch"] = partial(objective.before_epoch, images=images)
+    train(objective, make_batch, optimizer, folder=folder, **sizes, **how)
+    return (time.perf_counter() - start) / max(1, len(done))

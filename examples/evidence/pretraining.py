@@ -1,0 +1,168 @@
+"""The self-supervised base methods, on lightly's heads and losses, and the one line that each regularizer adds to its.
+
+Each objective takes a batch of uint8 pixels, makes its views on the device, and returns the loss and its parts.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from evidence.datasets import Images, folders
+from evidence.experiments import Settings
+from evidence.measures import measure
+from evidence.networks import NORMALIZE, Encoder, create, encode
+from evidence.views import Colors, crops
+from lightly.loss import VICRegLoss
+from lightly.models.modules import heads
+from lightly.models.utils import update_momentum
+from torch import Tensor, nn
+from vipriors.training import cosine, seed_everything
+
+from equireg import (
+    EquivariantViews,
+    IntermediateReconstructionHead,
+    IntermediateViews,
+    IPIRMLoss,
+    LateClassToken,
+    PartitionUpdater,
+    SERLoss,
+    split_batch,
+)
+
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+class MoCoV3(nn.Module):
+    """Chen, Xie and He, 2021; where ``equivariant``, a part of the batch is seen by group elements, for SER."""
+
+    def __init__(self, s: Settings, samples: int):
+        super().__init__()
+        self.s, vit = s, create(s)
+        self.backbone = LateClassToken(vit, s["layer"] if s["equivariant"] else 0)
+        self.projection = heads.MoCoProjectionHead(vit.embed_dim, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
+        self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
+        self.teacher = copy.deepcopy(nn.ModuleList([self.backbone, self.projection])).requires_grad_(False)
+        self.ser = SERLoss(vit.embed_dim, token_norm=True)
+        self.colors = [Colors(0.2, blur=1.0), Colors(0.2, blur=0.1, solarize=0.2)]
+        self.views = EquivariantViews(s["image_size"], s["patch_size"], photometric=nn.Identity())
+
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+        size = self.s["image_size"]
+        b1, b2 = split_batch(pixels / 255, self.s["ratio"] if self.s["equivariant"] else 0.0)
+        views = [[crops(b1, size, self.s["crop_scale"])] for _ in range(2)]
+        if len(b2):
+            x1, x2, g1, g2 = self.views(b2)
+            views = [[*views[0], x1], [*views[1], x2]]
+        views = [[NORMALIZE(color(part)) for part in parts] for color, parts in zip(self.colors, views)]
+        found = [[self.backbone(part, return_tokens=True) for part in parts] for parts in views]
+        # One base loss over both parts of the batch, whose views differ in size.
+        queries = [self.prediction(self.projection(torch.cat([f for f, _ in parts]))) for parts in found]
+        with torch.no_grad():
+            backbone, projection = self.teacher
+            momentum = cosine(round(1e6 * progress), 10**6, self.s["momentum"], 1.0)
+            update_momentum(self.backbone, backbone, momentum)
+            update_momentum(self.projection, projection, momentum)
+            keys = [projection(torch.cat([backbone(part) for part in parts])) for parts in views]
+        loss = contrast(queries[0], keys[1]) + contrast(queries[1], keys[0])
+        if not len(b2):
+            return loss, {}
+        equivariance = self.ser(found[0][1][1], found[1][1][1], g1, g2)
+        return loss + self.s["weight"] * equivariance, {"equivariance": equivariance.detach()}
+
+    def encoder(self) -> Encoder:
+        return Encoder(nn.Sequential(NORMALIZE, self.backbone), self.backbone.vit, f"blocks.{self.s['layer'] - 1}")
+
+
+def contrast(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
+    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+    return 2 * temperature * F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+class VICReg(nn.Module):
+    """Bardes, Ponce and LeCun, 2022; with ``images`` half-way between its views, rebuilt from half of the features."""
+
+    def __init__(self, s: Settings, samples: int):
+        super().__init__()
+        self.s, self.vit = s, create(s)
+        size, num_images, width = s["image_size"], s["images"], self.vit.embed_dim
+        self.views = IntermediateViews(
+            "all", num_intermediate=num_images or 1, reconstruct="se2", sigma=(0.1, size / 32)
+        )
+        if num_images:
+            shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": num_images}
+            self.head = IntermediateReconstructionHead(width, **shape, mean=NORMALIZE.mean, std=NORMALIZE.std)
+            width -= self.head.equivariant_dim
+        self.projection = heads.VICRegProjectionHead(width, s["hidden_dim"], s["hidden_dim"])
+        # Its 25 : 25 : 1, on a scale where a regularizer of weight 1 counts; Adam does not mind.
+        self.loss = VICRegLoss(lambda_param=1.0, mu_param=1.0, nu_param=0.04)
+
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+        first = crops(pixels / 255, self.s["image_size"], self.s["crop_scale"])
+        second, targets, _ = self.views(first)
+        tokens = [
+            self.vit.forward_features(NORMALIZE(view))[:, self.vit.num_prefix_tokens :] for view in (first, second)
+        ]
+        parts = [self.head.split(part) if self.s["images"] else (part, None) for part in tokens]
+        loss = self.loss(*(self.projection(invariant.mean(1)) for invariant, _ in parts))
+        if not self.s["images"]:
+            return loss, {}
+        reconstruction = self.head(*(equivariant for _, equivariant in parts), targets)
+        return loss + self.s["weight"] * reconstruction, {"reconstruction": reconstruction.detach()}
+
+    def encoder(self) -> Encoder:
+        return Encoder(nn.Sequential(NORMALIZE, self.vit), self.vit, f"blocks.{len(self.vit.blocks) - 1}")
+
+
+class SimCLR(nn.Module):
+    """Chen et al., 2020; with ``partitions`` that are random or found, over whose groups the loss is to be the same."""
+
+    def __init__(self, s: Settings, samples: int):
+        super().__init__()
+        self.s, self.network = s, create(s)
+        self.backbone = nn.Sequential(NORMALIZE, self.network)
+        self.projection = heads.SimCLRProjectionHead(self.network.num_features, s["hidden_dim"], 128)
+        self.partitions = PartitionUpdater(samples)
+        self.loss = IPIRMLoss(self.partitions, weight=s["weight"] if s["partitions"] else 0.0)  # without: NT-Xent
+        self.colors = Colors()
+
+    def embed(self, images: Tensor) -> Tensor:
+        view = self.colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
+        return self.projection(self.backbone(view)).float()
+
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+        return self.loss(self.embed(pixels / 255), self.embed(pixels / 255), indices), {}
+
+    def before_epoch(self, epoch: int, images: Images) -> None:
+        """Every few epochs one more partition: drawn, or found on two views of all images."""
+        if not self.s["partitions"] or not epoch or epoch % self.s["update_every"]:
+            return
+        if self.s["partitions"] == "random":
+            drawn = torch.randint(2, (1, len(images.labels)), device=self.partitions.partitions.device)
+            self.partitions.partitions = torch.cat([self.partitions.partitions, drawn])
+        else:
+            self.eval()
+            self.partitions.update(*(encode(self.embed, images.pixels) for _ in range(2)), progress=False)
+
+    def encoder(self) -> Encoder:
+        return Encoder(self.backbone, self.network, "layer2")
+
+
+METHODS = {"mocov3": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}
+
+
+def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[nn.Module, Images]:
+    """The objective, on first weights that all arms have of one seed, and the training images."""
+    images = folders(data / s["data"], "train", s["image_size"]).evenly(s["samples"])
+    seed_everything(seed, "weights")
+    return METHODS[s["method"]](s, len(images.labels)), images
+
+
+def results(objective: nn.Module, s: Settings, data: Path, folder: Path, split: str, seed: int) -> dict[str, Any]:
+    """The measures of the encoder, which is saved as ``encoder.pt``."""
+    encoder = objective.eval().encoder()
+    torch.save(encoder.model.state_dict(), folder / "encoder.pt")
+    return measure(encoder, s, data, split, seed)

@@ -1,0 +1,48 @@
+"""Augmentation of a whole batch at once, each image by parameters of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from equireg import IntermediateViews
+
+BLUR = IntermediateViews("blur", sigma=(0.1, 2.0))
+
+
+def crops(images: Tensor, size: int, smallest: float) -> Tensor:
+    """Random crops of at least the share ``smallest`` of the area, half of them flipped: [B, 3, size, size]."""
+    count, (height, width) = len(images), images.shape[2:]
+    area = torch.empty(count).uniform_(smallest, 1)
+    ratio = torch.empty(count).uniform_(0.75, 1.33).sqrt()
+    across, down = ((area.sqrt() * part).clamp(max=1) for part in (ratio, 1 / ratio))
+    left, top = torch.rand(count) * (1 - across), torch.rand(count) * (1 - down)
+    boxes = torch.stack([left * width, top * height, (left + across) * width, (top + down) * height], 1)
+    boxes = torch.cat([torch.arange(count)[:, None], boxes], 1).to(images.device)
+    found = roi_align(images, boxes, size, aligned=True)
+    flipped = torch.rand(count, device=images.device) < 0.5
+    return torch.where(flipped[:, None, None, None], found.flip(3), found)
+
+
+class Colors:
+    """Jitter of four fifths of the images, a fifth gray, some blurred or solarized: SimCLR's and MoCo-v3's policy."""
+
+    def __init__(self, saturation: float = 0.4, blur: float = 0.0, solarize: float = 0.0):
+        self.jitter = IntermediateViews("color", saturation=saturation)
+        self.blur, self.solarize = blur, solarize
+
+    def __call__(self, images: Tensor) -> Tensor:
+        def some(share: float) -> Tensor:
+            return torch.rand(len(images), 1, device=images.device) < share
+
+        size = tuple(images.shape[2:])
+        drawn = self.jitter.draw(len(images), size).to(images.device)
+        drawn = torch.where(some(0.8), drawn, self.jitter.at(drawn, 0.0))
+        saturation = self.jitter.parameter_names.index("saturation")
+        drawn[:, saturation : saturation + 1].masked_fill_(some(0.2), 0.0)
+        images = self.jitter.transform(images.clamp(0, 1), drawn)
+        if self.blur:
+            images = BLUR.transform(images, BLUR.draw(len(images), size).to(images.device) * some(self.blur))
+        solarized = some(self.solarize)[:, :, None, None] & (images >= 0.5)
+        return torch.where(solarized, 1 - images, images)

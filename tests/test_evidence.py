@@ -1,0 +1,280 @@
+"""What writes docs/results.md: its intervals and words, its plan, its runs on made images, and its corruptions."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+for name in ("timm", "lightly", "accelerate", "matplotlib", "sklearn", "imagecorruptions"):
+    pytest.importorskip(name, reason="needs the report extra")
+
+from evidence import runs as evidence_runs
+from evidence.classification import weights_of
+from evidence.corruptions import KINDS, corrupted
+from evidence.datasets import Images, digits, folders, under_corruptions
+from evidence.experiments import GROUPS, settings_of, tried
+from evidence.intervals import paired
+from evidence.networks import fit
+from evidence.page import measures, write_page
+from evidence.runs import Job, Place, choose, execute, run_all, tuning
+from evidence.views import Colors, crops
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, **environment):
+    call = [sys.executable, str(ROOT / "examples/evidence"), *map(str, arguments)]
+    subprocess.run(call, check=True, capture_output=True, env={**os.environ, **environment})  # noqa: S603
+
+
+def test_interval_is_students():
+    """As scipy's paired test gives it, and a hand-worked case."""
+    from scipy.stats import ttest_rel
+
+    values, base = [3.0, 5.5, 4.0, 6.0, 5.0], [2.0, 5.0, 4.5, 4.0, 3.5]
+    found, expected = paired(values, base), ttest_rel(values, base).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert paired([2.0, 4.0], [1.0, 1.0]).high == pytest.approx(
+        2 + 12.7062047
+    )  # differences of 1 and 3: 2 ± 12.706 · √2 / √2
+    with pytest.raises(ValueError, match="as many and not none, got 2 and 1"):
+        paired([1.0, 2.0], [1.0])
+    told = [paired(x, [1.0] * len(x)).verdict for x in ([2.0, 2.1, 2.2], [0.0, 0.1, 0.2], [0.0, 1.1, 2.2], [5.0])]
+    assert told == ["higher", "lower", *["no difference told"] * 2]  # one seed tells nothing
+
+
+def test_page_is_made_from_the_published_figures(tmp_path):
+    (tmp_path / "results.json").write_bytes((ROOT / "docs/results.json").read_bytes())
+    run("--page-only", "--docs", tmp_path, MPLCONFIGDIR=str(tmp_path))
+    page = (tmp_path / "results.md").read_text()
+    assert page == (ROOT / "docs/results.md").read_text()
+    assert "    python examples/evidence --scale cpu " in page
+    assert max(len(line) for line in page.splitlines() if line[:1] not in "|!") <= 125
+    pictures = [line[line.index("(") + 1 : -1] for line in page.splitlines() if line.startswith("![")]
+    assert len(pictures) == 5
+    assert all((tmp_path / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+
+
+def test_page_says_where_a_method_helps_and_where_not(tmp_path):
+    """Of three seeds of a base, of an arm that is better by a sure point, and of others."""
+    runs = {}
+    for (arm, gain), seed in itertools.product({"off": 0, "plain": -1, "random": 0, "on": 1}.items(), range(3)):
+        accuracy = {"test": 50 + 3 * seed + gain + 0.01 * seed * gain}
+        runs.setdefault(arm, {})[str(seed)] = {"accuracy": accuracy, "chosen": {"weight": 10.0}}
+    found = {"scale": "cpu", "seeds": 3, "machine": "a_b", "torch": "2", "date": "2026-01-01", "hours": 1.0}
+    found |= {"step_seconds": {"pacs": {"off": 1.0, "on": 1.5}}, "runs": {"pacs": runs}}
+    text = write_page(found, tmp_path).read_text()
+    assert "|  | cross entropy | + ClassWiseIRM |\n" in text  # arms that were not run have no column
+    assert "| PACS, context shift | 53.0 | **54.0 (+1.0: +1.0 to +1.0)** |" in text
+    assert "- **adjusted, frozen**: Higher on PACS, context shift." in text
+    assert "- **plain similarity**: Lower on PACS, context shift." in text
+    assert "- **random environments**: No difference that these seeds can tell on PACS, context shift." in text
+    assert "Chosen on validation images: PACS, context shift + ClassWiseIRM: weight 10." in text
+    assert "Time of a step over the base's: + ClassWiseIRM 1.50." in text
+    assert text.count("Not run.") == 4  # the questions without runs, and the corruptions
+    del runs["on"]["1"]  # only seeds that all arms have are paired
+    assert measures(runs, ["off", "on"], "PACS")[0] == {"PACS": {"off": [50.0, 56.0], "on": [51.0, 57.02]}}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folders as the evidence takes them: four classes of noise, each with a colour of its own."""
+    root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
+    (root / "pacs64").mkdir()
+    splits = ("cifar10/train", "cifar10/test", *(f"tiny-vipriors64/{split}" for split in ("train", "val", "test")))
+    for split, label in itertools.product(splits, range(4)):
+        (folder := root / split / f"class{label}").mkdir(parents=True)
+        for number in range(32 if split.endswith("train") else 8):
+            pixels = torch.randint(160, (32, 32, 3), generator=generator)
+            pixels[..., label % 3] += 40 * (1 + label // 3)
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def jobs(images, tmp_path_factory):
+    place, made, threads = Place("test", images, tmp_path_factory.mktemp("runs")), {}, torch.get_num_threads()
+    for group, arms in {"ipirm": ("off", "on"), "ser": ("on",), "vipriors-20": ("on", "weights")}.items():
+        for arm in arms:
+            made[group, arm] = Job(place, group, arm, 0, "test", (tried(group, arm) or [{}])[0])
+            execute(made[group, arm])
+    torch.set_num_threads(threads)
+    return made
+
+
+def test_every_encoder_is_measured_alike(jobs):
+    names = {f"{name}, {what}" for name in ("CIFAR-10", "VIPriors") for what in ("2 per class", "6 per class", "k-NN")}
+    for (group, _), job in jobs.items():
+        found = job.found()
+        assert set(found["accuracy"]) == ({"val", "test"} if group == "vipriors-20" else names)
+        assert set(found["r2"]) == {"rotation", "translation", "color", "blur"}
+        assert set(found["corrupted"]) == set(KINDS)
+        assert 0 < found["step_seconds"] < found["seconds"]
+
+
+def test_a_run_of_other_settings_is_not_taken(jobs):
+    with pytest.raises(ValueError, match=r"was run with other settings: weight 0.2 \(now 5.0\)"):
+        execute(jobs["ipirm", "on"]._replace(chosen={"weight": 5.0}))
+
+
+@pytest.mark.parametrize("group", ["ipirm", "ser", "vipriors-20"])
+def test_a_stopped_training_ends_in_the_same_bits(jobs, group, tmp_path, monkeypatch):
+    s, (_, data, runs) = {**jobs[group, "on"].settings(), "epochs": 3}, jobs[group, "on"].place
+
+    def train(folder, stop=2.0):
+        def forward(self, *batch):
+            if batch[-1] >= stop:
+                raise KeyboardInterrupt
+            return original(self, *batch)
+
+        objective, part = evidence_runs.KINDS[s["kind"]].prepare(s, data, runs, tmp_path, 0)
+        original = type(objective).forward
+        with monkeypatch.context() as patch:
+            patch.setattr(type(objective), "forward", forward)
+            fit(objective, part, s, folder, 0)
+        return objective.state_dict()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", stop=0.5)
+    one, other = train(tmp_path / "stopped"), train(tmp_path / "straight")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one if torch.is_tensor(one[key]))
+
+
+def test_arms_begin_alike(jobs):
+    """The same first weights of what both have; so differences are paired."""
+    _, data, runs = jobs["ser", "on"].place
+    for group, part in (("ipirm", ""), ("ser", ""), ("reconstruction", "vit."), ("vipriors-20", "backbone.")):
+        states = []
+        for arm in GROUPS[group]["arms"]:
+            s = settings_of("test", group, arm, {"weight": 1.0, "sharpness": 1.0})
+            states.append(evidence_runs.KINDS[s["kind"]].prepare(s, data, runs, runs, 0)[0].state_dict())
+        shared = [key for key in states[0] if key.startswith(part) and torch.is_tensor(states[0][key])]
+        assert len(shared) > 10
+        assert all(torch.equal(states[0][key], other[key]) for key in shared for other in states[1:])
+
+
+def test_a_whole_group(jobs, images, tmp_path):
+    """The settings are chosen, all arms trained, measured and written; what was run is not run again."""
+    place = Place("test", images, tmp_path / "runs/test")
+    execute(Job(place, "reconstruction", "off", 1, "test", {}))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
+    where = ["--data", images, "--runs", tmp_path / "runs", "--docs", tmp_path, "--processes", 1]
+    run("--scale", "test", "--only", "reconstruction", *where, OMP_NUM_THREADS="1", MPLCONFIGDIR=str(tmp_path))
+    results, page = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "results.md").read_text()
+    found = results["runs"]["reconstruction"]
+    assert {arm: sorted(seeds) for arm, seeds in found.items()} == {arm: ["0", "1"] for arm in ("off", "one", "two")}
+    assert "Chosen on validation images: 1 image: weight" in page
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
+    assert len(after) == 8  # two values on validation images, three arms of two seeds
+    assert before.items() <= after.items()
+    run_all(place, ["reconstruction"], 1)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")} == after
+
+
+def test_setting_is_chosen_on_validation_images(tmp_path):
+    for job in tuning(place := Place("test", tmp_path, tmp_path), "pacs"):
+        job.folder.mkdir(parents=True)
+        val = {2.0: 30.0, 10.0: 20.0, 100.0: 10.0, 0.1: 5.0, 1.0: 6.0, 0.5: 7.0}[next(iter(job.chosen.values()))]
+        found = {"accuracy": {"val": val, "test": -val}, "settings": job.settings()}
+        (job.folder / "found.json").write_text(json.dumps(found))
+    chosen = choose(place, "pacs")
+    assert chosen["open"] == {"weight": 10.0}  # a choice of its own
+    assert chosen["on"] == chosen["plain"] == chosen["random"] == {"weight": 2.0}
+    assert chosen["weights"] == chosen["shuffled"] == {"sharpness": 0.5}
+    assert chosen["off"] == chosen["head"] == chosen["contexts"] == {}
+
+
+def test_contexts_conflict_as_often_as_is_said(images):
+    training = digits(Path(), "train", 8, draw=3, conflicting=0.1)
+    assert (training.contexts != training.labels).float().mean() == pytest.approx(0.1, abs=0.02)
+    brightest = training.pixels.flatten(2).amax(2).float()
+    own = torch.stack([brightest[training.contexts == color].mean(0) for color in range(10)])
+    assert torch.cdist(brightest, own).argmin(1).eq(training.contexts).float().mean() > 0.95
+    assert all((x.contexts != x.labels).all() for x in (digits(Path(), split, 8, draw=3) for split in ("val", "test")))
+    where = images / "cifar10", "test", 32
+    plain, made = folders(*where), under_corruptions(*where, draw=0, conflicting=0.1)
+    snowed = made.contexts == 3
+    assert torch.equal(made.pixels[snowed], corrupted(plain.pixels[snowed], KINDS[3], 3, seed=3))
+    assert (made.contexts != made.labels).all()
+
+
+def test_validation_images_are_neither_trained_on_nor_tested_on(images):
+    """Also where a data set has no folder of them; and so few labels of each class as are asked for."""
+    for name, count in (("cifar10", 40), ("tiny-vipriors64", 48)):
+        parts = [folders(images / name, split, 32) for split in ("train", "val", "test")]
+        seen = [image.numpy().tobytes() for part in parts for image in part.pixels]
+        assert len(set(seen)) == len(seen) == 4 * count
+        assert all(part.labels.bincount().unique().numel() == 1 for part in parts)
+        few, others = (folders(images / name, "train", 32, draw=draw, shots=3) for draw in (1, 2))
+        assert few.labels.bincount().tolist() == [3] * 4
+        assert not torch.equal(few.pixels, others.pixels)
+
+
+def test_crops_are_parts_of_the_image_at_its_scale():
+    """Of a ramp every crop is a ramp, as steep as its share of the width, and half of them are flipped."""
+    found = crops(torch.linspace(0, 1, 32).expand(2000, 3, 32, 32), 16, smallest=0.25)
+    slopes = found[:, 0, 8, 2:-2].diff(dim=1)
+    assert slopes.std(1).max() < 1e-4
+    share = slopes.mean(1).abs() * 31 / 2  # a crop as wide as the image has 2 of its 32 pixels in each of 16
+    assert 0.4 < share.min() < 0.5 < share.max() <= 1 + 1e-4
+    assert (slopes.mean(1) < 0).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_colours_change_each_image_by_itself():
+    images = torch.rand(1, 3, 8, 8).expand(2000, 3, 8, 8)
+    found = Colors()(images)
+    gray, same = found.std(1).amax((1, 2)) < 1e-2, (found == images).flatten(1).all(1)
+    assert gray.float().mean() == pytest.approx(0.2, abs=0.03)
+    assert same.float().mean() == pytest.approx(0.16, abs=0.03)  # neither jittered nor gray
+
+
+def test_weights_balance_true_contexts_and_are_shuffled_within_classes():
+    labels, contexts = torch.tensor([0] * 10 + [1] * 10), torch.tensor([0] * 8 + [1] * 2 + [1] * 9 + [0])
+    images, features = Images(torch.zeros(20), labels, contexts), torch.randn(20, 8)
+    weights = weights_of(features, images, {"weights": "contexts"})
+    assert torch.allclose(weights[:10], torch.tensor([0.625] * 8 + [2.5] * 2))  # 5 for either context, 1 in the mean
+    s = {"sharpness": 1.0}
+    found, shuffled = (weights_of(features, images, {**s, "weights": kind}) for kind in ("found", "shuffled"))
+    assert not torch.equal(found, shuffled)
+    for own in (labels == 0, labels == 1):
+        assert found[own].mean() == pytest.approx(1.0, abs=1e-5)
+        assert torch.equal(found[own].sort().values, shuffled[own].sort().values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_corruptions_follow_severity_and_seed_and_leave_generators_alone(kind, real_images):
+    files = [sorted(folder.iterdir())[0] for folder in sorted((real_images / "cifar10/train").iterdir())]
+    small = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
+    small = small.permute(0, 3, 1, 2)
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    for pixels in (small, small.repeat_interleave(2, 2).repeat_interleave(2, 3)):
+        changes = [corrupted(pixels, kind, level, seed=0).float() - pixels for level in (1, 5)]
+        mild, severe = (change.abs().mean((1, 2, 3)) for change in changes)
+        assert min(mild.min(), severe.min()) > 0.5  # of 255
+        assert severe.mean() > 1.15 * mild.mean()
+    one, again, other = (corrupted(small, kind, 3, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(one, again)
+    twins = corrupted(small[:1].repeat(2, 1, 1, 1), kind, 3, seed=1)  # each by random numbers of its own
+    deterministic = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
+    assert torch.equal(one, other) == torch.equal(twins[0], twins[1]) == (kind in deterministic)
+    assert np.random.get_state()[1].tolist() == before[0]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_gaussian_noise_has_the_published_deviation():
+    """0.08 of the range at severity 1 and 0.38 at severity 5, on grey where little is clipped."""
+    grey = torch.full((8, 3, 64, 64), 128, dtype=torch.uint8)
+    assert (corrupted(grey, "gaussian_noise", 1, seed=0) / 255).std() == pytest.approx(0.08, rel=0.01)
+    noise = np.random.default_rng(0).normal(128 / 255, 0.38, 10**6).clip(0, 1)
+    assert (corrupted(grey, "gaussian_noise", 5, seed=0) / 255).std() == pytest.approx(noise.std(), rel=0.01)
+    for wrong in (torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 28, 28, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"uint8 \[N, 3, H, W\] with H and W >= 32, got torch"):
+            corrupted(wrong, "fog", 1, seed=0)
