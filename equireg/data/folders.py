@@ -13,7 +13,7 @@ _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
 class Folder:
-    """A folder that exists, for the reader of the given name; its links may not leave ``base``."""
+    """An existing folder; errors name the reader, and links may not leave ``base``."""
 
     def __init__(self, reader: str, path: str | os.PathLike[str], follow_links: bool, base: str | None = None):
         self.args = Arguments(reader)

@@ -56,7 +56,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         labels: [N] whole numbers in ``0 .. len(classes) - 1``, or -1 where the label is not known.
         classes: the classes' names.
         contexts: [N] whole numbers in ``0 .. len(context_names) - 1``: what the image shows beside its class (a domain,
-            a background), where that is known. Not part of the items.
+            a background), if known. Not part of the items.
         context_names: the contexts' names.
         transform: called with every image.
         broken: ``"raise"``: a file that cannot be decoded raises when it is read. ``"skip"`` decodes every file once

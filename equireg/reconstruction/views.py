@@ -30,9 +30,9 @@ _FACTORS = ("brightness", "contrast", "saturation")  # 1 changes nothing; for al
 class IntermediateViews:
     r"""A transformed view of each image, and intermediate images, for ``IntermediateReconstructionHead``.
 
-    Each image draws its own parameters :math:`t`. The view is the image under the whole transformation. Target :math:`i
-    = 1 \dots n` is the image at the fraction :math:`i / (n + 1)` of the **same** path: for 30° of rotation and two
-    intermediate images, 10° and 20° (transformed image reconstruction, Section 3). Kinds:
+    Each image draws its own parameters :math:`t`. The view is the image under the whole transformation. Target
+    :math:`i = 1 \dots n` is the image at the fraction :math:`i / (n + 1)` of the **same** path: for 30° of rotation
+    and two intermediate images, 10° and 20° (transformed image reconstruction, Section 3). Kinds:
 
     - ``"rotation"`` about the centre, counter-clockwise; ``"translation"``; ``"se2"``, both: turned, then moved, angle
       and displacement growing together. Bilinear; ``padding`` fills what lies outside of the frame.
@@ -118,7 +118,7 @@ class IntermediateViews:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The columns of the parameters: those in use of angle (degrees), dx, dy (pixels), brightness ..."""
+        """The names of the parameters' columns, out of angle (degrees), dx, dy (pixels), brightness ..."""
         return tuple(name for part in self.parts for name in _PARAMETERS[part])
 
     @property

@@ -41,7 +41,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exponent_limit(dtype: torch.dtype) -> float:
-    """The largest exponent for a pair of weight zero, whose exponential only the gradient of the weight needs."""
+    """The largest exponent for a pair of weight zero: only the weight's gradient, and no sum, needs its exponential."""
     return math.log(torch.finfo(dtype).max) - 8
 
 

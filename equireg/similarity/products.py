@@ -25,7 +25,7 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``, without a gradient.
 
     On a CPU, fp32 uses oneDNN, which is twice as fast as MKL on AMD processors and as fast on Intel's. With
-    ``torch.set_float32_matmul_precision("medium")`` it uses PyTorch's own product, which knows what supports bf16.
+    ``torch.set_float32_matmul_precision("medium")`` it uses PyTorch's own product, which knows where bf16 is supported.
     """
     ours = a.device.type == "cpu" and a.dtype == torch.float32 and matmul_precision("cpu") != "medium"
     if ours and _HAS_ONEDNN and min(*a.shape, *b.shape) > 0:
