@@ -1,15 +1,14 @@
 """Coloured digits: find the few that do not follow the bias, and weigh them up with one line.
 
-Real handwritten digits (scikit-learn's, 8 x 8) wear a colour. In training 95% wear the colour of their class, so colour
-is the easy answer; in the test set any digit wears any colour. A small CNN is trained for three epochs, which is enough
-for its features to show who does not follow the bias. Then it is trained anew with
+Handwritten digits (scikit-learn's, 8 x 8) wear a colour. In training 95% wear that of their class, so colour is the
+easy answer; in the test set any digit wears any colour. A small CNN trains for three epochs, enough for its features
+to show who does not follow the bias. Then it is trained anew with
 
     loss = (environments.weights(idx) * F.cross_entropy(logits, y, reduction="none")).mean()
 
-Nobody tells it what a colour is. Beside it: plain cross entropy; the control, the same weights shuffled within each
-class; ``ClassWiseIRM`` on top; and the ceiling, weights from the true colours. Three minutes on two CPU cores give a
-table, and two pictures in runs/quickstart: the accuracies, and the digits of each class with the largest and smallest
-weights. The sharpness was chosen on validation images.
+Beside it: plain cross entropy; the control, the same weights shuffled within each class; ``ClassWiseIRM`` on top; the
+ceiling, weights from the true colours. Three minutes on two CPU cores give a table and two pictures, runs/quickstart/*:
+the accuracies, and the digits with the largest and smallest weights. Sharpness was chosen on validation images.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from equireg import ClassWiseIRM, Environments, weight_sheet
 
 COLORS = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c aa6e28"  # one for each class
 COLORS = torch.tensor(list(bytes.fromhex(COLORS))).view(10, 3) / 255
-CLASSES, WIDTH, BATCH, EARLY = 10, 512, 128, 3
+CLASSES, WIDTH, BATCH = 10, 512, 128
 
 
 class Digits(NamedTuple):
@@ -105,16 +104,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--early", type=int, default=3, help="epochs of the network whose features are looked at")
     parser.add_argument("--bias", type=float, default=0.95, help="share of training digits in their class's colour")
-    parser.add_argument("--sharpness", type=float, default=1.5)
+    parser.add_argument("--sharpness", type=lambda text: text if text == "auto" else float(text), default=1.5)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options, table = parser.parse_args(), {}
-    with tqdm(total=options.seeds * (5 * options.epochs + EARLY), unit="epoch") as bar:
+    with tqdm(total=options.seeds * (5 * options.epochs + options.early), unit="epoch") as bar:
         for seed in range(options.seeds):
             data, validation, test = colored_digits(seed, options.bias)
             plain = torch.ones(len(data.labels))
-            early, _ = train(data, plain, seed, EARLY, bar)
+            early, _ = train(data, plain, seed, options.early, bar)
             environments = Environments.split(features := early(data.images).detach(), data.labels)
             weights = environments.weights(sharpness=options.sharpness)
             irm = ClassWiseIRM(WIDTH, CLASSES, risk_weight=0.1).fit_environments(features, data.labels)
@@ -130,8 +130,8 @@ def main() -> None:
                 trained = train(data, of_samples, seed, options.epochs, bar, penalty)
                 table.setdefault(name, []).append(accuracies(*trained, test if options.split == "test" else validation))
 
-    print(f"\n{environments.report()}\n\nAccuracy on {options.split} images (%), mean ± std of {options.seeds} seeds")
-    print(f"{'':32}{'bias-aligned':>16}{'bias-conflicting':>20}")
+    title = f"Accuracy on {options.split} images (%), mean ± std of {options.seeds} seeds"
+    print(f"\n{environments.report()}\n\n{title}\n{'':32}{'bias-aligned':>16}{'bias-conflicting':>20}")
     axes = Figure(figsize=(8, 4), layout="constrained").subplots()
     axes.set(xlim=(0, 100), xlabel="test accuracy on digits that wear another class's colour (%)")
     for place, (name, runs) in enumerate(table.items()):

@@ -28,8 +28,10 @@ from tests.records.running import (
     every_record,
     exactly,
     in_float64,
+    modules,
     near,
     objective,
+    parameters_of,
     same,
     state_of,
     step,
@@ -169,6 +171,26 @@ def test_opcheck_of_every_registered_operator(monkeypatch):  # K12
         for operator, arguments in calls.items():
             for args in arguments[:: max(1, len(arguments) // 4)]:
                 torch.library.opcheck(operator, tree_map(partial(copied, learning=learning), args))
+
+
+def test_every_record_of_a_loss_with_parts_says_what_they_make():
+    assert {r.name for r in RECORDS if r.made_of} == {r.name for r in modules if hasattr(r.build(), "parts")}
+
+
+@pytest.mark.parametrize("record", [record for record in RECORDS if record.made_of], ids=lambda record: record.name)
+def test_parts_make_the_loss(record):
+    """``parts`` gives the call's own bits, gradients and state; the rest is detached, and named as the formula is."""
+    args, called, loss = record.sample(), record.build(), record.build()
+    expected, parts = step(called, args), loss.parts(*args)
+    gradients = torch.autograd.grad(objective(parts.loss), [*leaves(args), *parameters_of(loss).values()])
+    assert same(([parts.loss], gradients, state_of(loss)), (*expected, state_of(called)))
+    assert parts._fields[0] == "loss"
+    assert not any(part.requires_grad for part in tree_leaves(tuple(parts[1:])))
+    torch.testing.assert_close(record.made_of(parts), parts.loss.detach())
+    if record.compiles:
+        torch._dynamo.reset()
+        compiled = torch.compile(record.build().parts, fullgraph=True, backend="eager")(*args)
+        torch.testing.assert_close(tree_leaves(compiled), tree_leaves(parts))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -6,7 +6,8 @@ this head takes the features of any layer, token maps included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,16 @@ from torch import Tensor, nn
 
 from equireg._checks import Arguments
 from equireg.baselines._pooled import pooled
+from equireg.similarity import accumulation_dtype
 
 __all__ = ["AugSelfLoss"]
 
-KINDS = ("regression", "binary", "classification")
+
+class AugSelfParts(NamedTuple):
+    """``AugSelfLoss`` and the losses it is the sum of."""
+
+    loss: Tensor
+    losses: dict[str, Tensor]  # of each augmentation, by name
 
 
 class AugSelfLoss(nn.Module):
@@ -57,7 +64,7 @@ class AugSelfLoss(nn.Module):
         if not targets:
             check.fail("targets", "at least one augmentation", targets)
         for name, (kind, width) in targets.items():
-            check.option(f"targets[{name!r}]", kind, KINDS)
+            check.option(f"targets[{name!r}]", kind, tuple(_LOSSES))
             check.count(f"targets[{name!r}]", width)
             if kind == "binary" and width != 1:
                 check.fail(f"targets[{name!r}]", "('binary', 1)", (kind, width))
@@ -94,35 +101,69 @@ class AugSelfLoss(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtypes, shapes or devices, a difference that is missing or out of range.
         """
+        return self.parts(features1, features2, forward_targets, backward_targets).loss
+
+    def parts(
+        self,
+        features1: Tensor,
+        features2: Tensor,
+        forward_targets: Mapping[str, Tensor],
+        backward_targets: Mapping[str, Tensor],
+    ) -> AugSelfParts:
+        """The loss, and in ``.losses`` that of each augmentation, detached, by name."""
+        first, second, targets = self._checked(features1, features2, forward_targets, backward_targets)
+        both = torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)])
+        total, losses = both.new_zeros((), dtype=accumulation_dtype(both.dtype)), {}
+        for name, (kind, _) in self.targets.items():
+            loss = _LOSSES[kind](self.predictors[name](both).to(total.dtype), targets[name])
+            total, losses[name] = total + loss, loss.detach()
+        return AugSelfParts(total, losses)
+
+    def _checked(
+        self,
+        features1: Tensor,
+        features2: Tensor,
+        forward_targets: Mapping[str, Tensor],
+        backward_targets: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Both features [B, D], averaged over their places; and of each augmentation the targets in both orders."""
         check = Arguments("AugSelfLoss")
         check.sizes["D"] = self.dim
         first, second = (pooled(check, *named) for named in (("features1", features1), ("features2", features2)))
         if not len(first):
             check.fail("features1", "of at least one image", list(features1.shape))
-        both = torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)])
-        total = both.new_zeros((), dtype=torch.promote_types(both.dtype, torch.float32))
+        sides, targets = (("forward_targets", forward_targets), ("backward_targets", backward_targets)), {}
         for name, (kind, width) in self.targets.items():
-            sides = (("forward_targets", forward_targets), ("backward_targets", backward_targets))
-            wanted = torch.cat([_difference(check, *side, name, kind, width) for side in sides])
-            predicted = self.predictors[name](both).to(total.dtype)
-            if kind == "regression":
-                total = total + F.mse_loss(predicted.tanh(), wanted.to(total.dtype))
-            elif kind == "binary":
-                total = total + F.binary_cross_entropy_with_logits(predicted[:, 0], wanted.to(total.dtype))
-            else:
-                total = total + F.cross_entropy(predicted, wanted)
-        return total
+            targets[name] = torch.cat([_checked_target(check, *side, name, kind, width) for side in sides])
+        return first, second, targets
 
 
-def _difference(check: Arguments, side: str, given: Mapping[str, Tensor], name: str, kind: str, width: int) -> Tensor:
-    label = f"{side}[{name!r}]"
+def _regression(predicted: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(predicted.tanh(), targets.to(predicted.dtype))
+
+
+def _binary(predicted: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(predicted[:, 0], targets.to(predicted.dtype))
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "regression": _regression,
+    "binary": _binary,
+    "classification": F.cross_entropy,
+}
+
+
+def _checked_target(
+    check: Arguments, side: str, given: Mapping[str, Tensor], name: str, kind: str, width: int
+) -> Tensor:
     if name not in given:
         check.fail(side, f"with the difference {name!r}", sorted(given))
+    label, value = f"{side}[{name!r}]", given[name]
     if kind == "regression":
         check.sizes[name] = width
-        return check.features(label, given[name], f"B {name}")
+        return check.features(label, value, f"B {name}")
     if kind == "binary":
-        return check.booleans(label, given[name], "B")
-    wanted = check.integers(label, given[name], "B")
-    check.below(label, wanted, width, "classes")
-    return wanted
+        return check.booleans(label, value, "B")
+    classes = check.integers(label, value, "B")
+    check.below(label, classes, width, "classes")
+    return classes

@@ -6,6 +6,8 @@ this head takes the features of any layer, token maps included.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,14 @@ from equireg.baselines._pooled import pooled
 from equireg.similarity import normalized, pair_lse
 
 __all__ = ["EquiModLoss"]
+
+
+class EquiModParts(NamedTuple):
+    """``EquiModLoss`` and what it is made of, means over images: log_denominator - alignment / temperature."""
+
+    loss: Tensor
+    alignment: Tensor  # cosine similarity of the predicted embedding with that of the view
+    log_denominator: Tensor  # logarithm of the sum of exponentials over all views
 
 
 class EquiModLoss(nn.Module):
@@ -80,17 +90,28 @@ class EquiModLoss(nn.Module):
         Raises:
             TypeError, ValueError: wrong dtypes, shapes or devices, a batch of fewer than two images.
         """
-        check = Arguments("EquiModLoss")
-        check.sizes.update(D=self.dim, P=self.num_parameters)
-        before, after = (pooled(check, *named) for named in (("features", features), ("transformed", transformed)))
-        check.features("parameters", parameters, "B P")
-        if len(before) < 2:
-            check.fail("features", "of at least 2 images: negatives come from other images", list(features.shape))
+        return self.parts(features, transformed, parameters).loss
+
+    def parts(self, features: Tensor, transformed: Tensor, parameters: Tensor) -> EquiModParts:
+        """The loss and, detached, what it is made of: ``.loss``, ``.alignment`` and ``.log_denominator``."""
+        before, after = self._checked(features, transformed, parameters)
         given = torch.cat([self.projection(before), self.parameters_projection(parameters)], dim=1)
         predicted, target = normalized(self.predictor(given)), normalized(self.projection(after))
         image = torch.arange(len(target), device=target.device)
         negatives, _ = pair_lse(
             predicted, target, 1 / self.temperature, relation="ne", row_group=image, col_group=image
         )
-        positive = (predicted * target).sum(1) / self.temperature
-        return F.softplus(negatives[0] - positive, threshold=50).mean()
+        alignment = (predicted * target).sum(1)
+        loss = F.softplus(negatives[0] - alignment / self.temperature, threshold=50).mean()
+        average = alignment.detach().mean()
+        return EquiModParts(loss, average, (loss + average / self.temperature).detach())
+
+    def _checked(self, features: Tensor, transformed: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Both features [B, D], averaged over their places."""
+        check = Arguments("EquiModLoss")
+        check.sizes.update(D=self.dim, P=self.num_parameters)
+        before, after = (pooled(check, *named) for named in (("features", features), ("transformed", transformed)))
+        check.features("parameters", parameters, "B P")
+        if len(before) < 2:
+            check.fail("features", "of at least 2 images: negatives come from other images", list(features.shape))
+        return before, after

@@ -9,7 +9,7 @@ from typing import Any
 from equireg._checks import Arguments
 from equireg.data.drawn import drawn_cells, drawn_order
 from equireg.data.folders import Folder, refuse_emptied
-from equireg.data.image_files import MAX_PIXELS, ImageFiles, check_reading
+from equireg.data.image_files import MAX_PIXELS, ImageFiles, ReadOptions
 
 __all__ = ["read_domains"]
 
@@ -82,7 +82,8 @@ def read_domains(
     if not 0 < held_out < 0.5:
         args.fail("held_out", "above 0 and below 0.5", held_out)
     args.count("seed", seed, least=0)
-    check_reading(args, broken, max_broken, max_pixels)
+    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
+    options.check(args)
 
     folder = Folder("read_domains", root, follow_links)
     domains = folder.classes()
@@ -101,18 +102,7 @@ def read_domains(
         paths += found
         labels += places
         contexts += [context] * len(found)
-    files = ImageFiles(
-        paths,
-        labels,
-        classes,
-        contexts=contexts,
-        context_names=domains,
-        transform=transform,
-        broken=broken,
-        max_broken=max_broken,
-        max_pixels=max_pixels,
-        progress=progress,
-    )
+    files = ImageFiles(paths, labels, classes, contexts=contexts, context_names=domains, **vars(options))
     refuse_emptied(args, files)
     cells = drawn_cells(files, seed)
     for label, name in enumerate(classes):

@@ -7,6 +7,7 @@ import errno
 import operator
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,25 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB in RGB
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read: the options of `ImageFiles` that every reader passes on to it."""
+
+    transform: Callable[[Any], Any] | None
+    broken: str
+    max_broken: float | None
+    max_pixels: int
+    progress: bool
+
+    def check(self, args: Arguments) -> None:
+        args.option("broken", self.broken, ("raise", "skip"))
+        if isinstance(self.max_broken, float):
+            args.share("max_broken", self.max_broken)
+        elif self.max_broken is not None:
+            args.count("max_broken", self.max_broken, least=0)
+        args.count("max_pixels", self.max_pixels)
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
@@ -91,7 +111,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         progress: bool = True,
     ):
         args = Arguments("ImageFiles")
-        check_reading(args, broken, max_broken, max_pixels)
+        ReadOptions(transform, broken, max_broken, max_pixels, progress).check(args)
         self.paths = [os.fsdecode(path) for path in paths]
         self.classes = list(classes)
         self.labels = _numbers(args, "labels", labels, len(self.paths), -1, len(self.classes), "classes")
@@ -150,16 +170,6 @@ class ImageFiles(Dataset[tuple[Any, int]]):
                 self.skipped.append((path, str(error)))
         refuse_many(args, self.skipped, len(self.paths), max_broken)
         self.__dict__.update(self.take(whole).__dict__)
-
-
-def check_reading(args: Arguments, broken: str, max_broken: float | None, max_pixels: int) -> None:
-    """The options that every reader has."""
-    args.option("broken", broken, ("raise", "skip"))
-    if isinstance(max_broken, float):
-        args.share("max_broken", max_broken)
-    elif max_broken is not None:
-        args.count("max_broken", max_broken, least=0)
-    args.count("max_pixels", max_pixels)
 
 
 def refuse_many(args: Arguments, skipped: list[tuple[str, str]], count: int, max_broken: float | None) -> None:

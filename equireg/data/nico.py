@@ -10,7 +10,7 @@ from typing import Any
 from equireg._checks import Arguments
 from equireg.data.drawn import drawn_cells
 from equireg.data.folders import Folder, refuse_emptied
-from equireg.data.image_files import MAX_PIXELS, ImageFiles, check_reading, refuse_many
+from equireg.data.image_files import MAX_PIXELS, ImageFiles, ReadOptions, refuse_many
 from equireg.data.nico_contexts import context_name, training_orders
 
 __all__ = ["read_nico"]
@@ -91,7 +91,8 @@ def read_nico(
         args.fail("imbalance", "above 0", imbalance)
     args.count("held_out", held_out)
     args.count("seed", seed, least=0)
-    check_reading(args, broken, max_broken, max_pixels)
+    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
+    options.check(args)
 
     folder = Folder("read_nico", root, follow_links)
     released = "multi_classification" in folder.folders()
@@ -110,11 +111,7 @@ def read_nico(
         classes,
         contexts=[names.index(context) for _, _, context in triples],
         context_names=names,
-        transform=transform,
-        broken=broken,
-        max_broken=max_broken,
-        max_pixels=max_pixels,
-        progress=progress,
+        **vars(options),
     )
     files.skipped = misnamed + files.skipped
     refuse_many(args, files.skipped, len(files) + len(files.skipped), max_broken)

@@ -9,7 +9,7 @@ from typing import Any
 
 from equireg._checks import Arguments
 from equireg.data.folders import Folder, class_names, refuse_emptied
-from equireg.data.image_files import MAX_PIXELS, ImageFiles, check_reading
+from equireg.data.image_files import MAX_PIXELS, ImageFiles, ReadOptions
 from equireg.data.k_shot import k_shot
 
 __all__ = ["read_image_folder", "read_vipriors"]
@@ -59,7 +59,8 @@ def read_image_folder(
         (['elk', 'cat'], [0, 1], (8, 8))
     """
     folder = Folder("read_image_folder", root, follow_links)
-    check_reading(folder.args, broken, max_broken, max_pixels)
+    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
+    options.check(folder.args)
     if class_list is None:
         classes = folder.classes()
     else:
@@ -72,16 +73,7 @@ def read_image_folder(
                 f"without {len(missing)} of {len(classes)}: {shown}"
             )
     paths, labels = folder.labelled(classes)
-    files = ImageFiles(
-        paths,
-        labels,
-        classes,
-        transform=transform,
-        broken=broken,
-        max_broken=max_broken,
-        max_pixels=max_pixels,
-        progress=progress,
-    )
+    files = ImageFiles(paths, labels, classes, **vars(options))
     refuse_emptied(folder.args, files)
     return files
 
@@ -135,7 +127,8 @@ def read_vipriors(
     args.option("split", split, ("train", "val", "test"))
     if shots is not None:
         args.count("shots", shots)
-    check_reading(args, broken, max_broken, max_pixels)
+    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
+    options.check(args)
     folder = Folder("read_vipriors", root, follow_links)
     splits = folder.folders()
     if split not in splits and "imagenet_50" in splits:
@@ -155,16 +148,7 @@ def read_vipriors(
             other = min(others)
             args.fail(f"folder {images.path!r}", "one with the classes of train", f"{other!r} in one of them alone")
         paths, labels = images.labelled(classes)
-    files = ImageFiles(
-        paths,
-        labels,
-        classes,
-        transform=transform,
-        broken=broken,
-        max_broken=max_broken,
-        max_pixels=max_pixels,
-        progress=progress,
-    )
+    files = ImageFiles(paths, labels, classes, **vars(options))
     if not unlabelled:
         refuse_emptied(args, files)
     if shots is not None and split == "train":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,14 @@ from equireg._checks import Arguments
 from equireg.similarity import normalized
 
 __all__ = ["ContrastiveDistillation"]
+
+
+class ContrastiveDistillationParts(NamedTuple):
+    """``ContrastiveDistillation``, and the losses of both directions, which it is the sum of."""
+
+    loss: Tensor
+    student: Tensor  # the student's embeddings against the bank of the teacher's
+    teacher: Tensor  # the teacher's against the bank of the student's
 
 
 class ContrastiveDistillation(nn.Module):
@@ -94,6 +103,28 @@ class ContrastiveDistillation(nn.Module):
         self.register_buffer("generator_state", generator.get_state())
 
     def forward(self, student: Tensor, teacher: Tensor, indices: Tensor) -> Tensor:
+        return self.parts(student, teacher, indices).loss
+
+    def parts(self, student: Tensor, teacher: Tensor, indices: Tensor) -> ContrastiveDistillationParts:
+        """The loss and, detached, the losses of both directions: ``.loss``, ``.student`` and ``.teacher``.
+
+        As the call does, it moves the banks in training mode: use one of them in a step.
+        """
+        indices = self._checked(student, teacher, indices)
+        others = self._draw(indices)
+        v_student = normalized(self.embed_student(student.contiguous()))
+        v_teacher = normalized(self.embed_teacher(teacher.detach().contiguous()))
+        # As they are now: the banks move in place, and the backward pass needs what the loss saw.
+        banks = self.bank_teacher.to(v_student.dtype, copy=True), self.bank_student.to(v_student.dtype, copy=True)
+        with torch.autocast(v_student.device.type, enabled=False):  # sums stay in full precision
+            of_student = self._contrast(0, v_student @ banks[0].T / self.temperature, indices, others)
+            of_teacher = self._contrast(1, v_teacher @ banks[1].T / self.temperature, indices, others)
+        if self.training:
+            self._move(self.bank_student, v_student, indices)
+            self._move(self.bank_teacher, v_teacher, indices)
+        return ContrastiveDistillationParts(of_student + of_teacher, of_student.detach(), of_teacher.detach())
+
+    def _checked(self, student: Tensor, teacher: Tensor, indices: Tensor) -> Tensor:
         check = Arguments("ContrastiveDistillation")
         for name, features, dim in (("student", student, self.dims[0]), ("teacher", teacher, self.dims[1])):
             check.features(name, features, "B D")
@@ -102,30 +133,17 @@ class ContrastiveDistillation(nn.Module):
             check.sizes.pop("D")
         indices = check.integers("indices", indices, "B")
         check.below("indices", indices, self.num_samples, "num_samples")
+        return indices
 
-        others = self._draw(indices)
-        v_student = normalized(self.embed_student(student.contiguous()))
-        v_teacher = normalized(self.embed_teacher(teacher.detach().contiguous()))
-        # As they are now: the banks move in place, and the backward pass needs what the loss saw.
-        banks = self.bank_teacher.to(v_student.dtype, copy=True), self.bank_student.to(v_student.dtype, copy=True)
-        loss = v_student.new_zeros(())
-        for direction, (v, bank) in enumerate(zip((v_student, v_teacher), banks)):
-            similarity = v @ bank.T / self.temperature
-            positive, negative = similarity.gather(1, indices[:, None]), similarity.gather(1, others)
-            loss = loss + self._contrast(direction, positive, negative)
-        if self.training:
-            self._move(self.bank_student, v_student, indices)
-            self._move(self.bank_teacher, v_teacher, indices)
-        return loss
-
-    def _contrast(self, direction: int, positive: Tensor, negative: Tensor) -> Tensor:
-        logits = torch.cat([positive, negative], 1)
+    def _contrast(self, direction: int, similarity: Tensor, indices: Tensor, others: Tensor) -> Tensor:
+        """The loss of one direction, from the similarities [B, N] over the temperature to a bank."""
+        logits = torch.cat([similarity.gather(1, indices[:, None]), similarity.gather(1, others)], 1)
         # Z makes the mean of x over samples 1 / N. Kept as a tensor, so that nothing waits for the device.
         first = logits.detach().flatten().logsumexp(0) - math.log(logits.numel()) + math.log(self.num_samples)
         log_z = torch.where(self.log_z[direction].isnan(), first.to(self.log_z.dtype), self.log_z[direction])
         if self.training:
             self.log_z[direction] = log_z
-        odds = logits - log_z - math.log(negative.shape[1] / self.num_samples)  # log of x over K / N
+        odds = logits - log_z - math.log(self.num_negatives / self.num_samples)  # log of x over K / N
         return F.softplus(-odds[:, 0]).mean() + F.softplus(odds[:, 1:]).sum(1).mean()
 
     def _draw(self, indices: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +12,14 @@ from equireg.distillation._features import align_features
 from equireg.similarity import accumulation_dtype
 
 __all__ = ["DistillationLoss", "FeatureDistillation"]
+
+
+class DistillationParts(NamedTuple):
+    """``DistillationLoss`` and what it is made of: alpha · cross_entropy + beta · divergence."""
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor | None  # None where alpha is 0
 
 
 class DistillationLoss(nn.Module):
@@ -64,6 +74,22 @@ class DistillationLoss(nn.Module):
         self.beta = temperature**2 if beta is None else beta
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.parts(student, teacher, labels).loss
+
+    def parts(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> DistillationParts:
+        """The loss and, detached, what it is made of: ``.loss``, ``.divergence`` and ``.cross_entropy``."""
+        labels = self._checked(student, teacher, labels)
+        exact = accumulation_dtype(student.dtype)
+        student, teacher = student.to(exact), teacher.to(exact)
+        apart = divergence(student, teacher, self.temperature).mean()
+        if labels is None:
+            return DistillationParts(self.beta * apart, apart.detach(), None)
+        cross_entropy = F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
+        loss = self.beta * apart + self.alpha * cross_entropy
+        return DistillationParts(loss, apart.detach(), cross_entropy.detach())
+
+    def _checked(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor | None:
+        """The labels that count, as int64."""
         check = Arguments("DistillationLoss")
         for name, logits in (("student", student), ("teacher", teacher)):
             check.features(name, logits, "B C")
@@ -71,21 +97,23 @@ class DistillationLoss(nn.Module):
                 check.fail(name, "of at least one sample and class", list(logits.shape))
         if labels is None and self.alpha > 0:
             check.fail("labels", "given where alpha is above 0", None)
-        exact = accumulation_dtype(student.dtype)
-        loss = self.beta * divergence(student.to(exact), teacher.to(exact), self.temperature).mean()
         if labels is not None:
             labels = check.integers("labels", labels, "B")
             check.below("labels", labels, student.shape[1], "classes of the logits")
-            if self.alpha > 0:
-                smoothing = self.label_smoothing
-                loss = loss + self.alpha * F.cross_entropy(student.to(exact), labels, label_smoothing=smoothing)
-        return loss
+        return labels if self.alpha > 0 else None
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, "
             f"label_smoothing={self.label_smoothing}"
         )
+
+
+class FeatureDistillationParts(NamedTuple):
+    """``FeatureDistillation`` and what it is the mean of."""
+
+    loss: Tensor
+    divergence: Tensor  # of each sample and place, [B], [B, T] or [B, h, w]
 
 
 class FeatureDistillation(nn.Module):
@@ -130,9 +158,14 @@ class FeatureDistillation(nn.Module):
         self.connector = nn.Identity() if same else nn.Linear(*self.dims)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.parts(student, teacher).loss
+
+    def parts(self, student: Tensor, teacher: Tensor) -> FeatureDistillationParts:
+        """The loss, and in ``.divergence`` what it is the mean of, detached."""
         mine, goal = align_features(Arguments("FeatureDistillation"), student, teacher, *self.dims)
         exact = accumulation_dtype(mine.dtype)
-        return divergence(self.connector(mine).to(exact), goal.to(exact), self.temperature).mean()
+        apart = divergence(self.connector(mine).to(exact), goal.to(exact), self.temperature)
+        return FeatureDistillationParts(apart.mean(), apart.detach())
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from equireg.distillation._features import align_features, channels_last
 from equireg.similarity import accumulation_dtype
 
 __all__ = ["OverhaulDistillation"]
+
+
+class OverhaulParts(NamedTuple):
+    """``OverhaulDistillation``, and the distances it is the weighted sum of."""
+
+    loss: Tensor
+    distances: Tensor  # of each layer, [L]
 
 
 class OverhaulDistillation(nn.Module):
@@ -119,20 +126,31 @@ class OverhaulDistillation(nn.Module):
             self._set_margin(i, torch.where(share > 1e-3, mean - std * density / share.clamp(min=1e-12), -3 * std))
 
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        return self.parts(students, teachers).loss
+
+    def parts(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> OverhaulParts:
+        """The loss, and in ``.distances`` the partial distance at each layer, detached."""
+        aligned = self._checked(students, teachers)
+        total, distances = torch.zeros((), device=students[0].device), []
+        for i, (mine, goal) in enumerate(aligned):
+            exact = accumulation_dtype(mine.dtype)
+            found = self.connectors[i](mine).to(exact)
+            goal = torch.maximum(goal.to(exact), self.margins[i].to(exact))
+            distance = torch.where((found <= goal) & (goal <= 0), 0, (goal - found).square()).mean()
+            total = total + self.layer_weights[i] * distance
+            distances.append(distance.detach())
+        return OverhaulParts(total, torch.stack(distances))
+
+    def _checked(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Features of student and teacher at each layer, channels last; the margins are known."""
         check = Arguments("OverhaulDistillation")
         self._check_layers(check, "students", students)
         self._check_layers(check, "teachers", teachers)
-        total = torch.zeros((), device=students[0].device)
-        for i, (student, teacher) in enumerate(zip(students, teachers)):
-            margin = self.margins[i]
+        for i, margin in enumerate(self.margins):
             if not margin.numel():
                 check.fail("margins", "there: call fit_margins or use_batch_norm first", f"none for layer {i}")
-            mine, goal = align_features(check, student, teacher, *self.dims[i])
-            exact = accumulation_dtype(mine.dtype)
-            found, goal = self.connectors[i](mine).to(exact), torch.maximum(goal.to(exact), margin.to(exact))
-            apart = (goal - found).square()
-            total = total + self.layer_weights[i] * torch.where((found <= goal) & (goal <= 0), 0, apart).mean()
-        return total
+        layers = zip(students, teachers, self.dims)
+        return [align_features(check, student, teacher, *dims) for student, teacher, dims in layers]
 
     def _check_layers(self, check: Arguments, name: str, given: Sequence[Any]) -> None:
         if not isinstance(given, (list, tuple)) or len(given) != len(self.dims):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence, Sized
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,16 @@ from torch import Tensor, nn
 
 from equireg._checks import Arguments, values_visible
 from equireg.reconstruction.decoder import Decoder
+from equireg.similarity import accumulation_dtype
 
 __all__ = ["IntermediateReconstructionHead"]
+
+
+class ReconstructionParts(NamedTuple):
+    """The loss of ``IntermediateReconstructionHead``, and the errors it is the weighted mean of."""
+
+    loss: Tensor
+    errors: Tensor  # mean squared error of each intermediate image, [n]; NaN where its weight is 0
 
 
 class IntermediateReconstructionHead(nn.Module):
@@ -150,6 +159,7 @@ class IntermediateReconstructionHead(nn.Module):
         Raises:
             TypeError, ValueError: other types or shapes, views of different batches, tokens that do not fit the grid.
         """
+        self._check(Arguments("IntermediateReconstructionHead"), equivariant1, equivariant2)
         joined = self._joined(equivariant1, equivariant2)
         images = torch.stack([self._decode(decoder, joined) for decoder in self.decoders])
         if self.mean is None or self.std is None:
@@ -168,34 +178,31 @@ class IntermediateReconstructionHead(nn.Module):
         Raises:
             TypeError, ValueError: as ``reconstruct``; targets of another dtype, shape or, where looking is free, range.
         """
-        joined = self._joined(equivariant1, equivariant2)
+        return self.parts(equivariant1, equivariant2, targets).loss
+
+    def parts(self, equivariant1: Tensor, equivariant2: Tensor, targets: Tensor) -> ReconstructionParts:
+        """The loss, and in ``.errors`` the mean squared error of each intermediate image, detached."""
         check = Arguments("IntermediateReconstructionHead")
-        check.device, check.device_of = joined.device, "equivariant1"
-        height, width = self.image_size
-        check.sizes.update(n=len(self.decoders), B=len(joined), C=self.channels, H=height, W=width)
-        check.features("targets", targets, "n B C H W")
-        if len(joined) == 0:
-            check.fail("equivariant1", "of at least one image", list(equivariant1.shape))
-        if values_visible(targets):
-            low, high = (float(bound) for bound in targets.detach().aminmax())
-            if not (low >= -_LARGEST_PIXEL and high <= _LARGEST_PIXEL):
-                check.fail("targets", "in 0 .. 1, or standardised, not 0 .. 255", f"{low:g} .. {high:g}")
-        accurate = torch.promote_types(targets.dtype, torch.float32)
-        total = torch.zeros((), dtype=accurate, device=joined.device)
+        self._check(check, equivariant1, equivariant2)
+        self._check_targets(check, equivariant1, targets)
+        joined = self._joined(equivariant1, equivariant2)
+        total = torch.zeros((), dtype=accumulation_dtype(targets.dtype), device=joined.device)
+        errors = []
         for decoder, weight, target in zip(self.decoders, self.image_weights, targets):
             if weight == 0:  # DistributedDataParallel wants to see every parameter used
                 total = total + sum(parameter.flatten()[:0].sum() for parameter in decoder.parameters())
+                errors.append(torch.full_like(total, math.nan))
                 continue
-            goal = target.to(accurate)
+            goal = target.to(total.dtype)
             if self.mean is not None and self.std is not None:
                 goal = (goal - self.mean) / self.std
-            error = (self._decode(decoder, joined).to(accurate) - goal).square().mean()
+            error = (self._decode(decoder, joined).to(total.dtype) - goal).square().mean()
             total = total + weight * error
-        return total
+            errors.append(error.detach())
+        return ReconstructionParts(total, torch.stack(errors).detach())
 
-    def _joined(self, equivariant1: Tensor, equivariant2: Tensor) -> Tensor:
-        """Both views' features side by side at each place, [B, h, w, 2 d]."""
-        check = Arguments("IntermediateReconstructionHead")
+    def _check(self, check: Arguments, equivariant1: Tensor, equivariant2: Tensor) -> None:
+        """Features of both views, at the same places of the grid."""
         check.sizes["d"] = self.equivariant_dim
         for name, given in (("equivariant1", equivariant1), ("equivariant2", equivariant2)):
             check.floats(name, given)
@@ -213,13 +220,27 @@ class IntermediateReconstructionHead(nn.Module):
                 if not max(1, side // self.patch_size) <= place <= math.ceil(side / self.patch_size):
                     rule = f"of {h} x {w} places (images over patch_size)"
                     check.fail("equivariant1", rule, list(equivariant1.shape))
+
+    def _check_targets(self, check: Arguments, equivariant1: Tensor, targets: Tensor) -> None:
+        height, width = self.image_size
+        check.sizes.update(n=len(self.decoders), B=len(equivariant1), C=self.channels, H=height, W=width)
+        check.features("targets", targets, "n B C H W")
+        if len(equivariant1) == 0:
+            check.fail("equivariant1", "of at least one image", list(equivariant1.shape))
+        if values_visible(targets):
+            low, high = (float(bound) for bound in targets.detach().aminmax())
+            if not (low >= -_LARGEST_PIXEL and high <= _LARGEST_PIXEL):
+                check.fail("targets", "in 0 .. 1, or standardised, not 0 .. 255", f"{low:g} .. {high:g}")
+
+    def _joined(self, equivariant1: Tensor, equivariant2: Tensor) -> Tensor:
+        """Both views' features side by side at each place, [B, h, w, 2 d]."""
         # Half precision from an encoder under autocast; under autocast the decoders go back to it by themselves.
         like = next(self.decoders.parameters())
         first, second = (part.to(like.dtype) for part in (equivariant1, equivariant2))
         if first.dim() == 4:
             joined = torch.cat([first, second], 1).permute(0, 2, 3, 1)
         else:
-            joined = torch.cat([first, second], 2).unflatten(1, (h, w))
+            joined = torch.cat([first, second], 2).unflatten(1, self.grid)
         return joined.detach() if self.detach else joined
 
     def _decode(self, decoder: nn.Module, joined: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ def test_equimod_is_a_contrast_of_predictions(shape):
     given = torch.cat([loss.projection(before), loss.parameters_projection(parameters)], 1)
     expected = float(references.equimod(loss.predictor(given), loss.projection(after), 0.3).detach())
     assert float(loss(features, transformed, parameters).detach()) == pytest.approx(expected, rel=1e-5)
+    alignment = F.cosine_similarity(loss.predictor(given), loss.projection(after)).mean().detach()
+    torch.testing.assert_close(loss.parts(features, transformed, parameters).alignment, alignment)
 
 
 def test_equimod_learns_what_a_parameter_does():

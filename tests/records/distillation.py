@@ -39,6 +39,7 @@ RECORDS = [
         reference=lambda p, *args: loss_references.distillation(
             *args, temperature=4.0, alpha=1.0, beta=16.0, smoothing=0.1
         ),
+        made_of=lambda parts: parts.cross_entropy + 16 * parts.divergence,
         refused={
             "F2 whole numbers": refused_type(0, "DistillationLoss: student"),
             "F4 classes": Refused(
@@ -58,6 +59,7 @@ RECORDS = [
         make=lambda **options: FeatureDistillation(5, 7, **options),
         inputs=lambda draw: (draw.floats(BATCH, 3, 5), draw.floats(BATCH, 3, 7, grad=False)),
         reference=lambda p, *args: loss_references.feature_distillation(p, *args, temperature=1.0),
+        made_of=lambda parts: parts.divergence.mean(),
         refused={
             "F2 whole numbers": refused_type(0, "FeatureDistillation: student"),
             "F4 places": Refused(
@@ -76,6 +78,7 @@ RECORDS = [
         make=lambda **options: FeatureDistillation(5, temperature=2.0, **options),
         inputs=lambda draw: (draw.floats(BATCH, 5, 2, 2), draw.floats(BATCH, 5, 2, 2, grad=False)),
         reference=lambda p, *maps: loss_references.divergence(*(x.movedim(1, -1) for x in maps), temperature=2.0),
+        made_of=lambda parts: parts.divergence.mean(),
         refused={"F1 a list": Refused(TypeError, "teacher must be a tensor .* got list", replace(1, [1.0]))},
         empty=Refused(ValueError, r"student must be of at least one sample, got \[0, 5, 2, 2\]"),
         processes="mean",
@@ -87,6 +90,7 @@ RECORDS = [
         make=_overhaul,
         inputs=lambda draw: (_maps(draw, (3, 5), True), _maps(draw, (4, 6), False)),
         reference=lambda p, *args: loss_references.overhaul(p, *args, layer_weights=(0.5, 1.0)),
+        made_of=lambda parts: 0.5 * parts.distances[0] + parts.distances[1],
         refused={
             "layers": Refused(ValueError, "students must be a list of 2 layers, got 1", replace(0, lambda x: x[:1])),
             "F3 width": Refused(ValueError, r"student must be .* got \[12, 5, 2, 2\]", replace(0, lambda x: x[::-1])),
@@ -104,6 +108,7 @@ RECORDS = [
         make=_contrastive,
         inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 7, grad=False), draw.indices(30)),
         reference=lambda p, *args: loss_references.contrastive(p, *args, temperature=0.5, negatives=6),
+        made_of=lambda parts: parts.student + parts.teacher,
         refused={
             "F2 whole numbers": refused_type(0, "ContrastiveDistillation: student"),
             "F3 width": Refused(

@@ -32,6 +32,7 @@ RECORDS = [
             draw.floats(2, BATCH, 3, 8, 8, grad=False, uniform=True),
         ),
         reference=lambda p, *args: loss_references.reconstruction(p, *args, patch_size=4),
+        made_of=lambda parts: parts.errors.mean(),
         refused={
             "F2 whole numbers": refused_type(0, "IntermediateReconstructionHead: equivariant1"),
             "G6 prefix tokens": Refused(
@@ -49,6 +50,7 @@ RECORDS = [
         make=_augself,
         inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 3, 5), _differences(draw), _differences(draw)),
         reference=lambda p, *args: loss_references.augself(p, *args, kinds=KINDS),
+        made_of=lambda parts: sum(parts.losses[name] for name in KINDS),
         refused={
             "F2 whole numbers": refused_type(1, "AugSelfLoss: features2"),
             "missing": Refused(ValueError, r"forward_targets must be with .* 'scale', got \[\]", replace(2, {})),

@@ -26,6 +26,14 @@ def _moco_reference(p, query, key, indices):
     )
 
 
+def _of_groups(parts):
+    """Two partitions of more than one group, of three groups at most; the first has two."""
+    assert parts.risk.shape == parts.penalty.shape == parts.present.shape == (2, 3)
+    assert not parts.present[0, 2]
+    of_groups = (parts.risk + 0.2 * parts.penalty)[parts.present]
+    return parts.global_risk + 0.2 * parts.global_penalty + of_groups.mean()
+
+
 def _refused(name, place):
     return {
         "F2 whole numbers": refused_type(0, name),
@@ -43,6 +51,7 @@ RECORDS = [
         make=lambda **options: IPIRMLoss(PARTITIONS, **options),
         inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 5), draw.indices(30)),
         reference=lambda p, z1, z2, indices: loss_references.ip_irm(z1, z2, PARTITIONS[1:, indices], 0.5, 0.2),
+        made_of=_of_groups,
         refused=_refused("IPIRMLoss: z1", 2),
         empty=Refused(ValueError, r"z1 must be of at least one sample and one feature, got \[0, 5\]"),
         one=0.0,  # no negative
@@ -62,6 +71,7 @@ RECORDS = [
         reference=lambda p, *views_and_indices: loss_references.sim_siam_ip_irm(
             *views_and_indices[:4], PARTITIONS[1:, views_and_indices[4]], 0.2
         ),
+        made_of=_of_groups,
         refused=_refused("SimSiamIPIRMLoss: p1", 4),
         empty=Refused(ValueError, r"p1 must be of at least one sample and one feature, got \[0, 5\]"),
         one=AS_REFERENCE,
@@ -73,6 +83,7 @@ RECORDS = [
         make=_moco,
         inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 5, grad=False), draw.indices(30)),
         reference=_moco_reference,
+        made_of=_of_groups,
         refused={
             **_refused("MoCoIPIRMLoss: query", 2),
             "queue": Refused(

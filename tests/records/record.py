@@ -79,6 +79,7 @@ class Record:
     make: options to the function, or to a new module; what it draws comes from the global generator.
     inputs: positional arguments; those that should get a gradient require one.
     reference: the formula as a loop in float64, of the module's parameters by name and the arguments.
+    made_of: of a module's ``parts``, the loss by the formula that they document.
     frozen: places of arguments that never get a gradient.
     refused: wrong calls; ``empty`` and ``one``: what a batch of no and of one sample gives, a number for each output,
         one of the constants above, or a Refused without a change.
@@ -100,6 +101,7 @@ class Record:
     one: Any
     identical: Any = AS_REFERENCE
     zero: Any = AS_REFERENCE
+    made_of: Callable[[Any], Any] | None = None
     frozen: tuple[int, ...] = ()
     processes: str = "local"
     half_module: bool = False

@@ -149,6 +149,7 @@ RECORDS = [
             draw.elements((2, 2), (2, 2)),
         ),
         reference=lambda p, *args: loss_references.ser(p, *args, temperature=0.3),
+        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.3,
         refused={
             "G6 prefix tokens": Refused(
                 ValueError,
@@ -169,6 +170,7 @@ RECORDS = [
         make=lambda **options: EquiModLoss(5, 2, **{"projection_dim": 6, "parameter_dim": 4, **options}),
         inputs=lambda draw: (draw.floats(BATCH, 3, 5), draw.floats(BATCH, 4, 5), draw.floats(BATCH, 2)),
         reference=lambda p, *args: loss_references.equimod(p, *args, temperature=0.2),
+        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.2,
         refused={
             "F2 whole numbers": refused_type(2, "EquiModLoss: parameters"),
             "F3 width": Refused(ValueError, r"features must be .* got \[12, 3, 4\]", replace(0, lambda x: x[..., 1:])),

@@ -292,3 +292,17 @@ def test_wrong_calls(case):
 def test_wrong_options(options, kind, message):
     with pytest.raises(kind, match=f"^SERLoss: {message}"):
         SERLoss(**{"dim": 8, **options})
+
+
+def test_parts_hold_the_similarity_of_aligned_tokens():
+    """Of a place of the second view, and the place of the first that the element takes there."""
+    g1, g2 = (
+        GridTransform.identity(3, (2, 2)),
+        GridTransform(torch.tensor([1, 2, 3]), torch.ones(3).bool(), (2, 2), (2, 2)),
+    )
+    tokens1, tokens2 = torch.randn(2, 3, 4, 8)
+    ser = SERLoss(8)
+    z = ser.projection(tokens1).unflatten(1, (2, 2)).flip(2)
+    turned = torch.stack([torch.rot90(z[i], i + 1) for i in range(3)]).flatten(1, 2)
+    expected = F.cosine_similarity(turned, ser.projection(tokens2), dim=-1).mean()
+    torch.testing.assert_close(ser.parts(tokens1, tokens2, g1, g2).alignment, expected.detach())
