@@ -8,8 +8,6 @@ one goes on where it was. The page is docs/results.md, with a picture for each q
 figures of all runs. What is compared, and with which settings, is in experiments.yaml.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json
