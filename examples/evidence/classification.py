@@ -17,7 +17,6 @@ from vipriors.training import seed_everything
 
 from equireg import ClassWiseIRM, Environments, FeatureMask
 
-# What ClassWiseIRM takes.
 IRM = {"weight", "penalty", "temperature", "detach", "contrast", "penalty_on", "risk_weight", "sample_weights"}
 
 
@@ -82,10 +81,10 @@ def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
 
 
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[Objective, Images]:
-    """The objective on first weights that all arms have of one seed, with environments or weights; the training images.
+    """The objective, on first weights that all arms have of one seed, and the training images.
 
-    These are found in the features of the pretrained encoder, or where there is none, of cross entropy after
-    ``fit_epochs``.
+    Environments and weights are found in the features of the pretrained encoder or, where there is none, of cross
+    entropy after ``fit_epochs``.
     """
     images = images_of(s, data, "train", seed)
     seed_everything(seed, "weights")

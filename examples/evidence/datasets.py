@@ -29,13 +29,9 @@ class Images(NamedTuple):
 
 @cache
 def folders(
-    root: Path, split: str, size: int, *, draw: int | None = None, shots: int = 0, layout: str = "folders"
+    root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "folders"
 ) -> Images:
-    """As the recipe reads them; in training so many ``shots`` of each class, the first ones or drawn by a seed.
-
-    With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
-    are spread evenly over all domains.
-    """
+    """As the recipe reads them; "domains": each class is mostly in a domain of its own in training, held out in any."""
     how = {"data": root, "layout": layout, "shots": shots, "draw": -1 if draw is None else draw, "bias": 0.95}
     files = read(Namespace(**how, broken="raise", max_bad=0.0), split)
     pixels = [np.asarray(image.convert("RGB").resize((size, size), 3)) for image, _ in files]

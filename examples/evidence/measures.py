@@ -43,13 +43,12 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
             if folder == s["data"]:
                 robust = probe  # the last one has the most labels
         accuracy[f"{name}, k-NN"] = 100 * knn_accuracy(x, few.labels, test, held_out.labels)
-    if split == "val":  # settings are chosen by accuracy
-        return {"accuracy": accuracy}
 
     def accuracy_of(images: Images) -> float:
         return 100 * robust.score(encode(objective.backbone, images.pixels), images.labels)
 
-    return {"accuracy": accuracy, **told(objective, accuracy_of, s, data / s["data"])}
+    more = told(objective, accuracy_of, s, data / s["data"]) if split == "test" else {}  # accuracy chooses settings
+    return {"accuracy": accuracy, **more}
 
 
 def told(objective: nn.Module, accuracy_of: Callable[[Images], float], s: Settings, folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from evidence.experiments import PLAN
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.stats import t
 
 TITLES = PLAN["titles"]
@@ -68,7 +69,7 @@ def wrapped(line: str) -> str:
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     """The tables and sentences of one question, and its picture."""
     blocks: list[str] = []
-    drawn: dict[str, list[Rows]] = {"accuracy, points": [], "equivariance and R²": []}
+    drawn: dict[str, Rows] = {"accuracy, points": {}, "equivariance and R²": {}}
     for comparison in PLAN["questions"][question]:
         groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
         arms = {"off": comparison["base"], **comparison["arms"]}
@@ -80,23 +81,23 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
             title = TITLES.get(group, "")
             accuracy |= by_measure(runs, arms, partial(accuracies, title))
             if features := by_measure(runs, arms, told):
-                tables += [", ".join(filter(None, ["What the features tell", title])) + ":", table(features, arms, 3)]
-                drawn["equivariance and R²"].append(features)
+                where = f", {title}" if title else ""
+                tables += [f"What the features tell{where}:", table(features, arms, 3)]
+                drawn["equivariance and R²"] |= {measure + where: row for measure, row in features.items()}
             for arm, name in arms.items():
                 settings = next(iter(runs[arm].values()))["chosen"] if arm in runs else {}
                 chosen += [f"{title} {name}: {setting} {value:g}".strip() for setting, value in settings.items()]
-        drawn["accuracy, points"].append(accuracy)
+        drawn["accuracy, points"] |= accuracy
         blocks += ["Accuracy, %:", table(accuracy, arms, 1), *tables]
         blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != "off"))
         times = next((found["step_seconds"][group] for group in groups if group in found["step_seconds"]), {})
-        ratios = [f"{arms[arm]} {times[arm] / times['off']:.2f}" for arm in arms if arm in times and arm != "off"]
-        if ratios:
+        if ratios := [f"{arms[arm]} {times[arm] / times['off']:.2f}" for arm in arms if arm in times and arm != "off"]:
             blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
         if chosen:
             blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
     if not blocks:
         return "Not run."
-    draw({title: side for title, side in drawn.items() if side}, folder / f"results-{question}.png")
+    draw({title: rows for title, rows in drawn.items() if rows}, folder / f"results-{question}.png")
     return "\n\n".join([f"![Paired differences and their 95% intervals](results-{question}.png)", *blocks])
 
 
@@ -147,14 +148,13 @@ def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
 
 def cells(row: dict[str, Result], arms: dict[str, str], digits: int) -> list[str]:
     """Means, and in brackets the interval of the difference from the base; bold where that has no 0."""
-    found = []
-    for arm, name in arms.items():
-        text = number(row[name].mean, digits) if name in row else ""
-        if text and arm != "off":
-            difference, low, high = (number(value, digits, "+") for value in row[name][1:])
-            text = f"{text} ({difference}: {low} to {high})"
-            text = text if row[name].verdict == NOTHING else f"**{text}**"
-        found.append(text)
+    found = [number(row[arms["off"]].mean, digits)]
+    for result in (row.get(name) for arm, name in arms.items() if arm != "off"):
+        text = ""
+        if result:
+            difference, low, high = (number(value, digits, "+") for value in result[1:])
+            text = f"{number(result.mean, digits)} ({difference}: {low} to {high})"
+        found.append(text if not result or result.verdict == NOTHING else f"**{text}**")
     return found
 
 
@@ -172,27 +172,23 @@ def sentence(rows: Rows, name: str) -> str:
     return f"**{name}**: {'. '.join(parts)}."
 
 
-def draw(sides: dict[str, list[Rows]], path: Path) -> None:
+def draw(sides: dict[str, Rows], path: Path) -> None:
     """Every paired difference with its interval, each side in a diagram of its own."""
-    figure, lines = Figure(layout="constrained"), {}  # a line for each arm, for the legend
-    height = 0
-    for axes, (title, side) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items()):
-        place, ticks = 0.0, {}
-        for measure, row in (item for rows in side for item in rows.items()):
-            place += 0.7
-            arms = list(row.items())[1:]
-            ticks[measure] = place + (len(arms) + 1) / 2
-            for name, result in arms:
-                place += 1.0
-                color = lines[name].get_color() if name in lines else f"C{len(lines)}"
-                how = {"color": color, "linewidth": 2, "marker": "o", "markersize": 5, "markevery": [1]}
-                (lines[name],) = axes.plot([result.low, result.difference, result.high], [place] * 3, **how)
-        height = max(height, place)
+    names = list(dict.fromkeys(name for rows in sides.values() for row in rows.values() for name in list(row)[1:]))
+    results = max(sum(map(len, rows.values())) for rows in sides.values())
+    figure = Figure((6.5 * len(sides), 1.6 + 0.22 * results), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items()):
+        for color, name in enumerate(names):
+            for place, row in enumerate(rows.values()):
+                if name in row:  # its place among the arms of this measure
+                    y = place + list(row).index(name) / len(row) - 0.5
+                    _, center, low, high = row[name]
+                    axes.plot([low, center, high], [y] * 3, f"C{color}o-", markevery=[1], linewidth=2, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(list(ticks.values()), ticks, fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(f"difference from the base: {title}", fontsize=10)
-    figure.set_size_inches(6.5 * len(sides), 1.6 + 0.22 * height)
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=8)
+    lines = [Line2D([], [], color=f"C{color}", marker="o", label=name) for color, name in enumerate(names)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=8)
     figure.savefig(path, dpi=110)

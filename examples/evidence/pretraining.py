@@ -1,7 +1,7 @@
 """The self-supervised base methods, on lightly's heads and losses, and the one line that each regularizer adds to its.
 
-Each objective takes a batch of uint8 pixels, makes its views on the device, and returns the loss and its parts. What is
-measured is its ``backbone``, which gives features [B, D] of pixels, and in this the ``layer`` of its ``network``.
+Each objective takes a batch of uint8 pixels, makes its views on the device, and returns the loss. What is measured is
+its ``backbone``, which gives features [B, D] of pixels, and in this the ``layer`` of its ``network``.
 """
 
 import copy
@@ -32,8 +32,6 @@ from equireg import (
     split_batch,
 )
 
-Result = tuple[Tensor, dict[str, Tensor]]
-
 
 class MoCoV3(nn.Module):
     """Chen, Xie and He, 2021; where ``equivariant``, a part of the batch is seen by group elements, for SER."""
@@ -51,7 +49,7 @@ class MoCoV3(nn.Module):
         self.colors = [Colors(0.2, blur=1.0), Colors(0.2, blur=0.1, solarize=0.2)]
         self.views = EquivariantViews(s["image_size"], s["patch_size"], photometric=nn.Identity())
 
-    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
         b1, b2 = split_batch(pixels / 255, self.s["ratio"] if self.s["equivariant"] else 0.0)
         views = [[crops(b1, self.s["image_size"], self.s["crop_scale"])] for _ in range(2)]
         if len(b2):
@@ -70,8 +68,7 @@ class MoCoV3(nn.Module):
         loss = contrast(queries[0], keys[1]) + contrast(queries[1], keys[0])
         if not len(b2):
             return loss, {}
-        equivariance = self.ser(found[0][1][1], found[1][1][1], g1, g2)
-        return loss + self.s["weight"] * equivariance, {"equivariance": equivariance.detach()}
+        return loss + self.s["weight"] * self.ser(found[0][1][1], found[1][1][1], g1, g2), {}
 
 
 def contrast(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
@@ -96,7 +93,7 @@ class VICReg(nn.Module):
         # Its 25 : 25 : 1, on a scale where a regularizer of weight 1 counts; Adam does not mind.
         self.loss = VICRegLoss(lambda_param=1.0, mu_param=1.0, nu_param=0.04)
 
-    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
         first = crops(pixels / 255, self.s["image_size"], self.s["crop_scale"])
         second, targets, _ = self.views(first)
         prefix = self.network.num_prefix_tokens
@@ -104,11 +101,8 @@ class VICReg(nn.Module):
         if not self.s["images"]:
             return self.loss(*(self.projection(part.mean(1)) for part in tokens)), {}
         invariant, equivariant = zip(*map(self.head.split, tokens))
-        loss, reconstruction = (
-            self.loss(*(self.projection(x.mean(1)) for x in invariant)),
-            self.head(*equivariant, targets),
-        )
-        return loss + self.s["weight"] * reconstruction, {"reconstruction": reconstruction.detach()}
+        loss = self.loss(*(self.projection(part.mean(1)) for part in invariant))
+        return loss + self.s["weight"] * self.head(*equivariant, targets), {}
 
 
 class SimCLR(nn.Module):
@@ -127,7 +121,7 @@ class SimCLR(nn.Module):
         view = self.colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
         return self.projection(self.backbone(view)).float()
 
-    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
         return self.loss(self.embed(pixels / 255), self.embed(pixels / 255), indices), {}
 
     def before_epoch(self, epoch: int, images: Images) -> None:

@@ -20,8 +20,6 @@ KINDS = {"pretraining": pretraining, "classification": classification}
 
 
 class Place(NamedTuple):
-    """Where images and runs are, and how large everything is."""
-
     scale: str
     data: Path
     runs: Path
@@ -43,14 +41,10 @@ class Job(NamedTuple):
         return self.place.runs / self.group / f"{self.arm}{value}" / str(self.seed)
 
     def settings(self) -> Settings:
-        return json.loads(json.dumps(settings_of(self.place.scale, self.group, self.arm, self.chosen)))
+        return settings_of(self.place.scale, self.group, self.arm, self.chosen)
 
     def found(self) -> dict[str, Any] | None:
-        """The results, if it is finished.
-
-        Raises:
-            ValueError: it was run with other settings.
-        """
+        """The results, if it is finished; ValueError if it was run with other settings."""
         path = self.folder / "found.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found and (changed := differences(found["settings"], self.settings())):
@@ -125,7 +119,6 @@ def collect(place: Place) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group in GROUPS:
         jobs = final(place, group) if all(job.found() for job in tuning(place, group)) else []
-        if all(job.found() for job in jobs):
-            for job in jobs:
-                found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = job.found()
+        for job in jobs if all(job.found() for job in jobs) else ():
+            found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = job.found()
     return found
