@@ -8,8 +8,6 @@ one goes on where it was. The page is docs/results.md, with a picture for each q
 figures of all runs. What is compared, and with which settings, is in experiments.yaml.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json
@@ -58,11 +56,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     place = Place(options.scale, options.data.resolve(), options.runs.resolve() / options.scale)
     run_all(place, options.only, options.processes)
-    found, gpu = collect(place), f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    steps = {
-        group: {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in arms.items()}
-        for group, arms in found.items()
-    }
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    steps: dict[str, dict[str, float]] = {}
+    for group, arms in (found := collect(place)).items():
+        steps[group] = {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in arms.items()}
     seconds = [json.loads(path.read_text())["seconds"] for path in place.runs.rglob("found.json")]
     return {
         "scale": options.scale,

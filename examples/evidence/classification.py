@@ -1,7 +1,5 @@
 """Classifiers from few or biased labels: cross entropy, and what an arm adds to it, ``ClassWiseIRM`` or weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +8,38 @@ import torch.nn.functional as F
 from evidence.datasets import READERS, Images
 from evidence.experiments import PRETRAINED, Settings
 from evidence.measures import told
-from evidence.networks import NORMALIZE, Encoder, create, encode, fit
+from evidence.networks import NORMALIZE, create, encode, fit
 from evidence.views import crops
+from quickstart import balanced, shuffled
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from vipriors.training import seed_everything
 
 from equireg import ClassWiseIRM, Environments, FeatureMask
 
-IRM = ("weight", "penalty", "temperature", "detach", "contrast", "penalty_on", "risk_weight")  # what ClassWiseIRM takes
+IRM = {"weight", "penalty", "temperature", "detach", "contrast", "penalty_on", "risk_weight", "sample_weights"}
 
 
 class Objective(nn.Module):
     """``(weights[idx] * cross_entropy(head(mask(f)), y)).mean() + irm(f, y, idx)``, each part where the arm has it."""
 
+    layer = "layer2"  # whose map of tokens is looked at
+
     def __init__(self, s: Settings, num_classes: int, num_samples: int):
         super().__init__()
-        network = create(s)
-        width = network.num_features
-        self.s, self.backbone = s, network if s["model"] == "digits" else nn.Sequential(NORMALIZE, network)
+        self.s, self.network = s, create(s)
+        width = self.network.num_features
+        self.backbone = self.network if s["model"] == "digits" else nn.Sequential(NORMALIZE, self.network)
         self.backbone.requires_grad_(not s["frozen"])
         self.head = nn.Linear(width, num_classes)
         if s["weight_norm"]:
             self.head = weight_norm(self.head)
         self.register_buffer("weights", torch.ones(num_samples))
         self.irm = None
-        if s["environments"]:
-            own = {name: s[name] for name in IRM if name in s}
+        if s.get("irm") == "released":
+            self.irm = ClassWiseIRM.released(width, num_classes, weight=s["weight"])
+        elif s["environments"]:
+            own = {name: value for name, value in s.items() if name in IRM}
             projection = nn.Identity() if s.get("projection") == "identity" else None
             self.irm = ClassWiseIRM(width, num_classes, projection=projection, **own)
             self.irm.mask = FeatureMask(width, scale=s["scale"] or None)
@@ -58,22 +61,17 @@ class Objective(nn.Module):
         f = self.backbone(views)
         loss = (self.weights[indices] * F.cross_entropy(self.classify(f), labels, reduction="none")).mean()
         if self.irm is not None and progress >= self.s["irm_from"]:
+            self.irm.weight = self.s["weight"] * (progress >= self.s.get("penalty_from", 0.0))
             loss = loss + self.irm(f, labels, indices)
         return loss, {}
 
 
 def weights_of(features: Tensor, images: Images, s: Settings) -> Tensor:
     """Of each sample in cross entropy, 1 in the mean over its class: found, shuffled, or balancing true contexts."""
-    labels, contexts = images.labels, images.contexts
     if s["weights"] == "contexts":
-        cells = labels * (contexts.max() + 1) + contexts
-        weights, sizes = 1 / cells.bincount()[cells].float(), labels.bincount()
-        return weights * (sizes / torch.zeros(len(sizes)).index_add(0, labels, weights))[labels]
-    weights = Environments.split(features, labels).weights(sharpness=s["sharpness"])
-    if s["weights"] == "shuffled":  # within each class
-        drawn = torch.randperm(len(labels))
-        weights[labels.argsort(stable=True)] = weights[drawn[labels[drawn].argsort(stable=True)]]
-    return weights
+        return balanced(images.labels, images.contexts)
+    weights = Environments.split(features, images.labels).weights(sharpness=s["sharpness"])
+    return shuffled(weights, images.labels) if s["weights"] == "shuffled" else weights
 
 
 def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
@@ -83,31 +81,29 @@ def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
 
 
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[Objective, Images]:
-    """The objective on first weights that all arms have of one seed, with environments or weights; the training images.
+    """The objective, on first weights that all arms have of one seed, and the training images.
 
-    These are found in the features of the pretrained encoder, or where there is none, of cross entropy after
-    ``fit_epochs``.
+    Environments and weights are found in the features of the pretrained encoder or, where there is none, of cross
+    entropy after ``fit_epochs``.
     """
     images = images_of(s, data, "train", seed)
     seed_everything(seed, "weights")
     objective = Objective(s, int(images.labels.max()) + 1, len(images.labels))
     if s["encoder"]:
         saved = runs.joinpath(*PRETRAINED, str(seed), "encoder.pt")
-        objective.backbone[1].load_state_dict(torch.load(saved, weights_only=True))
+        objective.network.load_state_dict(torch.load(saved, weights_only=True))
     if s["environments"] or s["weights"]:
         encoder = objective.backbone
         if not s["encoder"]:
-            plain = {**s, "environments": "", "weights": "", "scale": 0.0, "epochs": s["fit_epochs"]}
+            plain = {**s, "environments": "", "irm": "", "weights": "", "scale": 0.0, "epochs": s["fit_epochs"]}
             first, _ = prepare(plain, data, runs, folder, seed)
             fit(first, images, plain, folder / "encoder", seed)
             encoder = first.backbone
         features = encode(encoder.eval(), images.pixels)
         seed_everything(seed, "environments")
-        if s["environments"] == "random":
-            features = torch.randn_like(features)
         if s["environments"]:
-            adjust = s["environments"] != "plain"
-            objective.irm.environments = Environments.split(features, images.labels, adjust=adjust)
+            found = torch.randn_like(features) if s["environments"] == "random" else features
+            objective.irm.fit_environments(found, images.labels, adjust=s["environments"] != "plain")
         if s["weights"]:
             objective.weights = weights_of(features, images, s)
     return objective, images
@@ -117,13 +113,12 @@ def results(objective: Objective, s: Settings, data: Path, folder: Path, split: 
     """Accuracy in percent on validation images, and on the test's if ``split`` is that; there also what is ``told``."""
     objective.eval()
 
-    def predict(pixels: Tensor) -> Tensor:
-        return encode(objective.logits, pixels).argmax(1)
+    def accuracy(images: Images) -> float:
+        right = encode(objective.logits, images.pixels).argmax(1) == images.labels
+        return 100 * right.float().mean().item()
 
     parts = {name: images_of(s, data, name, seed) for name in dict.fromkeys(("val", split))}
-    right = {name: (predict(part.pixels) == part.labels).float().mean().item() for name, part in parts.items()}
-    found = {"accuracy": {name: 100 * share for name, share in right.items()}}
+    found = {"accuracy": {name: accuracy(part) for name, part in parts.items()}}
     if s["told"] and split == "test":
-        encoder = Encoder(objective.backbone, objective.backbone[1], "layer2")
-        found |= told(encoder, predict, s, data / s["data"]["folder"])
+        found |= told(objective, accuracy, s, data / s["data"]["folder"])
     return found

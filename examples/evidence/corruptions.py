@@ -6,8 +6,6 @@ ImageNet-C, for 224 pixels, and the images are corrupted at their own size: on i
 compare between models here, not with CIFAR-10-C or Tiny ImageNet-C, which have constants of their own.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from imagecorruptions import corrupt, get_corruption_names

@@ -10,12 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from evidence.corruptions import KINDS, corrupted
+from quickstart import COLORS
 from sklearn.datasets import load_digits
 from torch import Tensor
 from vipriors.images import read
-
-COLORS = "e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c aa6e28"  # one for each class
-COLORS = torch.tensor(list(bytes.fromhex(COLORS))).view(10, 3)
 
 
 class Images(NamedTuple):
@@ -23,23 +21,17 @@ class Images(NamedTuple):
     labels: Tensor  # [N]
     contexts: Tensor | None = None  # [N]: a domain, a colour, a corruption
 
-    def at(self, places: Tensor) -> Images:
-        return Images(*(part if part is None else part[places] for part in self))
-
     def evenly(self, count: int) -> Images:
         """So many of them at even distances, as they are sorted by class."""
-        return self.at(torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long())
+        places = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long()
+        return Images(self.pixels[places], self.labels[places])
 
 
 @cache
 def folders(
-    root: Path, split: str, size: int, *, draw: int | None = None, shots: int = 0, layout: str = "folders"
+    root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "folders"
 ) -> Images:
-    """As the recipe reads them; in training so many ``shots`` of each class, the first ones or drawn by a seed.
-
-    With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
-    are spread evenly over all domains.
-    """
+    """As the recipe reads them; "domains": each class is mostly in a domain of its own in training, held out in any."""
     how = {"data": root, "layout": layout, "shots": shots, "draw": -1 if draw is None else draw, "bias": 0.95}
     files = read(Namespace(**how, broken="raise", max_bad=0.0), split)
     pixels = [np.asarray(image.convert("RGB").resize((size, size), 3)) for image, _ in files]
@@ -51,11 +43,11 @@ def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: 
     """scikit-learn's, in ten colours for contexts."""
     generator, gray = torch.Generator().manual_seed(draw or 0), load_digits()
     order = torch.randperm(len(gray.target), generator=generator)
-    first, last = {"train": (0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1)}[split]
-    order = order[int(first * len(order)) : int(last * len(order))]
+    train, val, test = order.tensor_split([int(0.6 * len(order)), int(0.8 * len(order))])
+    order = {"train": train, "val": val, "test": test}[split]
     labels = torch.tensor(gray.target)[order].long()
     colors = biased(labels, split, conflicting, generator)
-    pixels = torch.tensor(gray.images)[order][:, None] / 16 * COLORS[colors][:, :, None, None]
+    pixels = torch.tensor(gray.images)[order][:, None] / 16 * 255 * COLORS[colors][:, :, None, None]
     return Images(pixels.round().to(torch.uint8), labels, colors)
 
 

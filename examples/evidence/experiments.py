@@ -1,7 +1,5 @@
 """Reads ``experiments.yaml``: what is compared, and the settings of each run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

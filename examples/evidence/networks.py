@@ -1,17 +1,16 @@
 """The networks of all arms, on pixels in 0 .. 1, and how they are trained: by the recipe's loop, one run a folder."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
 from evidence.datasets import Images
 from evidence.experiments import Settings
+from quickstart import WIDTH, small_cnn
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from vipriors.images import MEAN, STD
@@ -23,32 +22,16 @@ if not torch.cuda.is_available():  # at these sizes its backward pass takes as l
     timm.layers.set_fused_attn(False)
 
 
-class Encoder(NamedTuple):
-    """What is measured: pixels to features [B, D], and the layer whose map of tokens is looked at."""
-
-    features: nn.Module
-    model: nn.Module
-    layer: str
-
-
 def create(s: Settings) -> nn.Module:
     """The backbone that the settings name, without a head."""
     if s["model"] == "digits":
-        return digits_network()
+        network = small_cnn()
+        network.num_features = WIDTH
+        return network
     sizes = {name: s[name] for name in ("depth", "patch_size") if name in s}
     if sizes:  # a vision transformer
         sizes |= {"img_size": s["image_size"], "dynamic_img_size": True, "global_pool": s["pool"], "fc_norm": False}
     return timm.create_model(s["model"], num_classes=0, **sizes).to(memory_format=torch.channels_last)
-
-
-def digits_network() -> nn.Module:
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    layers = [*block(3, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 128), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-    network = nn.Sequential(*layers)
-    network.num_features = 512
-    return network
 
 
 @torch.no_grad()
@@ -70,8 +53,7 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
 
     def make_batch(step: int, indices: list[int]) -> tuple[Any, ...]:
         done.append(step)
-        places = torch.tensor(indices)
-        return images.pixels[places], images.labels[places], places, step / (s["epochs"] * per_epoch)
+        return images.pixels[indices], images.labels[indices], torch.tensor(indices), step / (s["epochs"] * per_epoch)
 
     def learning_rate(step: int, steps: int) -> float:
         """By half a cosine, or to a tenth at 60% and at 80% of the steps."""

@@ -3,22 +3,48 @@
 The prose is in ``page.md``, where ``{eqinv}`` and its like stand for what is written here.
 """
 
-from __future__ import annotations
-
+import math
 import re
 import textwrap
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 from evidence.experiments import PLAN
-from evidence.intervals import Difference, paired
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy.stats import t
 
-Rows = dict[str, dict[str, list[float]]]  # measure, arm: a value for each seed
 TITLES = PLAN["titles"]
-R2 = {"rotation": "R², rotation", "translation": "R², translation", "color": "R², colour", "blur": "R², blur"}
-NOTHING = "no difference told"
-WORDS = {"higher": "Higher on", "lower": "Lower on", NOTHING: "No difference that these seeds can tell on"}
+VERDICTS = HIGHER, LOWER, NOTHING = "Higher on", "Lower on", "No difference that these seeds can tell on"
+
+
+class Result(NamedTuple):
+    """The mean of an arm; that of its paired differences from the base, and its 95% interval by Student's t."""
+
+    mean: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        return HIGHER if self.low > 0 else LOWER if self.high < 0 else NOTHING
+
+
+Rows = dict[str, dict[str, Result]]  # by measure and name of the arm, the base first
+
+
+def paired(values: list[float], base: list[float]) -> Result:
+    """Of ``values[i] - base[i]``; infinite with a single seed."""
+    differences = [value - other for value, other in zip(values, base, strict=True)]
+    center, count = mean(differences), len(differences)
+    half = t.ppf(0.975, count - 1) * stdev(differences) / math.sqrt(count) if count > 1 else math.inf
+    return Result(mean(values), center, center - half, center + half)
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
@@ -28,106 +54,108 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     blocks["machine"] = re.sub(r"([\\`*_{}\[\]()#!|$~^:<>&])", r"\\\1", found["machine"])
     text = Path(__file__).with_name("page.md").read_text().format_map({**found, **blocks})
     path = folder / "results.md"
-    path.write_text("\n\n".join(map(wrapped, text.strip().split("\n\n"))) + "\n")
+    path.write_text("\n".join(map(wrapped, text.strip().splitlines())) + "\n")
     return path
 
 
-def wrapped(block: str) -> str:
+def wrapped(line: str) -> str:
     """Paragraphs and list items at 125 columns; tables, pictures and code as they are."""
-    if block.startswith(("|", "!", "#", "    ")):
-        return block
-    items, indent = (block.split("\n"), "  ") if block.startswith("- ") else ([block], "")
-    how = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(item, 125, **how) for item in items)
+    if line.startswith(("|", "!", "#", "    ")):
+        return line
+    how = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, 125, subsequent_indent="  " if line.startswith("- ") else "", **how)
 
 
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     """The tables and sentences of one question, and its picture."""
     blocks: list[str] = []
-    sides: tuple[list[Any], list[Any]] = ([], [])  # what the picture shows of accuracies, and of what has no unit
+    drawn: dict[str, Rows] = {"accuracy, points": {}, "equivariance and R²": {}}
     for comparison in PLAN["questions"][question]:
         groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
-        arms = {arm: name for arm, name in comparison["arms"].items() if any(arm in runs for runs in groups.values())}
-        if not arms:
+        arms = {"off": comparison["base"], **comparison["arms"]}
+        arms = {arm: name for arm, name in arms.items() if any(arm in runs for runs in groups.values())}
+        if len(arms) < 2:
             continue
-        rows = {group: measures(runs, ["off", *arms], TITLES.get(group, "")) for group, runs in groups.items()}
-        accuracies = {measure: row for first, _ in rows.values() for measure, row in first.items()}
-        blocks += ["Accuracy, %:", table(accuracies, comparison["base"], arms, 1)]
-        for group, (_, others) in rows.items():
-            if others:
-                where = f", {TITLES[group]}" if group in TITLES else ""
-                blocks += [f"What the features tell{where}:", table(others, comparison["base"], arms, 3)]
-        blocks.append("\n".join(f"- {sentence(accuracies, arm, name)}" for arm, name in arms.items()))
+        accuracy, tables, chosen = {}, [], []
+        for group, runs in groups.items():
+            title = TITLES.get(group, "")
+            accuracy |= by_measure(runs, arms, partial(accuracies, title))
+            if features := by_measure(runs, arms, told):
+                where = f", {title}" if title else ""
+                tables += [f"What the features tell{where}:", table(features, arms, 3)]
+                drawn["equivariance and R²"] |= {measure + where: row for measure, row in features.items()}
+            for arm, name in arms.items():
+                settings = next(iter(runs[arm].values()))["chosen"] if arm in runs else {}
+                chosen += [f"{title} {name}: {setting} {value:g}".strip() for setting, value in settings.items()]
+        drawn["accuracy, points"] |= accuracy
+        blocks += ["Accuracy, %:", table(accuracy, arms, 1), *tables]
+        blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != "off"))
         times = next((found["step_seconds"][group] for group in groups if group in found["step_seconds"]), {})
-        if ratios := [f"{name} {times[arm] / times['off']:.2f}" for arm, name in arms.items() if arm in times]:
+        if ratios := [f"{arms[arm]} {times[arm] / times['off']:.2f}" for arm in arms if arm in times and arm != "off"]:
             blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
-        chosen = []
-        for group, arm in ((group, arm) for group, runs in groups.items() for arm in arms if arm in runs):
-            for name, value in next(iter(groups[group][arm].values()))["chosen"].items():
-                chosen.append(f"{TITLES.get(group, '')} {arms[arm]}: {name} {value:g}".strip())
         if chosen:
             blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
-        for side, part in ((side, part) for pair in rows.values() for side, part in zip(sides, pair)):
-            for measure, row in part.items():
-                side += [(measure, name, paired(row[arm], row["off"])) for arm, name in arms.items() if arm in row]
     if not blocks:
         return "Not run."
-    draw(sides, folder / f"results-{question}.png")
+    draw({title: rows for title, rows in drawn.items() if rows}, folder / f"results-{question}.png")
     return "\n\n".join([f"![Paired differences and their 95% intervals](results-{question}.png)", *blocks])
 
 
-def measures(runs: dict[str, Any], arms: list[str], title: str) -> tuple[Rows, Rows]:
-    """Accuracies in percent, and what has no unit; only seeds that all arms have: differences are paired."""
-    accuracies: Rows = {}
-    others: Rows = {}
-    arms = [arm for arm in arms if arm in runs]
+def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
+    found = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
+    if "corrupted" in run:
+        found[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
+    return found
+
+
+def told(run: dict[str, Any]) -> dict[str, float]:
+    """What has no unit."""
+    r2 = {f"R², {kind}".replace("color", "colour"): value for kind, value in run.get("r2", {}).items()}
+    return {"equivariance": run["equivariance"], **r2} if r2 else {}
+
+
+def by_measure(runs: dict[str, Any], arms: dict[str, str], read: Callable[[Any], dict[str, float]]) -> Rows:
+    """What is read of each run; only seeds that all arms have: differences are paired."""
+    arms = {arm: name for arm, name in arms.items() if arm in runs}
     seeds = sorted(set.intersection(*(set(runs[arm]) for arm in arms)), key=int)
-    for arm, run in ((arm, runs[arm][seed]) for seed in seeds for arm in arms):
-        accuracy = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
-        if "corrupted" in run:
-            accuracy[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
-        told = {"equivariance": run["equivariance"]} if "equivariance" in run else {}
-        told |= {R2[kind]: value for kind, value in run.get("r2", {}).items()}
-        for rows, values in ((accuracies, accuracy), (others, told)):
-            for name, value in values.items():
-                rows.setdefault(name, {}).setdefault(arm, []).append(value)
-    return accuracies, others
+    rows: dict[str, dict[str, list[float]]] = {}
+    for arm, seed in product(arms, seeds):
+        for measure, value in read(runs[arm][seed]).items():
+            rows.setdefault(measure, {}).setdefault(arms[arm], []).append(value)
+    base = arms["off"]
+    return {measure: {name: paired(row[name], row[base]) for name in row} for measure, row in rows.items()}
 
 
-def table(rows: Rows, base: str, arms: dict[str, str], digits: int) -> str:
-    lines = [["", base, *arms.values()], ["---"] * (len(arms) + 2)]
-    for measure, row in rows.items():
-        cells = [cell(row[arm], row["off"], digits) if arm in row else "" for arm in arms]
-        lines.append([measure, number(mean(row["off"]), digits), *cells])
-    return markdown(lines)
+def table(rows: Rows, arms: dict[str, str], digits: int) -> str:
+    return markdown(["", *arms.values()], [[measure, *cells(row, arms, digits)] for measure, row in rows.items()])
 
 
 def corruption_table(runs: dict[str, Any]) -> str:
     """Accuracy under each kind of corruption, of the base and its regularized counterpart in groups that have it."""
-    head, cells = [""], {}
+    head, lines = [""], {}
     for group, arm, base, name in PLAN["corrupted"]:
         if {"off", arm} <= runs.get(group, {}).keys():
             head += [base, name]
-            off, on = (runs[group][one] for one in ("off", arm))
-            seeds = sorted(off.keys() & on.keys(), key=int)
-            for kind in off[seeds[0]]["corrupted"]:
-                values, others = ([arms[seed]["corrupted"][kind] for seed in seeds] for arms in (off, on))
-                cells.setdefault(kind, [kind.replace("_", " ")]).extend(
-                    [number(mean(values), 1), cell(others, values, 1)]
-                )
-    return markdown([head, ["---"] * len(head), *cells.values()]) if cells else "Not run."
+            arms = {"off": base, arm: name}
+            for kind, row in by_measure(runs[group], arms, itemgetter("corrupted")).items():
+                lines.setdefault(kind, [kind.replace("_", " ")]).extend(cells(row, arms, 1))
+    return markdown(head, lines.values()) if lines else "Not run."
 
 
-def markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def cell(values: list[float], base: list[float], digits: int) -> str:
-    """A mean, and in brackets the interval of its difference from the base; bold where that has no 0."""
-    difference = paired(values, base)
-    center, low, high = (number(value, digits, "+") for value in difference)
-    text = f"{number(mean(values), digits)} ({center}: {low} to {high})"
-    return text if difference.verdict == NOTHING else f"**{text}**"
+def cells(row: dict[str, Result], arms: dict[str, str], digits: int) -> list[str]:
+    """Means, and in brackets the interval of the difference from the base; bold where that has no 0."""
+    found = [number(row[arms["off"]].mean, digits)]
+    for result in (row.get(name) for arm, name in arms.items() if arm != "off"):
+        text = ""
+        if result:
+            difference, low, high = (number(value, digits, "+") for value in result[1:])
+            text = f"{number(result.mean, digits)} ({difference}: {low} to {high})"
+        found.append(text if not result or result.verdict == NOTHING else f"**{text}**")
+    return found
 
 
 def number(value: float, digits: int, sign: str = "") -> str:
@@ -135,38 +163,32 @@ def number(value: float, digits: int, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
-def sentence(rows: Rows, arm: str, name: str) -> str:
+def sentence(rows: Rows, name: str) -> str:
     """What the intervals of one arm's accuracies say, in words."""
-    told = [(paired(row[arm], row["off"]).verdict, measure) for measure, row in rows.items() if arm in row]
-    said = {verdict: "; ".join(measure for one, measure in told if one == verdict) for verdict in WORDS}
-    return f"**{name}**: {'. '.join(f'{WORDS[verdict]} {where}' for verdict, where in said.items() if where)}."
+    parts = []
+    for verdict in VERDICTS:
+        if where := [measure for measure, row in rows.items() if name in row and row[name].verdict == verdict]:
+            parts.append(f"{verdict} {'; '.join(where)}")
+    return f"**{name}**: {'. '.join(parts)}."
 
 
-def draw(sides: tuple[list[tuple[str, str, Difference]], ...], path: Path) -> None:
-    """Every paired difference with its interval: accuracies on the left, what has no unit on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    used = [side for side in sides if side]
-    names = list(dict.fromkeys(name for side in used for _, name, _ in side))
-    size = (6.5 * len(used), 1.6 + 0.26 * max(map(len, used)))
-    figure, grid = plt.subplots(1, len(used), figsize=size, squeeze=False, layout="constrained")
-    for axes, side, title in zip(grid[0], used, ("accuracy, points", "equivariance and R²")):
-        place, ticks = 0.0, {}
-        for measure, name, difference in side:
-            place += 1.0 if measure in ticks else 1.7
-            ticks.setdefault(measure, []).append(place)
-            color = f"C{names.index(name)}"
-            axes.plot([difference.low, difference.high], [place, place], color=color, linewidth=2)
-            axes.plot(difference.mean, place, "o", color=color, markersize=5)
+def draw(sides: dict[str, Rows], path: Path) -> None:
+    """Every paired difference with its interval, each side in a diagram of its own."""
+    names = list(dict.fromkeys(name for rows in sides.values() for row in rows.values() for name in list(row)[1:]))
+    results = max(sum(map(len, rows.values())) for rows in sides.values())
+    figure = Figure((6.5 * len(sides), 1.6 + 0.22 * results), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items()):
+        for color, name in enumerate(names):
+            for place, row in enumerate(rows.values()):
+                if name in row:  # its place among the arms of this measure
+                    y = place + list(row).index(name) / len(row) - 0.5
+                    _, center, low, high = row[name]
+                    axes.plot([low, center, high], [y] * 3, f"C{color}o-", markevery=[1], linewidth=2, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks([mean(places) for places in ticks.values()], ticks, fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(f"difference from the base: {title}", fontsize=10)
-    handles = [plt.Line2D([], [], color=f"C{i}", marker="o", label=name) for i, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), fontsize=8)
+    lines = [Line2D([], [], color=f"C{color}", marker="o", label=name) for color, name in enumerate(names)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -1,9 +1,8 @@
 """The self-supervised base methods, on lightly's heads and losses, and the one line that each regularizer adds to its.
 
-Each objective takes a batch of uint8 pixels, makes its views on the device, and returns the loss and its parts.
+Each objective takes a batch of uint8 pixels, makes its views on the device, and returns the loss. What is measured is
+its ``backbone``, which gives features [B, D] of pixels, and in this the ``layer`` of its ``network``.
 """
-
-from __future__ import annotations
 
 import copy
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from evidence.datasets import Images, folders
 from evidence.experiments import Settings
 from evidence.measures import measure
-from evidence.networks import NORMALIZE, Encoder, create, encode
+from evidence.networks import NORMALIZE, create, encode
 from evidence.views import Colors, crops
 from lightly.loss import VICRegLoss
 from lightly.models.modules import heads
@@ -33,48 +32,43 @@ from equireg import (
     split_batch,
 )
 
-Result = tuple[Tensor, dict[str, Tensor]]
-
 
 class MoCoV3(nn.Module):
     """Chen, Xie and He, 2021; where ``equivariant``, a part of the batch is seen by group elements, for SER."""
 
     def __init__(self, s: Settings, samples: int):
         super().__init__()
-        self.s, vit = s, create(s)
-        self.backbone = LateClassToken(vit, s["layer"] if s["equivariant"] else 0)
-        self.projection = heads.MoCoProjectionHead(vit.embed_dim, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
+        self.s, self.network, self.layer = s, create(s), f"blocks.{s['layer'] - 1}"
+        width = self.network.embed_dim
+        self.late = LateClassToken(self.network, s["layer"] if s["equivariant"] else 0)
+        self.backbone = nn.Sequential(NORMALIZE, self.late)
+        self.projection = heads.MoCoProjectionHead(width, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
         self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
-        self.teacher = copy.deepcopy(nn.ModuleList([self.backbone, self.projection])).requires_grad_(False)
-        self.ser = SERLoss(vit.embed_dim, token_norm=True)
+        self.teacher = copy.deepcopy(nn.ModuleList([self.late, self.projection])).requires_grad_(False)
+        self.ser = SERLoss(width, token_norm=True)
         self.colors = [Colors(0.2, blur=1.0), Colors(0.2, blur=0.1, solarize=0.2)]
         self.views = EquivariantViews(s["image_size"], s["patch_size"], photometric=nn.Identity())
 
-    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
-        size = self.s["image_size"]
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
         b1, b2 = split_batch(pixels / 255, self.s["ratio"] if self.s["equivariant"] else 0.0)
-        views = [[crops(b1, size, self.s["crop_scale"])] for _ in range(2)]
+        views = [[crops(b1, self.s["image_size"], self.s["crop_scale"])] for _ in range(2)]
         if len(b2):
             x1, x2, g1, g2 = self.views(b2)
             views = [[*views[0], x1], [*views[1], x2]]
         views = [[NORMALIZE(color(part)) for part in parts] for color, parts in zip(self.colors, views)]
-        found = [[self.backbone(part, return_tokens=True) for part in parts] for parts in views]
+        found = [[self.late(part, return_tokens=True) for part in parts] for parts in views]
         # One base loss over both parts of the batch, whose views differ in size.
         queries = [self.prediction(self.projection(torch.cat([f for f, _ in parts]))) for parts in found]
+        momentum = cosine(round(1e6 * progress), 10**6, self.s["momentum"], 1.0)
+        for student, teacher in zip((self.late, self.projection), self.teacher):
+            update_momentum(student, teacher, momentum)
         with torch.no_grad():
             backbone, projection = self.teacher
-            momentum = cosine(round(1e6 * progress), 10**6, self.s["momentum"], 1.0)
-            update_momentum(self.backbone, backbone, momentum)
-            update_momentum(self.projection, projection, momentum)
             keys = [projection(torch.cat([backbone(part) for part in parts])) for parts in views]
         loss = contrast(queries[0], keys[1]) + contrast(queries[1], keys[0])
         if not len(b2):
             return loss, {}
-        equivariance = self.ser(found[0][1][1], found[1][1][1], g1, g2)
-        return loss + self.s["weight"] * equivariance, {"equivariance": equivariance.detach()}
-
-    def encoder(self) -> Encoder:
-        return Encoder(nn.Sequential(NORMALIZE, self.backbone), self.backbone.vit, f"blocks.{self.s['layer'] - 1}")
+        return loss + self.s["weight"] * self.ser(found[0][1][1], found[1][1][1], g1, g2), {}
 
 
 def contrast(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
@@ -87,34 +81,28 @@ class VICReg(nn.Module):
 
     def __init__(self, s: Settings, samples: int):
         super().__init__()
-        self.s, self.vit = s, create(s)
-        size, num_images, width = s["image_size"], s["images"], self.vit.embed_dim
-        self.views = IntermediateViews(
-            "all", num_intermediate=num_images or 1, reconstruct="se2", sigma=(0.1, size / 32)
-        )
-        if num_images:
-            shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": num_images}
+        self.s, self.network, size, images = s, create(s), s["image_size"], s["images"]
+        self.backbone, self.layer = nn.Sequential(NORMALIZE, self.network), f"blocks.{len(self.network.blocks) - 1}"
+        self.views = IntermediateViews("all", num_intermediate=images or 1, reconstruct="se2", sigma=(0.1, size / 32))
+        width = self.network.embed_dim
+        if images:
+            shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": images}
             self.head = IntermediateReconstructionHead(width, **shape, mean=NORMALIZE.mean, std=NORMALIZE.std)
             width -= self.head.equivariant_dim
         self.projection = heads.VICRegProjectionHead(width, s["hidden_dim"], s["hidden_dim"])
         # Its 25 : 25 : 1, on a scale where a regularizer of weight 1 counts; Adam does not mind.
         self.loss = VICRegLoss(lambda_param=1.0, mu_param=1.0, nu_param=0.04)
 
-    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
         first = crops(pixels / 255, self.s["image_size"], self.s["crop_scale"])
         second, targets, _ = self.views(first)
-        tokens = [
-            self.vit.forward_features(NORMALIZE(view))[:, self.vit.num_prefix_tokens :] for view in (first, second)
-        ]
-        parts = [self.head.split(part) if self.s["images"] else (part, None) for part in tokens]
-        loss = self.loss(*(self.projection(invariant.mean(1)) for invariant, _ in parts))
+        prefix = self.network.num_prefix_tokens
+        tokens = [self.network.forward_features(NORMALIZE(view))[:, prefix:] for view in (first, second)]
         if not self.s["images"]:
-            return loss, {}
-        reconstruction = self.head(*(equivariant for _, equivariant in parts), targets)
-        return loss + self.s["weight"] * reconstruction, {"reconstruction": reconstruction.detach()}
-
-    def encoder(self) -> Encoder:
-        return Encoder(nn.Sequential(NORMALIZE, self.vit), self.vit, f"blocks.{len(self.vit.blocks) - 1}")
+            return self.loss(*(self.projection(part.mean(1)) for part in tokens)), {}
+        invariant, equivariant = zip(*map(self.head.split, tokens))
+        loss = self.loss(*(self.projection(part.mean(1)) for part in invariant))
+        return loss + self.s["weight"] * self.head(*equivariant, targets), {}
 
 
 class SimCLR(nn.Module):
@@ -122,7 +110,7 @@ class SimCLR(nn.Module):
 
     def __init__(self, s: Settings, samples: int):
         super().__init__()
-        self.s, self.network = s, create(s)
+        self.s, self.network, self.layer = s, create(s), "layer2"
         self.backbone = nn.Sequential(NORMALIZE, self.network)
         self.projection = heads.SimCLRProjectionHead(self.network.num_features, s["hidden_dim"], 128)
         self.partitions = PartitionUpdater(samples)
@@ -133,7 +121,7 @@ class SimCLR(nn.Module):
         view = self.colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
         return self.projection(self.backbone(view)).float()
 
-    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> Result:
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
         return self.loss(self.embed(pixels / 255), self.embed(pixels / 255), indices), {}
 
     def before_epoch(self, epoch: int, images: Images) -> None:
@@ -147,9 +135,6 @@ class SimCLR(nn.Module):
             self.eval()
             self.partitions.update(*(encode(self.embed, images.pixels) for _ in range(2)), progress=False)
 
-    def encoder(self) -> Encoder:
-        return Encoder(self.backbone, self.network, "layer2")
-
 
 METHODS = {"mocov3": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}
 
@@ -162,7 +147,6 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
 
 
 def results(objective: nn.Module, s: Settings, data: Path, folder: Path, split: str, seed: int) -> dict[str, Any]:
-    """The measures of the encoder, which is saved as ``encoder.pt``."""
-    encoder = objective.eval().encoder()
-    torch.save(encoder.model.state_dict(), folder / "encoder.pt")
-    return measure(encoder, s, data, split, seed)
+    """The measures of the backbone, whose network is saved as ``encoder.pt``."""
+    torch.save(objective.eval().network.state_dict(), folder / "encoder.pt")
+    return measure(objective, s, data, split, seed)

@@ -1,7 +1,5 @@
 """Trains what is planned, several runs at once, and goes on where it was stopped: a finished run is a file."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing
@@ -22,8 +20,6 @@ KINDS = {"pretraining": pretraining, "classification": classification}
 
 
 class Place(NamedTuple):
-    """Where images and runs are, and how large everything is."""
-
     scale: str
     data: Path
     runs: Path
@@ -45,14 +41,10 @@ class Job(NamedTuple):
         return self.place.runs / self.group / f"{self.arm}{value}" / str(self.seed)
 
     def settings(self) -> Settings:
-        return json.loads(json.dumps(settings_of(self.place.scale, self.group, self.arm, self.chosen)))
+        return settings_of(self.place.scale, self.group, self.arm, self.chosen)
 
     def found(self) -> dict[str, Any] | None:
-        """The results, if it is finished.
-
-        Raises:
-            ValueError: it was run with other settings.
-        """
+        """The results, if it is finished; ValueError if it was run with other settings."""
         path = self.folder / "found.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found and (changed := differences(found["settings"], self.settings())):
@@ -83,17 +75,20 @@ def run_all(place: Place, groups: list[str], processes: int) -> None:
     first = [group for group in groups if not GROUPS[group]["settings"].get("encoder")]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for part in (first, [group for group in groups if group not in first]):
-            finish(pool, [job for group in part for job in tuning(place, group)], "on validation images")
-            finish(pool, [job for group in part for job in final(place, group)], "on test images")
+            for jobs, title in ((tuning, "on validation images"), (final, "on test images")):
+                finish(pool, [job for group in part for job in jobs(place, group)], title)
 
 
 def tuning(place: Place, group: str) -> list[Job]:
     """One run for each value of a setting; and the encoder that others start from."""
-    jobs = []
-    for arm in GROUPS[group]["arms"]:
-        values = tried(group, arm) or ([{}] if (group, arm) == PRETRAINED else [])
-        jobs += [Job(place, group, arm, TUNING_SEED, "val", chosen) for chosen in values]
-    return jobs
+    arms = {arm: tried(group, arm) or [{}] * ((group, arm) == PRETRAINED) for arm in GROUPS[group]["arms"]}
+    return [Job(place, group, arm, TUNING_SEED, "val", chosen) for arm, values in arms.items() for chosen in values]
+
+
+def final(place: Place, group: str) -> list[Job]:
+    """Every arm with every seed, with the settings that were chosen for it."""
+    chosen, seeds = choose(place, group), range(seeds_of(place.scale))
+    return [Job(place, group, arm, seed, "test", chosen[arm]) for seed in seeds for arm in GROUPS[group]["arms"]]
 
 
 def choose(place: Place, group: str) -> dict[str, Settings]:
@@ -107,22 +102,14 @@ def choose(place: Place, group: str) -> dict[str, Settings]:
     return {arm: best.get(own.get("like", arm), (0.0, {}))[1] for arm, own in GROUPS[group]["arms"].items()}
 
 
-def final(place: Place, group: str) -> list[Job]:
-    """Every arm with every seed, with the settings that were chosen for it."""
-    chosen, seeds = choose(place, group), range(seeds_of(place.scale))
-    return [Job(place, group, arm, seed, "test", chosen[arm]) for seed in seeds for arm in GROUPS[group]["arms"]]
-
-
 def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
     """All of them, under a bar; a run that fails is told, and the others go on."""
     waiting = {pool.submit(execute, job): job for job in jobs if not job.found()}
     failed = 0
-    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=title, unit="run") as bar:
-        for future in as_completed(waiting):
-            bar.update()
-            if error := future.exception():
-                failed += 1
-                tqdm.write(f"{waiting[future].folder}: {type(error).__name__}: {error}")
+    for future in tqdm(as_completed(waiting), title, len(jobs), unit="run", initial=len(jobs) - len(waiting)):
+        if error := future.exception():
+            failed += 1
+            tqdm.write(f"{waiting[future].folder}: {type(error).__name__}: {error}")
     if failed:
         raise ValueError(f"{failed} of {len(jobs)} runs failed; the others are kept, and a new start repeats these")
 
@@ -132,7 +119,6 @@ def collect(place: Place) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group in GROUPS:
         jobs = final(place, group) if all(job.found() for job in tuning(place, group)) else []
-        if jobs and all(job.found() for job in jobs):
-            for job in jobs:
-                found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = job.found()
+        for job in jobs if all(job.found() for job in jobs) else ():
+            found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = job.found()
     return found

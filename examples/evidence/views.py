@@ -1,7 +1,5 @@
 """Augmentation of a whole batch at once, each image by parameters of its own."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
