@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from equireg.eqinv.context_weights import auto_sharpness, shape_of
+from equireg.eqinv.context_weights import auto_sharpness, chance_kurtosis, shape_of
 
 __all__ = ["EnvironmentsReport"]
 
@@ -42,8 +42,10 @@ class EnvironmentsReport:
 
     @property
     def looks_biased(self) -> Tensor:
-        """Of each class, bool: an excess kurtosis above 1."""
-        return self.excess_kurtosis > 1
+        """Whether a class looks biased, bool [C]: its excess kurtosis is beyond chance by 1 and by two standard errors."""
+        error = 2 * (24 / self.size.clamp(min=1)).sqrt()
+        chance = chance_kurtosis(int((self.size > 0).sum()) - 1)
+        return self.excess_kurtosis - chance > error.clamp(min=1)
 
     def __str__(self) -> str:
         """The classes by falling kurtosis, twenty at most, each with its three most frequent contexts."""

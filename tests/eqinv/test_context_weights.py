@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from equireg import Environments
 from equireg._checks import Arguments
 from equireg.eqinv import adjusted_similarity as module
-from equireg.eqinv.context_weights import shape_of, standardized
+from equireg.eqinv.context_weights import chance_kurtosis, shape_of, standardized
 from equireg.eqinv.whitening import whitened
 from tests import references
 
@@ -119,6 +119,22 @@ def test_shape_is_that_of_known_distributions():
     torch.testing.assert_close(shape.skewness, torch.tensor([0.0, 0.0, 2.0]).double(), atol=0.2, rtol=0)
     few = shape_of(torch.randn(3).double(), torch.zeros(3).long(), 2)
     assert few.excess_kurtosis.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("others", [1, 2, 10, 100])
+def test_chance_is_that_of_drawn_numbers(others):
+    largest = torch.randn(200_000, others, generator=torch.Generator().manual_seed(0)).amax(1)
+    z = standardized(largest, torch.zeros(len(largest)).long(), 1)
+    drawn = shape_of(z, torch.zeros(len(z)).long(), 1).excess_kurtosis[0]
+    assert chance_kurtosis(others) == pytest.approx(float(drawn), abs=0.06)
+
+
+@pytest.mark.parametrize(("classes", "width"), [(4, 16), (10, 64), (50, 64)])
+def test_auto_is_next_to_nothing_without_a_bias(classes, width):
+    features = torch.randn(60 * classes, width, generator=torch.Generator().manual_seed(1))
+    report = Environments.split(features, torch.arange(60 * classes) % classes).report()
+    assert report.sharpness < 0.1
+    assert report.looks_biased.float().mean() < 0.2
 
 
 def test_report_tells_a_biased_class():
