@@ -102,7 +102,7 @@ def test_the_gradient_is_clipped(tmp_path):
     objective = Plain()
     before = objective.linear.weight.detach().clone(), objective.linear.bias.detach().clone()
     optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
-    one = {"learning_rate": lambda step, steps: 1.0, "epochs": None, "steps": 1}
+    one = {"learning_rate": lambda step, steps: 1.0, "batch_size": SAMPLES, "epochs": 1}
     run(tmp_path, objective, exact, optimizer=optimizer, max_norm=0.25, **one)
     moved = [(old - new).flatten() for old, new in zip(before, objective.parameters())]
     assert float(torch.cat(moved).detach().norm()) == pytest.approx(0.25, rel=1e-4)
@@ -125,7 +125,7 @@ def in_one_of_two(rank, folder):
     training.seed_everything(0)
     objective = Plain()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
-    run(Path(folder), objective, exact, optimizer=optimizer, steps=4, epochs=None)
+    run(Path(folder), objective, exact, optimizer=optimizer, epochs=1)
     middle = [p.tolist() for p in objective.parameters()]
     training.seed_everything(0)
     objective, broken = Plain(), [3]
@@ -146,7 +146,7 @@ def test_two_processes_are_one(tmp_path):
     training.seed_everything(0)
     objective = Plain()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
-    run(tmp_path / "one", objective, exact, optimizer=optimizer, steps=4, epochs=None)
+    run(tmp_path / "one", objective, exact, optimizer=optimizer, epochs=1)
     for ours, theirs in zip(objective.parameters(), found[0][1]):
         torch.testing.assert_close(ours, torch.tensor(theirs))
     log = training.read_log(tmp_path / "two" / "nan")
@@ -166,7 +166,7 @@ def test_killed_at_twenty_moments(tmp_path):
     assert result.stdout == "killed 20 times\n"
 
 
-@pytest.mark.parametrize("call", [1, 3, 5, 9])  # the others are of folders
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
 def test_a_full_disk(call, whole, tmp_path, monkeypatch):
     """At the first, second ... file that is written: the error names it, and the checkpoint before it is good."""
     fsync, calls = os.fsync, []

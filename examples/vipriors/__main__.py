@@ -15,8 +15,6 @@ Each is a command too: vipriors finetune --epochs 10; for all the flags carry th
 goes on with --resume. Several processes: accelerate launch, or torchrun. To take it elsewhere, copy this folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -33,8 +31,8 @@ from vipriors import distillation, environments, finetune, images, presets, pret
 from vipriors.run_folder import save_json
 from vipriors.training import TrainingError
 
-MODULES = (pretrain, environments, finetune, distillation, test_time)
-STEPS = dict(zip(("pretrain", "environments", "finetune", "distill", "test"), MODULES))
+STEPS = {"pretrain": pretrain, "environments": environments, "finetune": finetune, "distill": distillation}
+STEPS["test"] = test_time
 BF16 = torch.cuda.is_available() or (
     torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
@@ -50,7 +48,6 @@ SHARED: dict[str, tuple[Any, ...]] = {
     "late_class_token": (0, "blocks of a vision transformer before its class token"),
     "shots": (0, "labelled images of each class, the first ones; 0: all"),
     "mixed_precision": ("bf16" if BF16 else "no", "of all trainings", ("no", "bf16", "fp16")),
-    "resume": (False, "go on from the last checkpoint; leave out the steps that are done"),
     "seed": (0, "of weights, batches and augmentations"),
     "workers": (0, "processes that load and augment images"),
 }
@@ -81,19 +78,12 @@ def options_of(command: str, arguments: list[str]) -> dict[str, Namespace]:
     def add(title: str, step: str, options: dict[str, tuple[Any, ...]], before: str = "") -> None:
         values, group = presets.values(step=step, **known), parser.add_argument_group(title)
         for name, (own, text, *choices) in options.items():
-            flag, kind = f"--{before}{name}".replace("_", "-"), positive if type(own) is int and own else type(own)
-            if own is False:
-                group.add_argument(flag, action="store_true", help=text)
-                continue
-            group.add_argument(
-                flag,
-                type=Path if own is None else kind,
-                default=values.get(name, own),
-                choices=choices[0] if choices else None,
-                required=name == "data",
-                help=f"{text} (default: %(default)s)",
-            )
+            kind = Path if own is None else positive if type(own) is int and own else type(own)
+            how = {"type": kind, "default": values.get(name, own), "choices": choices[0] if choices else None}
+            flag, text = f"--{before}{name}".replace("_", "-"), f"{text} (default: %(default)s)"
+            group.add_argument(flag, help=text, required=name == "data", **how)
 
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint; leave out done steps")
     if command == "all":
         parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="leave out optional ones")
     add("all steps", "all", SHARED)
@@ -101,10 +91,13 @@ def options_of(command: str, arguments: list[str]) -> dict[str, Namespace]:
         add(step, step, flags[step], prefix[step])
     given = vars(parser.parse_args(arguments))
     given["out"] = given["out"] or Path("runs") / given["preset"]
+    root = given["data"] = given["data"].absolute()
+    if not (root / "train").is_dir() and (root / "imagenet_50").is_dir():  # as the challenge's script leaves it
+        given["data"] = root / "imagenet_50"
     found = {}
     for step in given.get("steps", prefix):
         own = {name: given[f"{prefix[step]}{name}"] for name in flags[step]}
-        found[step] = Namespace(**{name: given[name] for name in SHARED}, **own)
+        found[step] = Namespace(**{name: given[name] for name in (*SHARED, "resume")}, **own)
         getattr(STEPS[step], "check", lambda options: None)(found[step])
         for split in ("train", *images.measured(found[step])):
             images.read(found[step], split)

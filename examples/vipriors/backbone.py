@@ -1,7 +1,5 @@
 """The network of all steps: a timm ResNet or vision transformer, for images of the recipe's size."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from functools import partial
 from pathlib import Path

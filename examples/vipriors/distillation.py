@@ -3,8 +3,6 @@
 loss = criterion(student(images), teacher(images), labels)
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,7 +16,7 @@ from torchvision.transforms import v2
 from equireg import ContrastiveDistillation, DistillationLoss, FeatureDistillation, ImageFiles, OverhaulDistillation
 from vipriors.backbone import create, encoder_of, is_vit
 from vipriors.finetune import fine_tuned
-from vipriors.images import NORMALIZE, TO_TENSOR, crop, names_hash, read, whole
+from vipriors.images import Augmented, names_hash, read, whole
 from vipriors.run_folder import fit, hash_of, once, save, warm_cosine
 from vipriors.test_time import measure
 from vipriors.training import seed_everything
@@ -83,18 +81,6 @@ class Student(nn.Module):
         return loss, parts
 
 
-class Augmented:
-    """Makes a batch: crops, flips, RandAugment and random erasing (IP-IRM, Section 4.2)."""
-
-    def __init__(self, options: Namespace, images: ImageFiles):
-        self.images = images
-        self.policy = v2.Compose([*crop(options), v2.RandAugment(), *TO_TENSOR, NORMALIZE, v2.RandomErasing(p=0.25)])
-
-    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        views = torch.stack([self.policy(self.images[index][0]) for index in indices])
-        return views, self.images.labels[indices], torch.tensor(indices)
-
-
 def run(options: Namespace) -> dict[str, Any]:
     """``model.pt`` and ``predictions.pt``; accuracies of one view and of ten crops, in percent."""
     images, encoder = read(options, "train"), encoder_of(options)
@@ -103,9 +89,11 @@ def run(options: Namespace) -> dict[str, Any]:
 
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seed_everything(options.seed)
+        # RandAugment and random erasing: IP-IRM, Section 4.2.
+        batches = Augmented(options, images, before=[v2.RandAugment()], after=[v2.RandomErasing(p=0.25)])
         model = create(options, encoder, len(images.classes))
         student = Student(options.method, model, teacher, images, whole(options))
-        if not fit(options, folder, settings, student, Augmented(options, images), warm_cosine(options)):
+        if not fit(options, folder, settings, student, batches, warm_cosine(options)):
             return {}
         save(folder / "model.pt", model.state_dict())
         return measure(model, options, folder)

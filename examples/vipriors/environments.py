@@ -4,8 +4,6 @@ For each class, the half of the other images that resembles it most for reasons 
 the rest is Env#2 (EqInv, Section 4). The sheet shows the images of some classes that weigh most, and least.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ at 80% of the epochs (Wang et al., ECCV 2022, Sections 4 and 5.2). A vision tran
 that is lower for earlier blocks (supplementary B).
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +17,10 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torchvision.transforms import v2
 
-from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles
+from equireg import ClassWiseIRM, Environments, FeatureMask
 from vipriors.backbone import accuracy, create, encoder_of, frozen_features, is_vit
-from vipriors.images import NORMALIZE, TO_TENSOR, crop, measured, names_hash, read
+from vipriors.images import Augmented, measured, names_hash, read
 from vipriors.run_folder import fit, hash_of, load, made_with, once, save, warm_cosine
 from vipriors.training import TrainingError, seed_everything
 
@@ -65,18 +62,6 @@ class Objective(nn.Module):
             parts["irm"] = self.irm(f, labels, None if self.irm.environments is None else indices)
             loss = loss + parts["irm"]
         return loss, parts
-
-
-class TwoCrops:
-    """Makes a batch: two crops of each image, one after the other, with its label and its place in the dataset."""
-
-    def __init__(self, options: Namespace, images: ImageFiles):
-        self.images, self.policy = images, v2.Compose([*crop(options), *TO_TENSOR, NORMALIZE])
-
-    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        pictures = [self.images[index][0] for index in indices]
-        views = torch.stack([self.policy(picture) for _ in range(2) for picture in pictures])
-        return views, self.images.labels[indices].repeat(2), torch.tensor(indices).repeat(2)
 
 
 def fine_tuned(options: Namespace, num_classes: int) -> nn.Module:
@@ -122,12 +107,12 @@ def run(options: Namespace) -> dict[str, Any]:
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seed_everything(options.seed)
         objective = Objective(options, len(images.classes), encoder, environments)
-        vit, batches = is_vit(options.model), TwoCrops(options, images)
+        vit, batches = is_vit(options.model), Augmented(options, images, views=2)
         rate, optimizer = (warm_cosine if vit else steps_down)(options), by_layers(objective, options) if vit else None
         if not fit(options, folder, settings, objective, batches, rate, optimizer=optimizer):
             return {}
         save(folder / "model.pt", objective.model.state_dict())
-        splits = {split: read(options, split) for split in measured(options)}
-        return {name: accuracy(*frozen_features(objective.model, part, options)) for name, part in splits.items()}
+        model, splits = objective.model, measured(options)
+        return {split: accuracy(*frozen_features(model, read(options, split), options)) for split in splits}
 
     return once(options, "finetune", made_of, work)

@@ -1,7 +1,5 @@
 """The images of the recipe, and how they become tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from argparse import Namespace
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
@@ -20,7 +19,7 @@ TO_TENSOR, NORMALIZE = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)], v2
 
 def read(options: Namespace, split: str) -> ImageFiles:
     """The images of ``train`` (as few of each class as asked for), ``val`` or ``test``."""
-    images = read_split(_root(options), split)
+    images = read_split(options.data, split)
     return k_shot(images, options.shots) if split == "train" and options.shots else images
 
 
@@ -44,18 +43,12 @@ def read_split(root: Path, split: str) -> ImageFiles:
 
 def measured(options: Namespace) -> tuple[str, ...]:
     """The splits that accuracies are about: ``val``, and ``test`` where it is there."""
-    return ("val", "test") if any((_root(options) / name).is_dir() for name in ("test", "testgt")) else ("val",)
+    return ("val", "test") if any((options.data / name).is_dir() for name in ("test", "testgt")) else ("val",)
 
 
 def labelled(options: Namespace) -> str:
     """The last of these that has labels."""
     return next(split for split in reversed(measured(options)) if (read(options, split).labels >= 0).all())
-
-
-def _root(options: Namespace) -> Path:
-    root = options.data.absolute()
-    inner = root / "imagenet_50"  # as the challenge's script leaves it
-    return inner if inner.is_dir() and not (root / "train").is_dir() else root
 
 
 def names_hash(*parts: ImageFiles) -> str:
@@ -74,3 +67,16 @@ def crop(options: Namespace) -> list[Any]:
     """The first steps of every augmentation."""
     resized = v2.RandomResizedCrop(options.image_size, scale=(options.crop_scale, 1.0), interpolation=3)
     return [resized, v2.RandomHorizontalFlip()]
+
+
+class Augmented:
+    """Makes a batch: some ``views`` of each image, with its label and its place in the dataset."""
+
+    def __init__(self, options: Namespace, images: ImageFiles, views: int = 1, before: Any = (), after: Any = ()):
+        self.images, self.views = images, views
+        self.policy = v2.Compose([*crop(options), *before, *TO_TENSOR, NORMALIZE, *after])
+
+    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        pictures = [self.images[index][0] for index in indices]
+        views = torch.stack([self.policy(picture) for _ in range(self.views) for picture in pictures])
+        return views, self.images.labels[indices].repeat(self.views), torch.tensor(indices).repeat(self.views)

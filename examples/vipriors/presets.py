@@ -3,8 +3,6 @@
 The number is that of labelled images in each class. Flags change the parts of a preset.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from vipriors.backbone import is_vit

@@ -9,8 +9,6 @@ ResNet's stage, or of the blocks of a vision transformer that come before its cl
 view is transformed into a third one, as the second is a crop of its own; the method has the other half of the features.
 """
 
-from __future__ import annotations
-
 import copy
 from argparse import Namespace
 from pathlib import Path
@@ -43,11 +41,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "reconstruction": (0.0, "its weight, 1 in its paper; 0: without"),
     "optimizer": ("adamw", "optimizer", ("adamw", "sgd")),
 }
-LAYER, STRIDE, LAST_STRIDE = (
-    "layer2",
-    8,
-    32,
-)  # the stage of a ResNet that SER reads; pixels per place, there and at last
+LAYER = "layer2"  # of a ResNet, whose map SER reads
+STRIDES = {LAYER: 8, "layer4": 32}
 Turned = tuple[Tensor, Tensor, Tensor, equireg.GridTransform, equireg.GridTransform]
 
 
@@ -74,7 +69,7 @@ class Views(Dataset):
         blur = [v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)], p=0.5)] if size >= 64 else []
         self.policy = v2.Compose([*crop(options), jitter, v2.RandomGrayscale(0.2), *blur, *TO_TENSOR, NORMALIZE])
         self.pixels = v2.Compose(whole(options).transforms[:-1])  # in 0 .. 1
-        stride = options.patch_size if is_vit(options.model) else STRIDE
+        stride = options.patch_size if is_vit(options.model) else STRIDES[LAYER]
         self.turned = equireg.EquivariantViews(size, stride) if options.ser else None
 
     def __len__(self) -> int:
@@ -125,7 +120,7 @@ class Objective(nn.Module):
         self.reconstruct, width = None, net.num_features
         if options.reconstruction:
             self.views = equireg.IntermediateViews("all", reconstruct="se2")
-            size = {"image_size": options.image_size, "patch_size": options.patch_size if vit else LAST_STRIDE}
+            size = {"image_size": options.image_size, "patch_size": options.patch_size if vit else STRIDES["layer4"]}
             self.reconstruct = equireg.IntermediateReconstructionHead(width, **size, mean=MEAN, std=STD)
             width -= self.reconstruct.equivariant_dim
         self.encoder = Encoder(net, early, "norm" if vit else "layer4", width)

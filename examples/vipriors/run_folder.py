@@ -1,7 +1,5 @@
 """The folder of a step: made once, with its options, results, tensors and curves; and its training."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -19,8 +17,7 @@ from torch import nn
 from vipriors.training import TrainingError, cosine, differences, read_log, train, write_file
 
 OPTIONS, RESULTS = "options.json", "results.json"
-# How a step is run, not what it computes: these may change on the way.
-NOT_IN_THE_RESULT = ("resume", "workers")
+NOT_IN_THE_RESULT = ("resume", "workers", "data", "out", "encoder")  # how a step is run; these may change on the way
 Results = dict[str, Any]
 
 
@@ -31,8 +28,7 @@ def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, 
     the folder was made with others, a TrainingError names them.
     """
     folder, main = options.out / step, PartialState().is_main_process
-    counting = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_RESULT}
-    settings = {name: value for name, value in counting.items() if not isinstance(value, Path)} | made_of
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_RESULT} | made_of
     if options.resume and (folder / OPTIONS).exists():
         if changed := differences(json.loads((folder / OPTIONS).read_text()), settings):
             raise TrainingError(f"{folder} was made with other settings: {changed}; without --resume it is made anew")
@@ -104,10 +100,9 @@ def made_with(folder: Path, name: str) -> Any:
 
 def draw_curves(folder: Path) -> None:
     """``curves.png``: every part of the loss, and the learning rate."""
-    log = [row for row in read_log(folder) if "loss" in row]
-    curves = [name for name in log[0] if name != "step"] if log else []
-    if not curves:
+    if not (log := [row for row in read_log(folder) if "loss" in row]):
         return
+    curves = [name for name in log[0] if name != "step"]
     figure = Figure(figsize=(3 * len(curves), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves):
         axes.plot([row["step"] for row in log], [row[name] for row in log], linewidth=0.7)

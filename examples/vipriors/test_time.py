@@ -1,7 +1,5 @@
 """The last step: what merging the predictions of flips, crops and models adds, and the challenge's submission file."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -27,15 +25,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {}
 def measure(model: nn.Module, options: Namespace, folder: Path) -> dict[str, Any]:
     """Accuracies of one view and of ten crops, and the predictions and labels in ``predictions.pt``."""
     saved: dict[str, Tensor] = {}
-    found: dict[str, Any] = {}
     for split in measured(options):
         images = read(options, split)
         logits, saved[split] = frozen_features(model, images, options)
         saved[f"{split} plain"] = logits.softmax(1)
         saved[f"{split} ten"], _ = frozen_features(model, images, options, "ten")
-        found |= {f"{split} {crops}": accuracy(saved[f"{split} {crops}"], images.labels) for crops in ("plain", "ten")}
     save(folder / "predictions.pt", saved)
-    return found
+    return {name: accuracy(scores, saved[name.split()[0]]) for name, scores in saved.items() if " " in name}
 
 
 def ensembles(folders: list[Path], on: str) -> dict[str, float | None]:
@@ -60,11 +56,7 @@ def submission(path: Path, images: ImageFiles, probabilities: Tensor) -> None:
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """``predictions.pt``, ``submission.csv`` where there are test images, and accuracies where there are labels.
-
-    They are of one view, flips and crops of the fine-tuned model, and of its ensemble with its student where that is
-    there, with weights that are fitted on validation images.
-    """
+    """``predictions.pt``, ``submission.csv``, and accuracies of crops, and of the ensemble with a student, if there."""
     model = fine_tuned(options, len(read(options, "train").classes))
     student, on = options.out / "distill", labelled(options)
     made_of = {"model": hash_of(options.out / "finetune" / "model.pt"), "student": None}
