@@ -11,6 +11,7 @@ view is transformed into a third one, as the second is a crop of its own; the me
 
 import copy
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,7 @@ def unlabelled(options: Namespace) -> equireg.ImageFiles:
 
 
 class Views(Dataset):
-    """Makes a batch: two views of most images, and of the rest two that known elements turn, flip and stretch.
-
-    As a dataset, ((view, view), label) of each image.
-    """
+    """Makes a batch: two views of most images, and of the rest two that known elements turn, flip and stretch."""
 
     def __init__(self, options: Namespace, images: equireg.ImageFiles):
         self.options, self.images, size = options, images, options.image_size
@@ -75,7 +73,7 @@ class Views(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:  # for the search of partitions
         image, label = self.images[index]
         return (self.policy(image), self.policy(image)), label
 
@@ -125,18 +123,19 @@ class Objective(nn.Module):
             width -= self.reconstruct.equivariant_dim
         self.encoder = Encoder(net, early, "norm" if vit else "layer4", width)
         self.partitions = equireg.PartitionUpdater(samples, seed=options.seed)
-        sizes, shared = (width, options.hidden_dim, options.output_dim), {"weight": options.weight}
+        sizes = (width, options.hidden_dim, options.output_dim)
+        shared = {"weight": options.weight, "gather_distributed": True}
         if options.method == "simclr":
             self.head: nn.Module = heads.SimCLRProjectionHead(*sizes)
-            self.criterion: nn.Module = equireg.IPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.criterion: nn.Module = equireg.IPIRMLoss(self.partitions, **shared)
         elif options.method == "simsiam":
             self.head = heads.SimSiamProjectionHead(*sizes)
             self.predictor = heads.SimSiamPredictionHead(sizes[2], sizes[2] // 4, sizes[2])
-            self.criterion = equireg.SimSiamIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.criterion = equireg.SimSiamIPIRMLoss(self.partitions, **shared)
         else:
             self.head = heads.MoCoProjectionHead(*sizes)
             shared |= {"num_features": options.output_dim, "queue_size": options.queue_size}
-            self.criterion = equireg.MoCoIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.criterion = equireg.MoCoIPIRMLoss(self.partitions, **shared)
             self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
 
     def method(self, first: Tensor, second: Tensor, indices: Tensor) -> tuple[Tensor, list[Any]]:
@@ -181,10 +180,10 @@ class Objective(nn.Module):
             state, samples = PartialState(), equireg.WithIndex(views)
             share = Subset(samples, range(state.process_index, len(views), state.num_processes))
             loader = DataLoader(share, batch_size=self.options.batch_size)
-            encoder = nn.Sequential(self.encoder, self.head)
-            self.partitions.update(loader, encoder=encoder, progress=state.is_main_process)
+            student = nn.Sequential(self.encoder, self.head)
+            self.partitions.update(loader, encoder=student, progress=state.is_main_process)
 
-    def follow(self) -> None:
+    def follow(self, step: int) -> None:
         """MoCo's teacher."""
         if self.options.method == "mocov2":
             update_momentum(nn.Sequential(self.encoder, self.head), self.teacher, self.options.momentum)
@@ -197,15 +196,13 @@ def run(options: Namespace) -> dict[str, Any]:
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seed_everything(options.seed)
         objective, views = Objective(options, len(images)), Views(options, images)
-        hooks = {"before_epoch": lambda epoch: objective.find_partition(views, epoch)}
-        hooks["after_step"] = lambda step: objective.follow()
+        hooks = {"before_epoch": partial(objective.find_partition, views), "after_step": objective.follow}
         if not fit(options, folder, settings, objective, views, warm_cosine(options), **hooks):
             return {}
         net = objective.encoder.net
         save(folder / "encoder.pt", net.state_dict())  # plain timm keys
-        parts: list[Tensor] = []
-        for split in ("train", labelled(options)):
-            parts += frozen_features(net, read(options, split), options)
+        splits = [read(options, split) for split in ("train", labelled(options))]
+        parts = [part for images in splits for part in frozen_features(net, images, options)]
         found = {"k-NN": 100 * equireg.knn_accuracy(*parts), "linear": 100 * equireg.linear_probe(*parts)}
         return found | {"partitions": [report._asdict() for report in objective.partitions.reports]}
 
