@@ -1,6 +1,5 @@
 """examples/vipriors/training.py: what it learns is plain training, and nothing that happens to a machine changes it."""
 
-import builtins
 import errno
 import json
 import math
@@ -91,9 +90,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
         objective = Plain()
         optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
         run(tmp_path / str(parts), objective, exact, accelerator=accelerator, optimizer=optimizer)
-        states.append(
-            [*objective.parameters(), torch.tensor([r["loss"] for r in training.read_log(tmp_path / str(parts))])]
-        )
+        losses = torch.tensor([row["loss"] for row in training.read_log(tmp_path / str(parts))])
+        states.append([*objective.parameters(), losses])
     for state in states[1:]:
         torch.testing.assert_close(state, states[0])
 
@@ -102,7 +100,7 @@ def test_the_gradient_is_clipped(tmp_path):
     objective = Plain()
     before = objective.linear.weight.detach().clone(), objective.linear.bias.detach().clone()
     optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
-    one = {"learning_rate": lambda step, steps: 1.0, "epochs": None, "steps": 1}
+    one = {"learning_rate": lambda step, steps: 1.0, "batch_size": SAMPLES, "epochs": 1}
     run(tmp_path, objective, exact, optimizer=optimizer, max_norm=0.25, **one)
     moved = [(old - new).flatten() for old, new in zip(before, objective.parameters())]
     assert float(torch.cat(moved).detach().norm()) == pytest.approx(0.25, rel=1e-4)
@@ -125,7 +123,7 @@ def in_one_of_two(rank, folder):
     training.seed_everything(0)
     objective = Plain()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
-    run(Path(folder), objective, exact, optimizer=optimizer, steps=4, epochs=None)
+    run(Path(folder), objective, exact, optimizer=optimizer, epochs=1)
     middle = [p.tolist() for p in objective.parameters()]
     training.seed_everything(0)
     objective, broken = Plain(), [3]
@@ -146,7 +144,7 @@ def test_two_processes_are_one(tmp_path):
     training.seed_everything(0)
     objective = Plain()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
-    run(tmp_path / "one", objective, exact, optimizer=optimizer, steps=4, epochs=None)
+    run(tmp_path / "one", objective, exact, optimizer=optimizer, epochs=1)
     for ours, theirs in zip(objective.parameters(), found[0][1]):
         torch.testing.assert_close(ours, torch.tensor(theirs))
     log = training.read_log(tmp_path / "two" / "nan")
@@ -166,7 +164,7 @@ def test_killed_at_twenty_moments(tmp_path):
     assert result.stdout == "killed 20 times\n"
 
 
-@pytest.mark.parametrize("call", [1, 3, 5, 9])  # the others are of folders
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
 def test_a_full_disk(call, whole, tmp_path, monkeypatch):
     """At the first, second ... file that is written: the error names it, and the checkpoint before it is good."""
     fsync, calls = os.fsync, []
@@ -186,35 +184,13 @@ def test_a_full_disk(call, whole, tmp_path, monkeypatch):
     assert outcome(tmp_path) == whole
 
 
-def test_a_log_that_cannot_be_written(whole, tmp_path, monkeypatch):
-    """A row is torn in two; what is there is kept, and the torn row comes again."""
-    real, rows = builtins.open, []
-
-    class Torn:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
-
-        def write(self, text):
-            self.file.write(text[: len(text) // 2])
-            self.file.flush()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def opened(path, mode="r", *rest, **options):
-        file = real(path, mode, *rest, **options)
-        if mode == "a":
-            rows.append(path)
-        return Torn(file) if mode == "a" and len(rows) == 6 else file
-
-    monkeypatch.setattr(builtins, "open", opened)
-    with pytest.raises(OSError, match=r"No space left on device: '.*log.jsonl'"):
-        run(tmp_path)
-    assert len(training.read_log(tmp_path)) == 5
+def test_a_torn_log(whole, tmp_path):
+    """A row that a kill or a full disk tore in two comes again."""
+    run(tmp_path)
+    max(tmp_path.glob("checkpoint-*.pt")).unlink()
+    log = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(log[:-20])
+    assert len(training.read_log(tmp_path)) == STEPS - 1
     run(tmp_path)
     assert outcome(tmp_path) == whole
 
@@ -289,9 +265,8 @@ class Breaking(Small):
 
     def forward(self, images):
         self.calls += 1
-        loss, parts = super().forward(
-            images if self.calls not in self.steps or self.kind != "loss" else images * math.nan
-        )
+        broken = self.calls in self.steps and self.kind == "loss"
+        loss, parts = super().forward(images * math.nan if broken else images)
         if self.calls in self.steps and self.kind == "gradient":
             loss = loss + (self.net[0].weight * 0).sum().sqrt()  # 0, and its slope is not finite
         return loss, parts
@@ -319,9 +294,8 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, tmp_path):
 
 
 def test_too_many_in_a_row(tmp_path):
-    with pytest.raises(
-        training.TrainingError, match=r"no finite loss and gradient in 3 steps in a row, up to step 8: loss nan"
-    ):
+    message = "no finite loss and gradient in 3 steps in a row, up to step 8: loss nan"
+    with pytest.raises(training.TrainingError, match=message):
         run(tmp_path, Breaking([1, 3, 5, 6, 7], "loss"), max_skipped=3)
     kept = outcome(tmp_path)[0]
     assert kept["step"] == 6

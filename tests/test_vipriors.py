@@ -21,7 +21,7 @@ for package in ("accelerate", "timm", "lightly", "matplotlib"):
 
 RESNET = {"model": "test_resnet", "image-size": 32}
 VIT = {"model": "test_vit", "image-size": 32, "patch-size": 8, "late-class-token": 2}
-SMALL = {"shots": 6, "mixed-precision": "no", "probe-images": 40, "save-every": 2}
+SMALL = {"shots": 6, "mixed-precision": "no"}
 SMALL |= {"pretrain-hidden-dim": 32, "pretrain-output-dim": 16, "pretrain-queue-size": 16, "pretrain-epochs": 2}
 SMALL |= {"pretrain-warmup-epochs": 1, "pretrain-update-every": 1, "pretrain-batch-size": 16, "finetune-epochs": 2}
 SMALL |= {"finetune-batch-size": 8, "distill-epochs": 1, "distill-warmup-epochs": 0, "distill-batch-size": 8}
@@ -66,16 +66,8 @@ def options_of(recipe, step, data, table, **changes):
     return recipe.options_of("all", [*arguments, "--steps", step])[step]
 
 
-def is_picture(path):
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5_000
-
-
 def read(path):
     return json.loads(path.read_text())
-
-
-def sha(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -101,26 +93,25 @@ def test_all_leaves_a_folder_for_each_step(whole):
     out, _ = whole
     for step, names in {
         "pretrain": ("log.jsonl", "encoder.pt", "curves.png"),
-        "environments": ("environments.pt", "contact-sheet.png"),
+        "environments": ("environments.pt", "weight-sheet.png"),
         "finetune": ("log.jsonl", "model.pt", "curves.png"),
         "distill": ("log.jsonl", "model.pt", "curves.png", "predictions.pt"),
-        "test": ("test.png", "predictions.pt", "submission.csv"),
+        "test": ("predictions.pt", "submission.csv"),
     }.items():
         assert {*names, "options.json", "results.json"} <= {path.name for path in (out / step).iterdir()}, step
-        assert all(is_picture(path) for path in (out / step).glob("*.png"))
+        assert all(path.stat().st_size > 5_000 for path in (out / step).glob("*.png"))
     # 6 of the 8 training images of each class and all of val, 16 of the 40 a step.
     log = [json.loads(line) for line in (out / "pretrain" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4]
     assert {"loss", "ssl", "ssl_b2", "equivariance", "reconstruction", "partitions", "lr"} <= set(log[0])
     for row in log:
-        assert row["loss"] == pytest.approx(
-            row["ssl"] + row["ssl_b2"] + 0.5 * row["equivariance"] + row["reconstruction"]
-        )
+        total = row["ssl"] + row["ssl_b2"] + 0.5 * row["equivariance"] + row["reconstruction"]
+        assert row["loss"] == pytest.approx(total)
     assert [row["partitions"] for row in log] == [1, 1, 2, 2]
     assert {"classification", "irm"} <= set(json.loads((out / "finetune" / "log.jsonl").read_text().splitlines()[0]))
     options = read(out / "finetune" / "options.json")
     for name, step in (("encoder", "pretrain"), ("environments", "environments")):
-        assert options[name] == sha(out / step / f"{name}.pt")
+        assert options[name] == hashlib.sha256((out / step / f"{name}.pt").read_bytes()).hexdigest()
     assert read(out / "environments" / "results.json")["samples"] == 24
     found = read(out / "recipe.json")
     assert list(found) == ["pretrain", "environments", "finetune", "distill", "test"]
@@ -138,20 +129,18 @@ def test_submission_and_predictions_tell_the_same(whole, data):
     truth = [label for label, folder in enumerate(sorted((data / "test").iterdir())) for _ in folder.iterdir()]
     assert saved["test"].tolist() == truth
     right = sum(int(row[1]) == label for row, label in zip(rows[1:], truth)) / 16
-    assert read(whole[0] / "test" / "results.json")["merged"]["fine-tuned, ten, gmean"] == pytest.approx(100 * right)
+    assert read(whole[0] / "test" / "results.json")["merged"]["ten crops"] == pytest.approx(100 * right)
 
 
 def test_nothing_saved_tells_of_the_machine(whole, data):
     """No paths, and nothing of the environment."""
-    files = [path for path in whole[0].rglob("*") if path.is_file()]
-    assert len(files) > 25
-    for path in files:
+    for path in filter(Path.is_file, whole[0].rglob("*")):
         for told in (str(whole[0]), str(data), str(Path.home()) + "/", sys.prefix):
             assert told.encode() not in path.read_bytes(), path
     for step in ("pretrain", "environments", "finetune", "distill", "test"):
         kept = read(whole[0] / step / "options.json")
         assert not kept.keys() & {"data", "out", "resume", "workers"}
-        assert {"shots", "layout", "seed"} <= kept.keys()
+        assert {"shots", "model", "seed"} <= kept.keys()
 
 
 def test_alone_in_an_empty_place(data, tmp_path):
@@ -167,10 +156,10 @@ def test_alone_in_an_empty_place(data, tmp_path):
     call += flags(RESNET, mixed_precision="bf16", pretrain_epochs=1, finetune_epochs=1, pretrain_warmup_epochs=0)
     result = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)  # noqa: S603
     assert result.returncode == 0, result.stderr
-    assert re.search(r"^finetune: [\d.]+ s, val [\d.]+%, test no labels$", result.stdout, re.M)
-    assert re.search(r"^test: [\d.]+ s, val: fine-tuned, ten, gmean [\d.]+%$", result.stdout, re.M)
+    assert re.search(r"^finetune: [\d.]+ s, val [\d.]+%$", result.stdout, re.M)
+    assert re.search(r"^test: [\d.]+ s, val, ten crops [\d.]+%$", result.stdout, re.M)
     rows = (tmp_path / "out" / "test" / "submission.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == [f"img_{place}.png" for place in range(16)]
+    assert [row.split(",")[0] for row in rows[1:]] == sorted(f"img_{place}.png" for place in range(16))
     assert {int(row.split(",")[1]) for row in rows[1:]} <= set(range(4))
 
 
@@ -196,8 +185,7 @@ def test_all_goes_on_where_it_was_killed(recipe, whole, again):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--pretrain-groups", "3"], r"pretrain was made with other settings: groups 2 \(now 3\)"),
-        (["--environments-plain"], r"environments was made with other settings: plain False \(now True\)"),
+        (["--pretrain-ratio", "0.4"], r"pretrain was made with other settings: ratio 0.5 \(now 0.4\)"),
         (["--finetune-penalty", "off"], "finetune was made with other settings: "),
         (["--seed", "1"], r"pretrain was made with other settings: seed 0 \(now 1\)"),
     ],
@@ -226,16 +214,13 @@ def test_a_stale_step_is_not_taken_for_done(recipe, again, capsys):
     with pytest.raises(recipe.TrainingError, match=r"other settings: files|other settings: model '\w{64}'"):
         recipe.main([*arguments, "--resume", "--steps", "test"])
     recipe.main([*arguments, "--steps", "test"])
-    assert "distill is left out: another model than that of" in capsys.readouterr().out
+    assert "distill is left out: its teacher was another" in capsys.readouterr().out
     assert not any(row.startswith("ensemble") for row in read(out / "test" / "results.json")["merged"])
 
 
-def test_from_scratch_by_a_word(recipe, again):
-    """Though Steps 1 and 2 are there."""
-    out, arguments = again
-    scratch = ["--finetune-encoder", "none", "--finetune-environments", "none", "--finetune-epochs", "1"]
-    recipe.main([*arguments, "--steps", "finetune", *scratch])
-    options = read(out / "finetune" / "options.json")
+def test_without_earlier_steps_it_is_trained_from_scratch(recipe, whole, tmp_path):
+    recipe.main([*whole[1], "--out", str(tmp_path), "--steps", "finetune", "--finetune-epochs", "1"])
+    options = read(tmp_path / "finetune" / "options.json")
     assert (options["encoder"], options["environments"]) == (None, None)
 
 
@@ -289,45 +274,6 @@ def test_the_challenges_own_layout(below, recipe, data, tmp_path):
     assert (images.measured(options), images.labelled(options)) == (("val", "test"), "val")
 
 
-def test_evaluation_on_val_leaves_test_alone(recipe, whole, again):
-    out, arguments = again
-    recipe.main([*arguments, "--evaluate-on", "val", "--steps", "test"])
-    found = read(out / "test" / "results.json")
-    assert found["on"] == "val"
-    assert not any("test" in row for row in found["models"]["fine-tuned"])
-    assert not any("weighted" in row for row in found["merged"])  # by weights of the same images
-    assert set(torch.load(out / "test" / "predictions.pt", weights_only=True)) == {"val", "val plain", "val ten"}
-
-
-@pytest.mark.parametrize("layout", ["folders", "nico", "domains"])
-def test_broken_images(layout, recipe, data, tmp_path, capsys):
-    """``--broken skip`` leaves out as many as ``--max-bad`` allows, in every layout, and looks for them once."""
-    root = tmp_path / "data"
-    if layout == "folders":
-        shutil.copytree(data, root)
-        broken = root / "train" / "ant" / "0.png"
-    else:
-        for part in ("train", "val", "test"):
-            for path in (data / part).rglob("*.png"):
-                name, other = path.parent.name, ("day", "dim", "night")[int(path.stem) % 3]
-                folder = root / (Path(name) / other if layout == "nico" else Path(other) / name)
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, folder / f"{part}{path.name}")
-        broken = next(root.rglob("train0.png"))
-    broken.write_bytes(b"\x89PNG\r\n\x1a\n none")
-    images = import_module("vipriors.images")
-    call = ["--data", str(root), "--layout", layout, "--shots", "2", "--bias", "0.5", "--broken", "skip"]
-    options = recipe.options_of("finetune", [*call, "--max-bad", "0.5"])["finetune"]
-    parts = [images.read(options, split) for split in ("train", "val", "test")]
-    assert all(str(broken) not in part.paths for part in parts)
-    assert "left out: " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="broken"):
-        recipe.options_of("finetune", [*call, "--max-bad", "0"])
-    for path in root.rglob("*.png"):  # all have been read
-        path.unlink()
-    assert [images.read(options, split).paths for split in ("train", "val", "test")] == [p.paths for p in parts]
-
-
 # ----------------------------------------------------------------------------------------------------------- the flags
 
 
@@ -338,49 +284,47 @@ def test_help_shows_every_flag_with_its_default(recipe, capsys):
             recipe.main([command, "--help"])
         words = capsys.readouterr().out
         for step in recipe.STEPS if command == "all" else [command]:
-            group = words.split(f"\n{step}:\n")[1].split("\n\n")[0]
-            own = (recipe.presets.TRAINING if step in recipe.TRAININGS else {}) | recipe.STEPS[step].OPTIONS
+            group = f"{words}\n\n".partition(f"\n{step}:\n")[2].split("\n\n")[0]
+            own = (recipe.presets.TRAINING if step in ("pretrain", "finetune", "distill") else {}) | recipe.STEPS[
+                step
+            ].OPTIONS
             prefix = f"--{step}-" if command == "all" else "--"
             assert re.findall(r"^  (--[\w-]+)", group, re.M) == [f"{prefix}{name}".replace("_", "-") for name in own]
-            takes_value = [name for name, (default, *_) in own.items() if default is not False]
-            assert " ".join(group.split()).count("(default: ") == len(takes_value)
-        assert "a folder as --layout says" in " ".join(words.split())
-    recipe.main(["--help"])
+            assert " ".join(group.split()).count("(default: ") == len(own)
+        assert "a folder with train/<class>/*" in " ".join(words.split())
+    with pytest.raises(SystemExit):
+        recipe.main([])
     assert "--finetune-epochs 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["all", "--shots", "6", "--distill-epoch", "5"], "--distill-epoch 5; did you mean --distill-epochs?"),
-        (["pretrain", "--preset", "vipriors30"], "--preset must be one of tiny10, "),
+        (["all", "--shots", "6", "--distill-epoch", "5"], "unrecognized arguments: --distill-epoch 5"),
+        (["pretrain", "--preset", "vipriors30"], "argument --preset: invalid choice: 'vipriors30'"),
         (["pretrain", "--method", "byol"], "argument --method: invalid choice: 'byol'"),
-        (["pretrain", "--epochs", "0"], "--epochs must be at least 1, got 0"),
-        (["pretrain", "--lr", "nan"], "--lr must be finite, got nan"),
-        (["train"], "no step 'train'; choose from pretrain, environments, finetune, distill, test, all"),
+        (["pretrain", "--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["train"], "argument step: invalid choice: 'train'"),
         (["test", "--shots", "6"], "run Step 3 (finetune) first"),
-        (["environments", "--shots", "6"], "encoder.pt: no such file; run Step 1 (pretrain) first, or give --encoder"),
+        (["environments", "--shots", "6"], "no encoder.pt; run Step 1 (pretrain) first, or give --encoder"),
         (["pretrain", "--shots", "6", "--model", "test_vit", "--ser", "0.5"], "needs --late-class-token"),
         (["all", "--shots", "6", "--model", "test_vit", "--distill-method", "ofd"], "stages of a ResNet, got --model"),
         (["all", "--shots", "6", "--model", "test_wit"], "--model must be the name of a model in timm, got 'test_wit'"),
         (["all", "--shots", "9"], "shots must be at most 8"),
-        (
-            ["finetune", "--shots", "6", "--mixed-precision", "no", "--image-size", "32", "--batch-size", "99"],
-            "at most the 24 samples, got 99",
-        ),
         (["all", "--data", "nowhere"], "nowhere"),
         (["all", "--data", "empty"], "empty"),
     ],
 )
-def test_mistakes_are_one_line_before_any_work(arguments, message, recipe, data, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_before_any_work(arguments, message, recipe, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     where = [] if "--data" in arguments else ["--data", str(data)]
     with pytest.raises(SystemExit) as refusal:
         recipe.program([*arguments, "--out", "out", *where])
-    assert message in refusal.value.code
-    assert refusal.value.code.startswith("vipriors: ")
-    assert "\n" not in refusal.value.code
+    said = capsys.readouterr().err.strip() if refusal.value.code == 2 else refusal.value.code  # argparse prints its own
+    assert message in said
+    assert said.startswith("vipriors")
+    assert "\n" not in said
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -390,18 +334,8 @@ def test_an_unreadable_image_is_one_line(workers, recipe, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     broken = tmp_path / "data" / "train" / "bee" / "1.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n none")
-    call = [
-        "finetune",
-        "--data",
-        str(tmp_path / "data"),
-        "--out",
-        str(tmp_path / "out"),
-        "--penalty",
-        "off",
-        "--epochs",
-        "1",
-    ]
-    call += ["--model", "test_resnet", "--image-size", "32", "--batch-size", "4", "--shots", "6", "--save-every", "1"]
+    call = ["finetune", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--penalty", "off"]
+    call += ["--epochs", "1", "--model", "test_resnet", "--image-size", "32", "--batch-size", "4", "--shots", "6"]
     with pytest.raises(SystemExit) as refusal:
         recipe.program([*call, "--workers", str(workers), "--mixed-precision", "no"])
     assert str(broken) in refusal.value.code
@@ -415,10 +349,10 @@ def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
     options = recipe.options_of("all", ["--preset", f"vipriors{shots}", "--data", str(data)])
     assert {(o.model, o.image_size, o.shots) for o in options.values()} == {("resnet50", 224, shots)}
     one, three = options["pretrain"], options["finetune"]
-    assert (one.epochs, one.queue_size, one.unlabelled, one.ratio) == (800, 16384, "train+val", 0.01)
+    assert (one.epochs, one.queue_size, one.ratio) == (800, 16384, 0.01)
     assert (one.lr, one.output_dim, one.weight, one.update_every) == (1e-3, 128, 0.2, 50)
     assert (three.epochs, three.lr, three.batch_size, three.weight_decay) == (50, 0.05, 128, 1e-4)
-    assert (three.weight, three.penalty, three.open) == (penalty, "rex", False)
+    assert (three.weight, three.penalty) == (penalty, "rex")
     rate = import_module("vipriors.finetune").steps_down(three)
     rates = [rate(10 * epoch, 500) for epoch in (0, 29, 30, 39, 40, 49)]
     assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
@@ -433,7 +367,7 @@ def test_settings_of_other_models_and_methods(recipe, data, monkeypatch):
     options = recipe.options_of("all", [*chosen, "--model", "vit_base_patch16_224"])
     three = options["finetune"]
     assert (three.lr, three.weight_decay, three.batch_size, three.warmup_epochs) == (5e-4, 0.05, 256, 5)
-    assert (three.layer_decay, three.drop_path, three.weight) == (0.65, 0.1, 2)
+    assert (three.drop_path, three.weight) == (0.1, 2)
     assert options["distill"].method == "logits"
     for method, rate, width in (("mocov2", 0.03, 128), ("simsiam", 0.05, 2048)):
         one = recipe.options_of("pretrain", [*chosen, "--method", method])["pretrain"]
@@ -443,13 +377,6 @@ def test_settings_of_other_models_and_methods(recipe, data, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------- the pieces
-
-
-def test_the_result_is_a_row_chosen_before(recipe):
-    """Not the largest of many on test images."""
-    merged = {"fine-tuned, one view": 50.0, "fine-tuned, ten, mean": 40.0, "ensemble, one view, weighted": 60.0}
-    results = {"models": {}, "on": "test", "result": "fine-tuned, ten, mean", "merged": merged}
-    assert recipe.summary(results) == "test: fine-tuned, ten, mean 40.0%"
 
 
 def test_partitions_come_every_few_epochs(recipe, data):
@@ -523,7 +450,7 @@ def test_fine_tuning_is_the_papers_loss(penalty, backbone, recipe, data):
     options = options_of(recipe, "finetune", data, backbone, penalty=penalty)
     train = images.read(options, "train")
     objective = finetune.Objective(options, 4).eval()
-    views, labels, indices = finetune.TwoCrops(options, train)(0, [0, 1, 6, 7, 12, 13])
+    views, labels, indices = images.Augmented(options, train, views=2)(0, [0, 1, 6, 7, 12, 13])
     assert torch.equal(labels, torch.tensor([0, 0, 1, 1, 2, 2] * 2))
     assert torch.equal(indices, torch.tensor([0, 1, 6, 7, 12, 13] * 2))
     loss, parts = objective(views, labels, indices)
@@ -541,7 +468,7 @@ def test_fine_tuning_is_the_papers_loss(penalty, backbone, recipe, data):
     torch.testing.assert_close(pooled, features)
 
 
-@pytest.mark.parametrize("method", ["features", "ofd", "ofd-last", "crd"])
+@pytest.mark.parametrize("method", ["features", "ofd", "crd"])
 def test_each_distillation_adds_its_loss(method, recipe, data):
     distillation, images = import_module("vipriors.distillation"), import_module("vipriors.images")
     create = import_module("vipriors.backbone").create
@@ -549,7 +476,7 @@ def test_each_distillation_adds_its_loss(method, recipe, data):
     train = images.read(options, "train")
     models = [create(options, num_classes=4).eval() for _ in range(2)]
     student = distillation.Student(method, models[0], models[1].requires_grad_(False), train, images.whole(options))
-    views, labels, indices = distillation.Augmented(options, train)(0, list(range(6)))
+    views, labels, indices = images.Augmented(options, train)(0, list(range(6)))
     loss, parts = student(views, labels, indices)
     expected = torch.nn.functional.cross_entropy(models[0](views), labels, label_smoothing=0.1)
     torch.testing.assert_close(parts["classification"], expected)
@@ -558,13 +485,3 @@ def test_each_distillation_adds_its_loss(method, recipe, data):
     loss.backward()
     assert any(bool(p.grad.any()) for p in models[0].parameters() if p.grad is not None)
     assert not any(name.startswith("of_teacher") for name in student.state_dict())
-
-
-def test_names_on_the_sheet(recipe, data, tmp_path):
-    """What a picture cannot show is written out, and long names are cut."""
-    environments = import_module("vipriors.environments")
-    (tmp_path / "classes.txt").write_text("n01\t$\\frac{$\nn02\ttench\n")
-    options = options_of(recipe, "environments", data, RESNET)
-    options.data = tmp_path
-    names = environments.names_of(options, ["n02", "n01", "caf\udce9", "x" * 40])
-    assert names == ["tench", "$\\frac{$", r"caf\udce9", "x" * 12]

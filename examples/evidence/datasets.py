@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,9 @@ from evidence.corruptions import KINDS, corrupted
 from quickstart import COLORS
 from sklearn.datasets import load_digits
 from torch import Tensor
-from vipriors.images import read
+from vipriors.images import read_split
+
+from equireg import k_shot, read_domains
 
 
 class Images(NamedTuple):
@@ -31,9 +32,16 @@ class Images(NamedTuple):
 def folders(
     root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "folders"
 ) -> Images:
-    """As the recipe reads them; "domains": each class is mostly in a domain of its own in training, held out in any."""
-    how = {"data": root, "layout": layout, "shots": shots, "draw": -1 if draw is None else draw, "bias": 0.95}
-    files = read(Namespace(**how, broken="raise", max_bad=0.0), split)
+    """The images of a folder; in training so many ``shots`` of each class, the first ones or drawn by a seed.
+
+    With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
+    are spread evenly over all domains.
+    """
+    if layout == "domains":
+        files = read_domains(root, split, bias=0.95, held_out=0.3, shots=shots or None, seed=draw or 0)
+    else:
+        files = read_split(root, split)
+        files = k_shot(files, shots, seed=draw) if split == "train" and shots else files
     pixels = [np.asarray(image.convert("RGB").resize((size, size), 3)) for image, _ in files]
     return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), files.labels, files.contexts)
 

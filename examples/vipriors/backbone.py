@@ -1,8 +1,7 @@
 """The network of all steps: a timm ResNet or vision transformer, for images of the recipe's size."""
 
-from __future__ import annotations
-
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from equireg import ImageFiles, LateClassToken, WithIndex, extract_features
+from equireg import ImageFiles, LateClassToken, WithIndex, extract_features, predict_tta
 from vipriors.images import whole
 from vipriors.run_folder import load, made_with
 from vipriors.training import TrainingError, differences
 
-STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}  # of a ResNet's stages
 SAME = ("model", "patch_size", "late_class_token")  # of Step 1 and of the steps that take its encoder
 if not torch.cuda.is_available():  # at these sizes its backward pass takes as long as all the rest of a step
     timm.layers.set_fused_attn(False)
@@ -28,6 +26,12 @@ def is_vit(model: str) -> bool:
     if not timm.is_model(model):
         raise ValueError(f"--model must be the name of a model in timm, got {model!r}")
     return timm.model_entrypoint(model).__module__.endswith(("vision_transformer", "deit"))
+
+
+def encoder_of(options: Namespace) -> Path | None:
+    """``--encoder``, or the one that Step 1 left; None where there is neither."""
+    made = options.out / "pretrain" / "encoder.pt"
+    return options.encoder or (made if made.exists() else None)
 
 
 def create(options: Namespace, encoder: Path | None = None, num_classes: int = 0) -> nn.Module:
@@ -50,19 +54,19 @@ def create(options: Namespace, encoder: Path | None = None, num_classes: int = 0
     return model.to(memory_format=torch.channels_last)
 
 
-class Channels(nn.Module):
-    """Images in the order of memory that convolutions are fastest with."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last)
-
-
-def frozen_features(model: nn.Module, images: ImageFiles, options: Namespace) -> tuple[Tensor, Tensor]:
-    """Features [N, D], or a classifier's logits, and labels [N] of the whole images."""
+def frozen_features(model: nn.Module, images: ImageFiles, options: Namespace, crops: str = "") -> tuple[Tensor, Tensor]:
+    """Features [N, D] (a classifier's: logits) and labels [N]; with ``crops``, probabilities merged over these."""
     images = images.take(range(len(images)))
     images.transform = whole(options)
     loader = DataLoader(WithIndex(images), batch_size=256, num_workers=options.workers)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    model.to(accelerator.device)
     with accelerator.autocast():
-        found = extract_features(nn.Sequential(Channels(), model.to(accelerator.device)), loader, progress=False)
-    return found[0].float(), found[1]
+        encoder = partial(predict_tta, model, crops=crops, merge="gmean") if crops else model
+        features, labels, _ = extract_features(encoder, loader, progress=False)
+    return features.float(), labels
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float | None:
+    """In percent, of scores [N, C]; None without labels, as the challenge's test images are."""
+    return 100 * float((scores.argmax(1) == labels).float().mean()) if (labels >= 0).all() else None

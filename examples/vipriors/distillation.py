@@ -3,10 +3,8 @@
 loss = criterion(student(images), teacher(images), labels)
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,35 +14,31 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from equireg import ContrastiveDistillation, DistillationLoss, FeatureDistillation, ImageFiles, OverhaulDistillation
-from vipriors.backbone import create, is_vit
+from vipriors.backbone import create, encoder_of, is_vit
 from vipriors.finetune import fine_tuned
-from vipriors.images import crop, names_hash, read, to_tensor, whole
-from vipriors.run_folder import fit, given_or_made, hash_of, once, save, warm_cosine
+from vipriors.images import Augmented, names_hash, read, whole
+from vipriors.run_folder import fit, hash_of, once, save, warm_cosine
 from vipriors.test_time import measure
 from vipriors.training import seed_everything
 
-STAGES = {"ofd": (1, 2, 3, 4), "ofd-last": (4,)}
-WEIGHTS = {"features": 10.0, "ofd": 1.0, "ofd-last": 1.0, "crd": 0.1}  # beside the cross entropy; KL brings its own
+WEIGHTS = {"features": 10.0, "ofd": 1.0, "crd": 0.1}  # beside the cross entropy; KL brings its own
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "encoder": (None, "encoder.pt; by default that of Step 1, if there; the word none: from scratch"),
-    "teacher": (None, "folder of a fine-tuning; by default that of Step 3"),
-    "method": ("logits", "KL on logits or features, OFD on stages, or CRD", ("logits", *WEIGHTS)),
+    "method": ("logits", "KL on logits or features, OFD on the stages of a ResNet, or CRD", ("logits", *WEIGHTS)),
     "optimizer": ("adamw", "optimizer", ("adamw", "sgd")),
 }
 
 
 def check(options: Namespace) -> None:
-    if options.method in STAGES and is_vit(options.model):
-        raise ValueError(f"--method {options.method} compares the stages of a ResNet, got --model {options.model}")
+    if options.method == "ofd" and is_vit(options.model):
+        raise ValueError(f"--method ofd compares the stages of a ResNet, got --model {options.model}")
 
 
-def outputs(model: nn.Module, images: Tensor, stages: Iterable[int] = ()) -> tuple[Tensor, Tensor, list[Tensor]]:
+def outputs(model: nn.Module, images: Tensor, stages: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Logits, pooled features, and of each stage the input [B, D, h, w] of its last ReLU, which OFD compares."""
     maps: list[Tensor] = []
     with ExitStack() as hooks:
-        for stage in stages:
-            block = getattr(model, f"layer{stage}")[-1]
-            activation = block.act3 if hasattr(block, "act3") else block.act2
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4) if stages else ():
+            activation = stage[-1].act3 if hasattr(stage[-1], "act3") else stage[-1].act2
             hook = activation.register_forward_pre_hook(lambda _, x: maps.append(x[0].clone()))  # it works in place
             hooks.callback(hook.remove)
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
@@ -58,13 +52,13 @@ class Student(nn.Module):
         super().__init__()
         self.kind, self.model, self.of_teacher = kind, model, [teacher]  # in a list: no part of this module
         self.classify = DistillationLoss(**({} if kind == "logits" else {"beta": 0.0}))
-        width, self.stages = model.num_features, STAGES.get(kind, ())
+        width, self.stages = model.num_features, kind == "ofd"
         if kind == "features":
             self.distill: nn.Module = FeatureDistillation(width)
         elif kind == "crd":
             self.distill = ContrastiveDistillation(width, width, len(images))
         elif self.stages:
-            dims = [[stage["num_chs"] for stage in model.feature_info][-4:][stage - 1] for stage in self.stages]
+            dims = [stage["num_chs"] for stage in model.feature_info][-4:]
             self.distill = OverhaulDistillation(dims, dims)
             self.distill.fit_margins(self._maps_of_teacher(images, transform))
 
@@ -75,7 +69,6 @@ class Student(nn.Module):
             yield outputs(self.of_teacher[0], batch, self.stages)[2]
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        images = images.contiguous(memory_format=torch.channels_last)
         logits, features, maps = outputs(self.model, images, self.stages)
         with torch.no_grad():
             theirs = outputs(self.of_teacher[0].to(images.device), images, self.stages)
@@ -88,30 +81,19 @@ class Student(nn.Module):
         return loss, parts
 
 
-class Augmented:
-    """Makes a batch: crops, flips, RandAugment and random erasing (IP-IRM, Section 4.2)."""
-
-    def __init__(self, options: Namespace, images: ImageFiles):
-        self.images = images
-        self.policy = v2.Compose([*crop(options), v2.RandAugment(), to_tensor(v2.RandomErasing(p=0.25))])
-
-    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        views = torch.stack([self.policy(self.images[index][0]) for index in indices])
-        return views, self.images.labels[indices], torch.tensor(indices)
-
-
 def run(options: Namespace) -> dict[str, Any]:
     """``model.pt`` and ``predictions.pt``; accuracies of one view and of ten crops, in percent."""
-    images, source = read(options, "train"), options.teacher or options.out / "finetune"
-    encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
-    teacher = fine_tuned(options, source, len(images.classes))
-    made_of = {"encoder": encoder and hash_of(encoder), "teacher": hash_of(source / "model.pt")}
+    images, encoder = read(options, "train"), encoder_of(options)
+    teacher = fine_tuned(options, len(images.classes))
+    made_of = {"encoder": hash_of(encoder), "teacher": hash_of(options.out / "finetune" / "model.pt")}
 
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seed_everything(options.seed)
+        # RandAugment and random erasing: IP-IRM, Section 4.2.
+        batches = Augmented(options, images, before=[v2.RandAugment()], after=[v2.RandomErasing(p=0.25)])
         model = create(options, encoder, len(images.classes))
         student = Student(options.method, model, teacher, images, whole(options))
-        if not fit(options, folder, settings, student, Augmented(options, images), warm_cosine(options)):
+        if not fit(options, folder, settings, student, batches, warm_cosine(options)):
             return {}
         save(folder / "model.pt", model.state_dict())
         return measure(model, options, folder)

@@ -7,8 +7,6 @@ at 80% of the epochs (Wang et al., ECCV 2022, Sections 4 and 5.2). A vision tran
 that is lower for earlier blocks (supplementary B).
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -19,37 +17,24 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torchvision.transforms import v2
 
-from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles
-from vipriors.backbone import create, frozen_features, is_vit
-from vipriors.images import crop, measured, names_hash, read, to_tensor
-from vipriors.run_folder import fit, given_or_made, hash_of, load, made_with, once, save, warm_cosine
-from vipriors.test_time import accuracy
+from equireg import ClassWiseIRM, Environments, FeatureMask
+from vipriors.backbone import accuracy, create, encoder_of, frozen_features, is_vit
+from vipriors.images import Augmented, measured, names_hash, read
+from vipriors.run_folder import fit, hash_of, load, made_with, once, save, warm_cosine
 from vipriors.training import TrainingError, seed_everything
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "encoder": (
-        None,
-        "encoder.pt of the same --model; by default that of Step 1, if there; the word none: from scratch",
-    ),
-    "environments": (None, "environments.pt; by default that of Step 2, if there; the word none: found in each batch"),
     "penalty": ("rex", "off: cross entropy alone", ("off", "rex", "irmv1")),
     "weight": (10.0, "of the penalty; EqInv, supplementary B: 2, 10, 100 for 10, 20, 50 images of a class"),
-    "temperature": (0.1, "of EqInv's contrast"),
-    "mask_scale": (0.0, "classify so many times the normalised features; 0: the features as they are"),
-    "open": (False, "let the penalty train the backbone too"),
-    "layer_decay": (0.65, "factor of the rate from block to block of a vision transformer"),
     "drop_path": (0.0, "share of the residual branches of a vision transformer that are dropped"),
 }
 
 
-def classifier(options: Namespace, num_classes: int, encoder: Path | None = None) -> nn.Module:
-    """The model; its classifier is the mask, where there is one, and a layer of normalised weights."""
+def classifier(options: Namespace, penalty: str, num_classes: int, encoder: Path | None = None) -> nn.Module:
+    """The model; its classifier is the mask, where there is a penalty, and a layer of normalised weights."""
     model = create(options, encoder)
-    mask = (
-        FeatureMask(model.num_features, scale=options.mask_scale or None) if options.penalty != "off" else nn.Identity()
-    )
+    mask = nn.Identity() if penalty == "off" else FeatureMask(model.num_features)
     head = nn.Sequential(mask, weight_norm(nn.Linear(model.num_features, num_classes)))
     setattr(model, model.pretrained_cfg["classifier"], head)
     return model
@@ -60,21 +45,17 @@ class Objective(nn.Module):
 
     def __init__(self, options: Namespace, classes: int, encoder: Path | None = None, environments: Path | None = None):
         super().__init__()
-        self.model, self.irm = classifier(options, classes, encoder), None
+        self.model, self.irm = classifier(options, options.penalty, classes, encoder), None
         if options.penalty != "off":
-            how = {name: getattr(options, name) for name in ("weight", "penalty", "temperature")}
-            width = self.model.num_features
-            self.irm = ClassWiseIRM(
-                width, classes, **how, detach=False if options.open else "penalty", gather_distributed=True
-            )
+            how = {"weight": options.weight, "penalty": options.penalty, "gather_distributed": True}
+            self.irm = ClassWiseIRM(self.model.num_features, classes, **how)
             self.irm.mask = self.model.get_classifier()[0]
             if environments is not None:
                 self.irm.environments = Environments()
                 self.irm.environments.load_state_dict(load(environments))
 
     def forward(self, views: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        maps = self.model.forward_features(views.contiguous(memory_format=torch.channels_last))
-        f = self.model.forward_head(maps, pre_logits=True).float()
+        f = self.model.forward_head(self.model.forward_features(views), pre_logits=True).float()
         loss = F.cross_entropy(self.model.get_classifier()(f).float(), labels)
         parts = {"classification": loss}
         if self.irm is not None:
@@ -83,44 +64,30 @@ class Objective(nn.Module):
         return loss, parts
 
 
-class TwoCrops:
-    """Makes a batch: two crops of each image, one after the other, with its label and its place in the dataset."""
-
-    def __init__(self, options: Namespace, images: ImageFiles):
-        self.images, self.policy = images, v2.Compose([*crop(options), to_tensor()])
-
-    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        pictures = [self.images[index][0] for index in indices]
-        views = torch.stack([self.policy(picture) for _ in range(2) for picture in pictures])
-        return views, self.images.labels[indices].repeat(2), torch.tensor(indices).repeat(2)
-
-
-def fine_tuned(options: Namespace, folder: Path, num_classes: int) -> nn.Module:
-    """The model that this step left in ``folder``, frozen."""
-    path = folder / "model.pt"
+def fine_tuned(options: Namespace, num_classes: int) -> nn.Module:
+    """The model that this step left, frozen."""
+    path = options.out / "finetune" / "model.pt"
     if not path.exists():
         raise TrainingError(f"{path}: no such file; run Step 3 (finetune) first")
-    kind = {name: made_with(folder, name) for name in ("penalty", "mask_scale")}
-    model = classifier(Namespace(**{**vars(options), **kind}), num_classes)
+    model = classifier(options, made_with(path.parent, "penalty"), num_classes)
     model.load_state_dict(load(path))
     return model.eval().requires_grad_(False)
 
 
-def sources(options: Namespace) -> dict[str, Path | None]:
-    """The encoder and the environments, which must have been made with it where Step 2 left them."""
-    folder, own = options.out / "environments", options.environments is None and options.penalty != "off"
-    encoder = given_or_made(options.encoder, options.out / "pretrain" / "encoder.pt")
-    found = {"encoder": encoder, "environments": given_or_made(options.environments, folder / "environments.pt")}
-    if own and all(found.values()) and made_with(folder, "encoder") != hash_of(encoder):
-        made = f"{found['environments']} was made with another encoder than {encoder}"
-        raise TrainingError(f"{made}; run Step 2 (environments) again, or give --environments")
-    return found
+def environments_of(options: Namespace, encoder: Path | None) -> Path | None:
+    """Those of Step 2, of the same encoder; None, and they are found in each batch, where there are none."""
+    path = options.out / "environments" / "environments.pt"
+    if options.penalty == "off" or not path.exists():
+        return None
+    if made_with(path.parent, "encoder") != hash_of(encoder):
+        raise TrainingError(f"{path} was made with another encoder than {encoder}; run Step 2 (environments) again")
+    return path
 
 
 def by_layers(objective: Objective, options: Namespace) -> torch.optim.Optimizer:
-    """AdamW: the head has the whole rate, and each block ``--layer-decay`` times that of the block behind it."""
+    """AdamW: the head has the whole rate, and each block 0.65 times that of the block behind it."""
     model, decay = objective.model, options.weight_decay
-    groups = param_groups_layer_decay(model, decay, model.no_weight_decay(), layer_decay=options.layer_decay)
+    groups = param_groups_layer_decay(model, decay, model.no_weight_decay(), layer_decay=0.65)
     if objective.irm is not None:
         groups += param_groups_weight_decay(objective.irm.projection, decay)
     return torch.optim.AdamW(groups, lr=options.lr)
@@ -133,18 +100,19 @@ def steps_down(options: Namespace) -> Callable[[int, int], float]:
 
 def run(options: Namespace) -> dict[str, Any]:
     """``model.pt``; accuracy on validation and test images, in percent."""
-    images, found = read(options, "train"), sources(options)
-    made_of = {name: path and hash_of(path) for name, path in found.items()} | {"files": names_hash(images)}
+    images, encoder = read(options, "train"), encoder_of(options)
+    environments = environments_of(options, encoder)
+    made_of = {"encoder": hash_of(encoder), "environments": hash_of(environments), "files": names_hash(images)}
 
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seed_everything(options.seed)
-        objective = Objective(options, len(images.classes), **found)
-        vit, batches = is_vit(options.model), TwoCrops(options, images)
+        objective = Objective(options, len(images.classes), encoder, environments)
+        vit, batches = is_vit(options.model), Augmented(options, images, views=2)
         rate, optimizer = (warm_cosine if vit else steps_down)(options), by_layers(objective, options) if vit else None
         if not fit(options, folder, settings, objective, batches, rate, optimizer=optimizer):
             return {}
         save(folder / "model.pt", objective.model.state_dict())
-        splits = {split: read(options, split) for split in measured(options)}
-        return {name: accuracy(*frozen_features(objective.model, part, options)) for name, part in splits.items()}
+        model, splits = objective.model, measured(options)
+        return {split: accuracy(*frozen_features(model, read(options, split), options)) for split in splits}
 
     return once(options, "finetune", made_of, work)

@@ -3,8 +3,6 @@
 The number is that of labelled images in each class. Flags change the parts of a preset.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from vipriors.backbone import is_vit
@@ -39,6 +37,7 @@ OWN: Values = {
 }
 # 64 pixels and a ResNet of ten layers: minutes on a CPU. What is missing has the default of its flag.
 TINY: Values = {
+    "all": {"model": "resnet10t"},
     "pretrain": {"epochs": 20, "warmup_epochs": 2, "batch_size": 100, "lr": 1e-3, "weight_decay": 1e-6},
     "finetune": {"epochs": 30, "batch_size": 50, "lr": 0.05, "weight_decay": 1e-4},
     "distill": {"epochs": 30, "warmup_epochs": 3, "batch_size": 50, "lr": 1e-3, "weight_decay": 0.05},
@@ -47,26 +46,20 @@ TINY: Values = {
 VIT = {"lr": 5e-4, "weight_decay": 0.05, "warmup_epochs": 5, "drop_path": 0.1}
 # No paper distils one; OFD compares the stages of a ResNet.
 VIT_STUDENT = {"method": "logits", "optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.05}
-FAMILIES = {"tiny": TINY, "vipriors": PAPER}
-PRESETS = tuple(f"{family}{shots}" for family in FAMILIES for shots in PENALTY)
+PRESETS = tuple(f"{family}{shots}" for family in ("tiny", "vipriors") for shots in PENALTY)
 
 
 def values(preset: str, step: str, *, method: str | None = None, model: str | None = None) -> dict[str, Any]:
     """Those of a step, or of "all"; ``method`` of pretraining and ``model`` decide some of them."""
-    family = next(name for name in FAMILIES if preset.startswith(name))
-    shots, published = int(preset[len(family) :]), family == "vipriors"
-    chosen = dict(FAMILIES[family].get(step, {}))
-    vit = is_vit(model or FAMILIES[family].get("all", {}).get("model", "resnet10t"))
+    published, shots = preset.startswith("vipriors"), int(preset[-2:])
+    family = PAPER if published else TINY
+    vit = is_vit(model or family["all"]["model"])
+    chosen = family.get(step, {})
     if step == "all":
-        chosen["shots"] = shots
-    elif step == "pretrain" and published:
-        chosen |= OWN.get(method or "", {})
-    elif step == "finetune":
-        chosen |= {
-            "weight": PENALTY[shots],
-            **(VIT if vit else {}),
-            **({"batch_size": 256} if vit and published else {}),
-        }
-    elif step == "distill" and vit and published:
-        chosen |= VIT_STUDENT
-    return chosen
+        return chosen | {"shots": shots}
+    if step == "pretrain" and published:
+        return chosen | OWN.get(method or "", {})
+    if step == "finetune":
+        chosen = chosen | {"weight": PENALTY[shots]} | (VIT if vit else {})
+        return chosen | ({"batch_size": 256} if vit and published else {})
+    return chosen | (VIT_STUDENT if step == "distill" and vit and published else {})

@@ -9,10 +9,9 @@ ResNet's stage, or of the blocks of a vision transformer that come before its cl
 view is transformed into a third one, as the second is a crop of its own; the method has the other half of the features.
 """
 
-from __future__ import annotations
-
 import copy
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 import equireg
-from vipriors.backbone import STRIDES, Channels, create, frozen_features, is_vit
-from vipriors.images import MEAN, STD, crop, evenly, labelled, names_hash, pixels, read, to_tensor
+from vipriors.backbone import create, frozen_features, is_vit
+from vipriors.images import MEAN, NORMALIZE, STD, TO_TENSOR, crop, labelled, names_hash, read, whole
 from vipriors.run_folder import fit, once, save, warm_cosine
 from vipriors.training import seed_everything
 
@@ -37,51 +36,44 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "momentum": (0.99, "of MoCo's teacher"),
     "queue_size": (1000, "keys in MoCo's queue"),
     "weight": (0.2, "of IP-IRM's squared slopes; 0: no partitions"),
-    "groups": (2, "in each partition"),
     "update_every": (8, "epochs between searches for a partition"),
-    "mixup": (0.0, "alpha of mixed first views; 0: none (SimCLR alone)"),
     "ser": (0.0, "weight of SER, 0.5 in its paper; 0: without"),
     "ratio": (0.5, "share of the batch that SER turns"),
-    "layer": ("layer2", "stage of a ResNet whose map SER reads", tuple(STRIDES)),
     "reconstruction": (0.0, "its weight, 1 in its paper; 0: without"),
     "optimizer": ("adamw", "optimizer", ("adamw", "sgd")),
-    "unlabelled": ("train+val", "images to learn from", ("train", "train+val")),
 }
+LAYER = "layer2"  # of a ResNet, whose map SER reads
+STRIDES = {LAYER: 8, "layer4": 32}
 Turned = tuple[Tensor, Tensor, Tensor, equireg.GridTransform, equireg.GridTransform]
 
 
 def check(options: Namespace) -> None:
-    if options.mixup and (options.method != "simclr" or options.reconstruction):
-        raise ValueError("--mixup is SimCLR's, and mixes what --reconstruction would rebuild; leave one of them out")
     if is_vit(options.model) and options.ser and not options.late_class_token:
         raise ValueError("--ser on a vision transformer needs --late-class-token, such as 3 of 12 blocks")
 
 
 def unlabelled(options: Namespace) -> equireg.ImageFiles:
-    parts = [read(options, split) for split in options.unlabelled.split("+")]
+    parts = [read(options, split) for split in ("train", "val")]
     paths = [path for part in parts for path in part.paths]
     return equireg.ImageFiles(paths, torch.cat([part.labels for part in parts]), parts[0].classes)
 
 
 class Views(Dataset):
-    """Makes a batch: two views of most images, and of the rest two that known elements turn, flip and stretch.
-
-    As a dataset, ((view, view), label) of each image.
-    """
+    """Makes a batch: two views of most images, and of the rest two that known elements turn, flip and stretch."""
 
     def __init__(self, options: Namespace, images: equireg.ImageFiles):
         self.options, self.images, size = options, images, options.image_size
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
         blur = [v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)], p=0.5)] if size >= 64 else []
-        self.policy = v2.Compose([*crop(options), jitter, v2.RandomGrayscale(0.2), *blur, to_tensor()])  # SimCLR's
-        self.pixels, self.normalize = pixels(options), v2.Normalize(MEAN, STD)
-        stride = options.patch_size if is_vit(options.model) else STRIDES[options.layer]
+        self.policy = v2.Compose([*crop(options), jitter, v2.RandomGrayscale(0.2), *blur, *TO_TENSOR, NORMALIZE])
+        self.pixels = v2.Compose(whole(options).transforms[:-1])  # in 0 .. 1
+        stride = options.patch_size if is_vit(options.model) else STRIDES[LAYER]
         self.turned = equireg.EquivariantViews(size, stride) if options.ser else None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:  # for the search of partitions
         image, label = self.images[index]
         return (self.policy(image), self.policy(image)), label
 
@@ -93,7 +85,7 @@ class Views(Dataset):
             # The elements are drawn alike in all processes, so that their maps have one size.
             generator = torch.Generator().manual_seed(7_919 * self.options.seed + step)
             x1, x2, g1, g2 = self.turned(images.clamp(0, 1), generator)
-            turned = (self.normalize(x1), self.normalize(x2), rest, g1, g2)
+            turned = (NORMALIZE(x1), NORMALIZE(x2), rest, g1, g2)
         first, second = zip(*(self[index][0] for index in places.tolist()))
         return torch.stack(first), torch.stack(second), places, turned
 
@@ -108,7 +100,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with equireg.TokenTap(self.net, self.early) as early, equireg.TokenTap(self.net, self.last) as last:
-            features = self.net(images.contiguous(memory_format=torch.channels_last))
+            features = self.net(images)
         self.maps = early.tokens.float(), last.tokens.float()
         return features[:, : self.width]
 
@@ -120,37 +112,34 @@ class Objective(nn.Module):
         super().__init__()
         self.options = options
         net, vit = create(options), is_vit(options.model)
-        early = f"blocks.{max(0, options.late_class_token - 1)}" if vit else options.layer
+        early = f"blocks.{max(0, options.late_class_token - 1)}" if vit else LAYER
         widths = {stage["module"]: stage["num_chs"] for stage in net.feature_info}
         self.ser = equireg.SERLoss(widths[early], token_norm=vit, gather_distributed=True) if options.ser else None
         self.reconstruct, width = None, net.num_features
         if options.reconstruction:
             self.views = equireg.IntermediateViews("all", reconstruct="se2")
-            stride = options.patch_size if vit else STRIDES["layer4"]
-            size = {"image_size": options.image_size, "patch_size": stride}
+            size = {"image_size": options.image_size, "patch_size": options.patch_size if vit else STRIDES["layer4"]}
             self.reconstruct = equireg.IntermediateReconstructionHead(width, **size, mean=MEAN, std=STD)
             width -= self.reconstruct.equivariant_dim
         self.encoder = Encoder(net, early, "norm" if vit else "layer4", width)
-        self.partitions = equireg.PartitionUpdater(samples, options.groups, seed=options.seed)
-        sizes, shared = (width, options.hidden_dim, options.output_dim), {"weight": options.weight}
+        self.partitions = equireg.PartitionUpdater(samples, seed=options.seed)
+        sizes = (width, options.hidden_dim, options.output_dim)
+        shared = {"weight": options.weight, "gather_distributed": True}
         if options.method == "simclr":
             self.head: nn.Module = heads.SimCLRProjectionHead(*sizes)
-            self.criterion: nn.Module = equireg.IPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.criterion: nn.Module = equireg.IPIRMLoss(self.partitions, **shared)
         elif options.method == "simsiam":
             self.head = heads.SimSiamProjectionHead(*sizes)
             self.predictor = heads.SimSiamPredictionHead(sizes[2], sizes[2] // 4, sizes[2])
-            self.criterion = equireg.SimSiamIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.criterion = equireg.SimSiamIPIRMLoss(self.partitions, **shared)
         else:
             self.head = heads.MoCoProjectionHead(*sizes)
             shared |= {"num_features": options.output_dim, "queue_size": options.queue_size}
-            self.criterion = equireg.MoCoIPIRMLoss(self.partitions, **shared, gather_distributed=True)
+            self.criterion = equireg.MoCoIPIRMLoss(self.partitions, **shared)
             self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
 
     def method(self, first: Tensor, second: Tensor, indices: Tensor) -> tuple[Tensor, list[Any]]:
         """The method's loss, and the token maps of the views that the student saw."""
-        mix = None
-        if self.options.mixup:
-            first, *mix = equireg.mix_images(first, alpha=self.options.mixup)
         z1, maps = self.head(self.encoder(first)).float(), [self.encoder.maps]
         if self.options.method == "mocov2":
             with torch.no_grad():
@@ -161,7 +150,7 @@ class Objective(nn.Module):
         if self.options.method == "simsiam":
             p1, p2 = self.predictor(z1).float(), self.predictor(z2).float()
             return self.criterion(p1, p2, z1, z2, indices), maps
-        return self.criterion(z1, z2, indices, mix=mix and tuple(mix)), maps
+        return self.criterion(z1, z2, indices), maps
 
     def forward(self, first: Tensor, second: Tensor, indices: Tensor, turned: Turned | None) -> tuple[Tensor, Any]:
         """The loss, and its parts for the log."""
@@ -191,10 +180,10 @@ class Objective(nn.Module):
             state, samples = PartialState(), equireg.WithIndex(views)
             share = Subset(samples, range(state.process_index, len(views), state.num_processes))
             loader = DataLoader(share, batch_size=self.options.batch_size)
-            encoder = nn.Sequential(Channels(), self.encoder, self.head)
-            self.partitions.update(loader, encoder=encoder, progress=state.is_main_process)
+            student = nn.Sequential(self.encoder, self.head)
+            self.partitions.update(loader, encoder=student, progress=state.is_main_process)
 
-    def follow(self) -> None:
+    def follow(self, step: int) -> None:
         """MoCo's teacher."""
         if self.options.method == "mocov2":
             update_momentum(nn.Sequential(self.encoder, self.head), self.teacher, self.options.momentum)
@@ -207,15 +196,13 @@ def run(options: Namespace) -> dict[str, Any]:
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seed_everything(options.seed)
         objective, views = Objective(options, len(images)), Views(options, images)
-        hooks = {"before_epoch": lambda epoch: objective.find_partition(views, epoch)}
-        hooks["after_step"] = lambda step: objective.follow()
+        hooks = {"before_epoch": partial(objective.find_partition, views), "after_step": objective.follow}
         if not fit(options, folder, settings, objective, views, warm_cosine(options), **hooks):
             return {}
         net = objective.encoder.net
         save(folder / "encoder.pt", net.state_dict())  # plain timm keys
-        parts: list[Tensor] = []
-        for split in ("train", labelled(options)):
-            parts += frozen_features(net, evenly(read(options, split), options.probe_images), options)
+        splits = [read(options, split) for split in ("train", labelled(options))]
+        parts = [part for images in splits for part in frozen_features(net, images, options)]
         found = {"k-NN": 100 * equireg.knn_accuracy(*parts), "linear": 100 * equireg.linear_probe(*parts)}
         return found | {"partitions": [report._asdict() for report in objective.partitions.reports]}
 

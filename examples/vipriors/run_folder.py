@@ -1,7 +1,5 @@
 """The folder of a step: made once, with its options, results, tensors and curves; and its training."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -19,8 +17,7 @@ from torch import nn
 from vipriors.training import TrainingError, cosine, differences, read_log, train, write_file
 
 OPTIONS, RESULTS = "options.json", "results.json"
-# How a step is run, not what it computes: these may change on the way.
-NOT_IN_THE_RESULT = ("resume", "workers", "save_every", "max_skipped", "traceback")
+NOT_IN_THE_RESULT = ("resume", "workers", "data", "out", "encoder")  # how a step is run; these may change on the way
 Results = dict[str, Any]
 
 
@@ -31,8 +28,7 @@ def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, 
     the folder was made with others, a TrainingError names them.
     """
     folder, main = options.out / step, PartialState().is_main_process
-    counting = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_RESULT}
-    settings = {name: value for name, value in counting.items() if not isinstance(value, Path)} | made_of
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_RESULT} | made_of
     if options.resume and (folder / OPTIONS).exists():
         if changed := differences(json.loads((folder / OPTIONS).read_text()), settings):
             raise TrainingError(f"{folder} was made with other settings: {changed}; without --resume it is made anew")
@@ -44,7 +40,7 @@ def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, 
         save_json(folder / OPTIONS, settings)
     results = work(folder, settings)
     if main:
-        draw_curves(folder, results)
+        draw_curves(folder)
         save_json(folder / RESULTS, results)
     return results
 
@@ -61,7 +57,7 @@ def fit(
         how = {"lr": options.lr, "weight_decay": options.weight_decay, "filter_bias_and_bn": adamw}
         more["optimizer"] = create_optimizer_v2(objective, "adamw" if adamw else "momentum", **how)
     accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.accumulate)
-    for name in ("batch_size", "epochs", "seed", "resume", "workers", "max_skipped", "save_every"):
+    for name in ("batch_size", "epochs", "seed", "resume", "workers"):
         more[name] = getattr(options, name)
     more |= {"samples": len(batches.images), "learning_rate": rate, "accelerator": accelerator, "settings": settings}
     train(objective, batches, folder=folder, title=folder.name, **more)
@@ -92,8 +88,8 @@ def save_json(path: Path, content: Any) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def hash_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def hash_of(path: Path | None) -> str | None:
+    return path and hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def made_with(folder: Path, name: str) -> Any:
@@ -102,26 +98,13 @@ def made_with(folder: Path, name: str) -> Any:
     return json.loads(path.read_text()).get(name) if path.exists() else None
 
 
-def given_or_made(given: Path | None, made: Path) -> Path | None:
-    """The file that a flag names, or the one that an earlier step left; None for ``none``, or if there is neither."""
-    if given is not None:
-        return None if str(given) == "none" else given
-    return made if made.exists() else None
-
-
-def draw_curves(folder: Path, results: dict[str, Any]) -> None:
-    """``curves.png``: every part of the loss, and the accuracies at the end."""
-    log = [row for row in read_log(folder) if "loss" in row]
-    if not log:
+def draw_curves(folder: Path) -> None:
+    """``curves.png``: every part of the loss, and the learning rate."""
+    if not (log := [row for row in read_log(folder) if "loss" in row]):
         return
-    shares = {name: value for name, value in results.items() if isinstance(value, float)}
     curves = [name for name in log[0] if name != "step"]
-    figure = Figure(figsize=(3 * len(curves) + 3, 3), layout="constrained")
-    *grid, last = figure.subplots(1, len(curves) + 1)
-    for axes, name in zip(grid, curves):
+    figure = Figure(figsize=(3 * len(curves), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves):
         axes.plot([row["step"] for row in log], [row[name] for row in log], linewidth=0.7)
         axes.set_title("learning rate" if name == "lr" else name)
-    last.bar_label(last.bar(list(shares), list(shares.values()), color="C1"), fmt="%.1f")
-    last.tick_params("x", rotation=45)
-    last.set_title("accuracy at the end, %")
     figure.savefig(folder / "curves.png", dpi=120)

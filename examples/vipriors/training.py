@@ -1,18 +1,10 @@
 """Train any objective on accelerate, and survive what happens to a machine: kills, full disks, damaged files, NaN.
 
-    seed_everything(0)                                    # the same weights in every process
-    objective = Objective(...)                            # forward(*batch) -> loss, {"name of a part": tensor}
-    train(objective, make_batch, torch.optim.AdamW(objective.parameters()), folder=Path("runs/mine"),
-          samples=len(images), batch_size=256, epochs=100, learning_rate=lambda step, steps: cosine(step, steps, 1e-3),
-          accelerator=Accelerator(mixed_precision="bf16"), settings={"model": "resnet50"}, resume=True)
-
 accelerate brings devices, several processes (``accelerate launch``), mixed precision and gradient accumulation. This
 file adds four things. A checkpoint is written beside the last one and renamed; its name holds its SHA-256, so a damaged
 one is noticed and the one before it is taken. A step whose loss or gradient is not finite is skipped. Random numbers
 follow from the seed, the step and the process: a killed run ends in the same bits. Other settings are refused by name.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -58,8 +50,7 @@ def train(
     samples: int,
     batch_size: int,
     learning_rate: Callable[[int, int], float],
-    epochs: int | None = None,
-    steps: int | None = None,
+    epochs: int,
     accelerator: Accelerator | None = None,
     settings: dict[str, Any] | None = None,
     seed: int = 0,
@@ -75,31 +66,26 @@ def train(
     """Train ``objective``, or go on from its last checkpoint; return the log, a row for each step.
 
     Args:
-        objective: its ``forward(*batch)`` returns the loss and its parts for the log, 0-d tensors; all that it carries
-            from step to step is in its ``state_dict``.
+        objective: its ``forward(*batch)`` returns the loss and a dict of its parts for the log, 0-d tensors; all that
+            it carries from step to step is in its ``state_dict``.
         make_batch: from the step and the indices of its samples in this process to the arguments of ``forward``; may
             draw random numbers from torch, numpy and random.
         folder: gets ``log.jsonl`` and the last two checkpoints; without ``resume`` those there are removed.
         samples, batch_size: an epoch is all whole batches, of all processes together, in an order of its own.
         learning_rate: from the step and their number; times ``lr_scale`` in a parameter group that has one.
-        epochs, steps: one of them.
         accelerator: made for this training alone.
         settings: plain values, alike in all runs that go on from each other.
         before_epoch, after_step: called with their number, from 0; after a skipped step there is no call.
         max_norm: the gradient is clipped to it.
-        max_skipped: so many steps in a row without a finite loss and gradient end the training.
+        max_skipped: so many steps in a row without a finite loss and gradient raise a TrainingError.
         save_every: steps between checkpoints, besides the end of every epoch.
         workers: processes that make batches.
-
-    Raises:
-        TrainingError: the checkpoint is of other settings or no checkpoint; or too many steps were skipped.
-        ValueError, OSError: the batch size does not fit; a file cannot be written, and the last checkpoint is kept.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     accumulate, per_epoch = accelerator.gradient_accumulation_steps, samples // batch_size
     batches = _Batches(make_batch, samples, batch_size, seed, rank, world, accumulate)
-    steps = per_epoch * (epochs or 0) if steps is None else steps
+    steps = per_epoch * epochs
     how = {"samples": samples, "batch_size": batch_size, "steps": steps, "seed": seed, "processes": world}
     how |= {"accumulate": accumulate, "mixed_precision": accelerator.mixed_precision, **(settings or {})}
     settings = json.loads(json.dumps(how))  # plain values: tuples are lists
@@ -236,9 +222,6 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the new name, too
-    os.close(directory)
 
 
 @contextlib.contextmanager
