@@ -6,22 +6,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from equireg import WithIndex, extract_features
 
 
-def loader(samples=10, **options):
-    return DataLoader(WithIndex(TensorDataset(torch.randn(samples, 3), torch.arange(samples) % 2)), 4, **options)
+def loader(**options):
+    return DataLoader(WithIndex(TensorDataset(torch.randn(10, 3), torch.arange(10) % 2)), 4, **options)
 
 
-def test_all_samples_in_the_order_of_the_loader():
-    batches = loader()
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_all_samples_in_the_order_of_the_loader(shuffle):
+    batches = loader(shuffle=shuffle)
     images = batches.dataset.tensors[0]
-    features, labels, indices = extract_features(nn.Identity(), batches)
-    assert torch.equal(features, images)
-    assert torch.equal(labels, torch.arange(10) % 2)
-    assert torch.equal(indices, torch.arange(10))
-
-
-def test_any_function_will_do():
-    features, _, indices = extract_features(lambda images: images * 2, batches := loader(shuffle=True), progress=False)
-    assert torch.equal(features, batches.dataset.tensors[0][indices] * 2)
+    features, labels, indices = extract_features(lambda images: images * 2, batches, progress=not shuffle)
+    assert torch.equal(features, images[indices] * 2)
+    assert torch.equal(labels, indices % 2)
+    assert torch.equal(indices, torch.arange(10)) != shuffle
 
 
 def test_encoder_is_left_as_it_was_also_when_it_fails():  # P5
@@ -34,12 +30,13 @@ def test_encoder_is_left_as_it_was_also_when_it_fails():  # P5
             assert not self.inner.training
             raise RuntimeError("no features today")
 
-    encoder = Failing()
+    encoder, state = Failing(), torch.get_rng_state()
     with pytest.raises(RuntimeError, match="no features today"):
-        extract_features(encoder, loader(), progress=False)
+        extract_features(encoder, [(torch.ones(2, 3), torch.arange(2), torch.arange(2))], progress=False)
     assert encoder.training
     assert encoder.inner.training
     assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_output_of_another_device_is_brought_to_the_cpu():
@@ -61,22 +58,19 @@ def test_output_of_another_device_is_brought_to_the_cpu():
     assert features.device.type == "cpu"
 
 
-def test_random_state_is_untouched():
-    state = torch.get_rng_state()
-    batches = [(torch.ones(2, 3), torch.zeros(2).long(), torch.arange(2))]
-    extract_features(nn.Dropout(0.5), batches, progress=False)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_wrong_loaders():
-    plain = DataLoader(TensorDataset(torch.randn(4, 3), torch.zeros(4).long()), 2)
-    with pytest.raises(
-        TypeError, match="loader must be a loader of .images, labels, indices., see WithIndex, got 2 parts"
-    ):
-        extract_features(nn.Identity(), plain, progress=False)
-    with pytest.raises(TypeError, match="labels must be a tensor of any kind, got list"):
-        extract_features(nn.Identity(), [(torch.ones(2, 3), [0, 1], torch.arange(2))], progress=False)
-    with pytest.raises(ValueError, match="loader must be of at least one batch, got none"):
-        extract_features(nn.Identity(), [], progress=False)
-    with pytest.raises(ValueError, match=r"encoder's output must be \[B, D\], got \[4, 3, 1\]"):
-        extract_features(lambda images: images[:, :, None], loader(), progress=False)
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (
+            [(torch.ones(2, 3), torch.arange(2))],
+            TypeError,
+            "loader must be a loader of .images, labels, indices., .* got 2 parts",
+        ),
+        ([(torch.ones(2, 3), [0, 1], torch.arange(2))], TypeError, "labels must be a tensor of any kind, got list"),
+        ([], ValueError, "loader must be of at least one batch, got none"),
+        ([(torch.ones(2, 3, 1), *torch.ones(2, 2).long())], ValueError, r"output must be \[B, D\], got \[2, 3, 1\]"),
+    ],
+)
+def test_wrong_loaders(batches, error, message):
+    with pytest.raises(error, match=message):
+        extract_features(nn.Identity(), batches, progress=False)

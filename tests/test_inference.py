@@ -65,11 +65,6 @@ def test_crops_are_resized_where_no_size_is_given():
     assert [tuple(part.shape) for part in seen] == [(2, 3, 16, 24)] * 5
 
 
-def test_a_mirrored_image_is_predicted_alike():
-    images = torch.rand(4, 3, 8, 8)
-    torch.testing.assert_close(predict_tta(Corner(), images), predict_tta(Corner(), images.flip(-1)))
-
-
 def test_no_gradient_and_no_change_of_mode():
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.Dropout()).train()
     images = torch.rand(2, 3, 4, 4, requires_grad=True)
@@ -77,32 +72,25 @@ def test_no_gradient_and_no_change_of_mode():
     assert model.training
 
 
+IMAGES = torch.rand(1, 3, 8, 8)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
+    ("model", "images", "options", "message"),
     [
-        ((Corner(), torch.rand(3, 8, 8)), {}, ValueError, r"images must be \[B, C, H, W\], got \[3, 8, 8\]"),
-        ((Corner(), torch.rand(0, 3, 8, 8)), {}, ValueError, "images must be of at least one image and pixel"),
-        ((None, torch.rand(1, 3, 8, 8)), {}, TypeError, "model must be a module or a function, got NoneType"),
-        (
-            (Corner(), torch.rand(1, 3, 8, 8)),
-            {"crops": "nine"},
-            ValueError,
-            "crops must be one of 'flip', 'five', 'ten'",
-        ),
-        ((Corner(), torch.rand(1, 3, 8, 8)), {"merge": "max"}, ValueError, "merge must be one of 'mean'"),
-        ((Corner(), torch.rand(1, 3, 8, 8)), {"sharpening": 0}, ValueError, "sharpening must be finite and above 0"),
-        (
-            (Corner(), torch.rand(1, 3, 8, 8)),
-            {"crops": "five", "crop_size": 9},
-            ValueError,
-            "crop_size must be at most the images' 8 x 8, got 9",
-        ),
-        ((nn.Identity(), torch.rand(1, 3, 8, 8)), {}, ValueError, r"model's output must be \[1, classes\]"),
+        (Corner(), IMAGES[0], {}, r"images must be \[B, C, H, W\], got \[3, 8, 8\]"),
+        (Corner(), IMAGES[:0], {}, "images must be of at least one image and pixel"),
+        (None, IMAGES, {}, "model must be a module or a function, got NoneType"),
+        (Corner(), IMAGES, {"crops": "nine"}, "crops must be one of 'flip', 'five', 'ten'"),
+        (Corner(), IMAGES, {"merge": "max"}, "merge must be one of 'mean'"),
+        (Corner(), IMAGES, {"sharpening": 0}, "sharpening must be finite and above 0"),
+        (Corner(), IMAGES, {"crops": "five", "crop_size": 9}, "crop_size must be at most the images' 8 x 8, got 9"),
+        (nn.Identity(), IMAGES, {}, r"model's output must be \[1, classes\]"),
     ],
 )
-def test_refuses(arguments, options, error, message):
-    with pytest.raises(error, match=f"predict_tta: {message}"):
-        predict_tta(*arguments, **options)
+def test_refuses(model, images, options, message):
+    with pytest.raises((TypeError, ValueError), match=f"predict_tta: {message}"):
+        predict_tta(model, images, **options)
 
 
 # ------------------------------------------------------------------------------------------------- ensembles
@@ -118,10 +106,10 @@ def test_equals_the_formula(weights, merge):
 
 
 @given(
-    st.sampled_from(MERGES),
-    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-    st.floats(0.1, 1000),
-    st.integers(0, 2**31),
+    merge=st.sampled_from(MERGES),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    scale=st.floats(0.1, 1000),
+    seed=st.integers(0, 2**31),
 )
 def test_always_probabilities(merge, dtype, scale, seed):
     """However sure the models are, also where all of them rule a class out or contradict each other."""
@@ -137,23 +125,15 @@ def test_always_probabilities(merge, dtype, scale, seed):
     assert found[0, 0] > 0.999
 
 
-def test_one_model_is_itself():
-    p = probabilities(1)
-    for merge in ("mean", "gmean"):
-        torch.testing.assert_close(ensemble(p, merge=merge), p[0])
-
-
 @pytest.mark.parametrize("merge", MERGES)
 def test_fitted_weights_are_the_best(merge):
     """No others on a grid are likelier; a model that knows nothing gets little."""
     labels = torch.arange(200) % 4
-    p = torch.stack(
-        [
-            (torch.randn(200, 4) + strength * nn.functional.one_hot(labels, 4)).softmax(-1)
-            for strength in (2.0, 1.5, 0.0)
-        ]
-    )
+    strength = torch.tensor([2.0, 1.5, 0.0])[:, None, None]
+    p = (torch.randn(3, 200, 4) + strength * nn.functional.one_hot(labels, 4)).softmax(-1)
     weights = fit_ensemble_weights(p, labels, merge=merge)
+    with torch.inference_mode():
+        assert torch.equal(fit_ensemble_weights(p.clone(), labels, merge=merge), weights)
     assert weights.sum().item() == pytest.approx(1)
     assert weights[2] < 0.2
 
@@ -165,34 +145,22 @@ def test_fitted_weights_are_the_best(merge):
     assert likelihood(weights) > best - 1e-6
 
 
-def test_fitted_weights_in_any_mode():
-    labels = torch.arange(20) % 5
-    p = probabilities(2, 20)
-    expected = fit_ensemble_weights(p, labels)
-    with torch.inference_mode():
-        assert torch.equal(fit_ensemble_weights(p.clone(), labels), expected)
-
-
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "message"),
     [
-        (lambda p: ensemble(p[0]), ValueError, r"probabilities must be \[M, B, classes\]"),
-        (lambda p: ensemble([]), TypeError, "probabilities must be a tensor, or a list of one or more, got list"),
-        (lambda p: ensemble([p[0], p[1, :4]]), ValueError, r"probabilities must be \[B, classes\] = \[8, 5\]"),
-        (lambda p: ensemble(2 * p), ValueError, "probabilities must be at least 0, with a sum of 1 in each row"),
-        (lambda p: ensemble(p * float("nan")), ValueError, "probabilities must be at least 0, with a sum of 1"),
-        (
-            lambda p: ensemble(p, weights=[1, 2]),
-            ValueError,
-            r"weights must be 3 numbers, one for each model, got \[2\]",
-        ),
-        (lambda p: ensemble(p, weights=[0, 0, 0]), ValueError, "weights must be finite, at least 0, and not all 0"),
-        (lambda p: ensemble(p, weights=[1, -1, 1]), ValueError, "weights must be finite, at least 0, and not all 0"),
-        (lambda p: ensemble(p, merge="vote"), ValueError, "merge must be one of"),
-        (lambda p: fit_ensemble_weights(p, torch.arange(3)), ValueError, r"labels must be \[B\] = \[8\], got \[3\]"),
-        (lambda p: fit_ensemble_weights(p, torch.arange(8)), ValueError, "labels must be in 0 .. 4"),
+        (lambda p: ensemble(p[0]), r"probabilities must be \[M, B, classes\]"),
+        (lambda p: ensemble([]), "probabilities must be a tensor, or a list of one or more, got list"),
+        (lambda p: ensemble([p[0], p[1, :4]]), r"probabilities must be \[B, classes\] = \[8, 5\]"),
+        (lambda p: ensemble(2 * p), "probabilities must be at least 0, with a sum of 1 in each row"),
+        (lambda p: ensemble(p * float("nan")), "probabilities must be at least 0, with a sum of 1"),
+        (lambda p: ensemble(p, weights=[1, 2]), r"weights must be 3 numbers, one for each model, got \[2\]"),
+        (lambda p: ensemble(p, weights=[0, 0, 0]), "weights must be finite, at least 0, and not all 0"),
+        (lambda p: ensemble(p, weights=[1, -1, 1]), "weights must be finite, at least 0, and not all 0"),
+        (lambda p: ensemble(p, merge="vote"), "merge must be one of"),
+        (lambda p: fit_ensemble_weights(p, torch.arange(3)), r"labels must be \[B\] = \[8\], got \[3\]"),
+        (lambda p: fit_ensemble_weights(p, torch.arange(8)), "labels must be in 0 .. 4"),
     ],
 )
-def test_refuses_ensembles(call, error, message):
-    with pytest.raises(error, match=message):
+def test_refuses_ensembles(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(probabilities())

@@ -20,7 +20,7 @@ class EnvironmentsReport:
 
     ``Environments.report()`` makes it, from features alone. Where a class is mostly seen in one context, the few
     samples that are not resemble other classes much more than the rest does: the scores have a long tail, and their
-    excess kurtosis is large (1.6 to 56 where it was tried, 0.5 and less without bias). Print it for a table;
+    excess kurtosis is large (1.6 to 56 where it was tried, -0.5 to 0.5 without bias). Print it for a table;
     :meth:`picture` draws it.
 
     Attributes:
@@ -42,7 +42,7 @@ class EnvironmentsReport:
 
     @property
     def looks_biased(self) -> Tensor:
-        """Whether a class looks biased, bool [C]: its excess kurtosis is beyond chance by 1 and by two standard errors."""
+        """[C], whether the excess kurtosis of a class is beyond chance by 1, and by two standard errors."""
         error = 2 * (24 / self.size.clamp(min=1)).sqrt()
         chance = chance_kurtosis(int((self.size > 0).sum()) - 1)
         return self.excess_kurtosis - chance > error.clamp(min=1)

@@ -1,14 +1,15 @@
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from equireg import LateClassToken
+from tests.backbones.conftest import hooks, in_two_threads
 
 timm = pytest.importorskip("timm", reason="needs the examples extra")
 
@@ -108,11 +109,11 @@ def by_hand(model, x, layer, prefix):
     return result, patches
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", [*SUPPORTED, "torchvision"])
 @torch.no_grad()
 def test_supported_architectures(name):
-    model = create(name)
-    x, prefix, keys = images(model), model.num_prefix_tokens, list(model.state_dict())
+    model = torchvision_vit() if name == "torchvision" else create(name)
+    x, prefix, keys = images(model), getattr(model, "num_prefix_tokens", 1), list(model.state_dict())
     plain = model(x)
     expected, tokens = by_hand(model, x, 2, prefix)
     assert (expected - plain).abs().max() > 1e-5  # inserting late does make a difference
@@ -130,28 +131,17 @@ def test_supported_architectures(name):
     assert torch.equal(late(x), expected)
     assert torch.equal(model(x), expected)  # in place
     assert list(model.state_dict()) == keys
-    patches, blocks = found.shape[1], len(model.blocks)
-    assert [args[0].shape[1] for args, _ in entering(model, x)[1]] == [patches] * 2 + [prefix + patches] * (blocks - 2)
+    seen = [args[0].shape[1] for args, _ in entering(model, x)[1]]
+    assert seen == [found.shape[1]] * 2 + [prefix + found.shape[1]] * (len(blocks_of(model)) - 2)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_architectures(name):
     model = create(name)
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    before = hooks(model)
     with pytest.raises(ValueError, match=f"^LateClassToken: vit must be .*{REFUSED[name]}.*TokenTap"):
         LateClassToken(model, 1)
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
-
-
-@torch.no_grad()
-def test_torchvision():
-    model = torchvision_vit()
-    x, plain = images(model), model(images(model) * 0 + 0.5)
-    assert torch.equal(LateClassToken(copy.deepcopy(model), 0)(x * 0 + 0.5), plain)
-    expected, tokens = by_hand(model, x, 2, 1)
-    features, found = LateClassToken(model, 2)(x, return_tokens=True)
-    assert torch.equal(features, expected)
-    assert torch.equal(found, tokens)
+    assert hooks(model) == before
 
 
 @pytest.mark.parametrize("layer", [1, 3])
@@ -175,28 +165,22 @@ def test_dynamic_sizes(size):  # W9
     assert LateClassToken(vit(), 2)(torch.rand(0, 3, 64, 64), return_tokens=True)[1].shape == (0, 16, 48)
 
 
-def test_state_dicts_load_both_ways():  # W6
-    plain, late = vit(), LateClassToken(vit(), 2)
+@pytest.mark.parametrize("nested", [False, True])
+def test_state_dicts_load_both_ways(nested):  # W6
+    def model(encoder):
+        return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(5, 2)}) if nested else encoder
+
+    plain, late, other = model(vit()), model(LateClassToken(vit(), 2)), model(LateClassToken(vit(), 3))
     assert list(late.state_dict()) == list(plain.state_dict())
     for parameter in late.parameters():
         nn.init.normal_(parameter)
     plain.load_state_dict(late.state_dict())
-    assert torch.equal(plain.cls_token, late.vit.cls_token)
-    late.load_state_dict(vit().state_dict())
-    assert torch.equal(late.vit.pos_embed, vit().pos_embed)
-    with pytest.raises(RuntimeError, match=r'Missing key.*"vit.cls_token"'):
-        late.load_state_dict({key: value for key, value in plain.state_dict().items() if key != "cls_token"})
-
-    nested = nn.ModuleDict({"encoder": LateClassToken(vit(), 2), "head": nn.Linear(5, 2)})
-    keys = [*(f"encoder.{key}" for key in plain.state_dict()), "head.weight", "head.bias"]
-    assert list(nested.state_dict()) == keys
-    for parameter in nested.parameters():
-        nn.init.normal_(parameter)
-    other = nn.ModuleDict({"encoder": vit(), "head": nn.Linear(5, 2)})
-    other.load_state_dict(nested.state_dict())
-    again = nn.ModuleDict({"encoder": LateClassToken(vit(), 3), "head": nn.Linear(5, 2)})
-    again.load_state_dict(other.state_dict())
-    assert torch.equal(again["encoder"].vit.cls_token, nested["encoder"].vit.cls_token)
+    other.load_state_dict(plain.state_dict())
+    for found in (plain, other):
+        torch.testing.assert_close(found.state_dict(), late.state_dict(), rtol=0, atol=0)
+    missing = {key: value for key, value in plain.state_dict().items() if "cls_token" not in key}
+    with pytest.raises(RuntimeError, match=r'Missing key.*vit.cls_token"'):
+        late.load_state_dict(missing)
 
 
 @pytest.mark.parametrize("make", [vit, torchvision_vit, lambda: create("eva02_tiny_patch14_224")])
@@ -208,47 +192,41 @@ def test_copies_are_their_own(make):  # W3, P10
     buffer = io.BytesIO()
     torch.save(late, buffer)
     buffer.seek(0)
-    copies = [copy.deepcopy(late), pickle.loads(pickle.dumps(late)), torch.load(buffer, weights_only=False)]  # noqa: S301
-    for other in copies:
-        for got, wanted in zip(other(x, return_tokens=True), expected):
-            assert torch.equal(got, wanted)
+    for other in (copy.deepcopy(late), pickle.loads(pickle.dumps(late)), torch.load(buffer, weights_only=False)):  # noqa: S301
+        torch.testing.assert_close(other(x, return_tokens=True), expected, rtol=0, atol=0)
         for parameter in other.parameters():
             parameter.zero_()
-    for got, wanted in zip(late(x, return_tokens=True), expected):
-        assert torch.equal(got, wanted)
+    torch.testing.assert_close(late(x, return_tokens=True), expected, rtol=0, atol=0)
+
+
+def backward(late, call, x):
+    """Features and tokens, and the gradients of both."""
+    late.zero_grad()
+    features, tokens = call(x, return_tokens=True)
+    (features.square().sum() + tokens.square().sum()).backward()
+    assert not late._keep.kept
+    return features, tokens, [p.grad for p in late.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("make", [vit, torchvision_vit, lambda: create("vit_small_patch16_dinov3")])
 def test_compiles_whole(make):  # W4
     late = LateClassToken(make(), 2)
+    late.vit.get_submodule("encoder.layers" if isinstance(late.vit, TorchvisionViT) else "blocks")[3:] = []
     x = images(late.vit)
     compiled = torch.compile(late, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        got, expected = compiled(x, return_tokens=True), late(x, return_tokens=True)
-        for a, b in zip(got, expected):
-            torch.testing.assert_close(a, b)
-    (got[0].square().sum() + got[1].square().sum()).backward()
-    gradients = [p.grad.clone() for p in late.parameters() if p.grad is not None]
-    late.zero_grad()
-    (expected[0].square().sum() + expected[1].square().sum()).backward()
-    for a, b in zip(gradients, [p.grad for p in late.parameters() if p.grad is not None]):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert not late._keep.kept
+    found, expected = backward(late, compiled, x), backward(late, late, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(x), late(x))
 
 
 def test_activation_checkpointing():  # W5
-    gradients = []
+    late = LateClassToken(vit(), 2).train()
+    x, expected = images(late.vit), None
     for checkpointed in (False, True):
-        late = LateClassToken(vit(), 2)
         late.vit.set_grad_checkpointing(checkpointed)
-        late.train()
-        torch.manual_seed(3)
-        features, tokens = late(images(late.vit), return_tokens=True)
-        (features.square().sum() + tokens.square().sum()).backward()
-        gradients.append([p.grad for p in late.parameters()])
-        assert not late._keep.kept
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
+        found = backward(late, late, x)
+        expected = expected or found
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -258,8 +236,6 @@ def test_reentrant_checkpointing_is_refused():  # W8
             for block in self:
                 x = checkpoint(block, x, use_reentrant=True)
             return x
-
-    from torch.utils.checkpoint import checkpoint
 
     model = vit()
     model.blocks = Reentrant(*model.blocks)
@@ -274,22 +250,13 @@ def test_reentrant_checkpointing_is_refused():  # W8
 @torch.no_grad()
 def test_two_threads_do_not_mix():  # W7
     late = LateClassToken(vit(), 2)
-    inputs = [torch.rand(2, 3, 64, 64) for _ in range(2)]
-    expected = [late(x, return_tokens=True) for x in inputs]
-    failures = []
 
-    def work(x, wanted):
-        for _ in range(20):
-            with torch.no_grad():
-                found = late(x, return_tokens=True)
-            failures.extend(1 for a, b in zip(found, wanted) if not torch.allclose(a, b))
+    def work(pair):
+        found = late(pair[0], return_tokens=True)
+        return all(torch.allclose(a, b) for a, b in zip(found, pair[1]))
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    inputs = torch.rand(2, 2, 3, 64, 64)
+    assert in_two_threads(work, [(x, late(x, return_tokens=True)) for x in inputs])
 
 
 def test_an_error_inside_leaves_nothing_behind():
@@ -325,24 +292,29 @@ def test_half_precision_and_autocast():
     assert tokens.shape == (2, 16, 48)
 
 
-def wrong():
-    wrapped, compiled, in_place = vit(), torch.compile(vit()), vit()
-    LateClassToken(wrapped, 0)
-    in_place.compile()
-    return {
-        "W1 too deep": (ValueError, r"layer must be in 0 .. 3 for 4 blocks, got 4", vit(), 4),
-        "negative": (ValueError, "layer must be at least 0, got -1", vit(), -1),
-        "a name": (TypeError, "layer must be a whole number, got str 'blocks.2'", vit(), "blocks.2"),
-        "no module": (TypeError, "vit must be a torch.nn.Module, got str", "vit_tiny", 2),
-        "W4 wrapped twice": (ValueError, "vit must be a model that is not wrapped already", wrapped, 2),
-        "W4 compiled": (ValueError, "vit must be wrapped first and compiled after", compiled, 2),
-        "W4 compiled in place": (ValueError, "vit must be wrapped first and compiled after", in_place, 2),
-        "dropped patches": (ValueError, "vit must be a ViT that keeps all its patches", vit(patch_drop_rate=0.3), 2),
-    }
+def wrapped():
+    return LateClassToken(vit(), 0).vit
 
 
-@pytest.mark.parametrize("case", wrong())
-def test_wrong_arguments(case):
-    kind, message, model, layer = wrong()[case]
-    with pytest.raises(kind, match=f"^LateClassToken: {message}"):
-        LateClassToken(model, layer)
+def compiled_in_place():
+    model = vit()
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "message"),
+    [
+        (vit, 4, r"layer must be in 0 .. 3 for 4 blocks, got 4"),  # W1
+        (vit, -1, "layer must be at least 0, got -1"),
+        (vit, "blocks.2", "layer must be a whole number, got str 'blocks.2'"),
+        (lambda: "vit_tiny", 2, "vit must be a torch.nn.Module, got str"),
+        (wrapped, 2, "vit must be a model that is not wrapped already"),  # W4
+        (lambda: torch.compile(vit()), 2, "vit must be wrapped first and compiled after"),
+        (compiled_in_place, 2, "vit must be wrapped first and compiled after"),
+        (lambda: vit(patch_drop_rate=0.3), 2, "vit must be a ViT that keeps all its patches"),
+    ],
+)
+def test_wrong_arguments(make, layer, message):
+    with pytest.raises((TypeError, ValueError), match=f"^LateClassToken: {message}"):
+        LateClassToken(make(), layer)

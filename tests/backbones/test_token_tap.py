@@ -1,5 +1,4 @@
 import copy
-import threading
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ import torchvision
 from torch import nn
 
 from equireg import LateClassToken, TokenTap
+from tests.backbones.conftest import hooks, in_two_threads
 
 timm = pytest.importorskip("timm", reason="needs the examples extra")
 
@@ -23,18 +23,20 @@ MAPS = [
     ("xcit_nano_12_p16_224", "blocks.1", 1, {}, (224, 224)),
     ("swin_tiny_patch4_window7_224", "layers.1", 1, {"img_size": (64, 128), "window_size": 4}, (64, 128)),
     ("swinv2_tiny_window8_256", "layers.0", 0, {"img_size": 96, "window_size": 4}, (96, 96)),
-    ("swin_tiny_patch4_window7_224", "layers.0", 0, {"img_size": 384, "window_size": 12}, (384, 384)),  # 96 x 96 x 96
+    (
+        "swin_tiny_patch4_window7_224",
+        "layers.0",
+        0,
+        {"img_size": 96, "embed_dim": 24, "window_size": 4},
+        (96, 96),
+    ),  # 24³
     ("convnext_atto", "stages.1", 1, {}, (64, 96)),
     ("resnet18", "layer2", 2, {}, (64, 96)),
     ("efficientnet_b0", "blocks.2", None, {}, (64, 96)),
     ("regnety_002", "s2", 2, {}, (64, 96)),
-    ("maxvit_tiny_tf_224", "stages.1", 2, {}, (224, 224)),
+    ("maxvit_rmlp_pico_rw_256", "stages.1", 2, {"img_size": 64}, (64, 64)),
     ("pvt_v2_b0", "stages.1", 1, {}, (64, 96)),
 ]
-
-
-def resnet():
-    return timm.create_model("resnet18", num_classes=4).eval()
 
 
 def vit(**options):
@@ -42,29 +44,22 @@ def vit(**options):
     return timm.create_model("vit_tiny_patch16_224", **{**small, **options}).eval()
 
 
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
 @pytest.mark.parametrize(("name", "layer", "index", "options", "size"), MAPS, ids=[f"{m[0]}-{m[4]}" for m in MAPS])
 @torch.no_grad()
 def test_tokens_and_grid(name, layer, index, options, size):
     model = timm.create_model(name, num_classes=4, **options).eval()
-    x = torch.rand(2, 3, *size)
+    x, seen = torch.rand(2, 3, *size), []
     expected = model(x)
     with TokenTap(model, layer) as tap:
         assert torch.equal(model(x), expected)
     assert not hooks(model)
     if index is None:
-        seen = []
-        handle = model.get_submodule(layer).register_forward_hook(lambda *args: seen.append(args[2]))
+        model.get_submodule(layer).register_forward_hook(lambda *args: seen.append(args[2]))
         model(x)
-        handle.remove()
-        maps = seen[0]
     else:
-        maps = model.forward_intermediates(x, indices=[index], output_fmt="NCHW", intermediates_only=True)[0]
-    assert tap.grid == tuple(maps.shape[2:])
-    assert torch.equal(tap.tokens, maps.flatten(2).transpose(1, 2))
+        seen = model.forward_intermediates(x, indices=[index], output_fmt="NCHW", intermediates_only=True)
+    assert tap.grid == tuple(seen[0].shape[2:])
+    assert torch.equal(tap.tokens, seen[0].flatten(2).transpose(1, 2))
 
 
 @torch.no_grad()
@@ -97,19 +92,15 @@ def test_grid_follows_every_forward_pass():  # W9
             model(torch.rand(1, 3, *size))
             assert tap.grid == grid
             assert tap.tokens.shape == (1, grid[0] * grid[1], 48)
+        model.forward_features(torch.rand(1, 3, 64, 64))
+        # Images are not seen where the model's own hooks do not run: square grids only.
+        assert tap.grid == (4, 4)
+        with pytest.raises(ValueError, match=r"map of tokens.*got \[1, 19, 48\] for unknown images"):
+            model.forward_features(torch.rand(1, 3, 48, 96))
     model = vit()
     with TokenTap(model, "blocks.1") as tap:
         model(torch.rand(0, 3, 64, 64))
         assert tap.tokens.shape == (0, 16, 48)
-
-
-def test_gradients_flow_through_tokens():
-    model = vit()
-    with TokenTap(model, "blocks.1") as tap:
-        model(torch.rand(2, 3, 64, 64))
-        tap.tokens.square().sum().backward()
-    assert model.patch_embed.proj.weight.grad.norm() > 0
-    assert model.blocks[2].mlp.fc1.weight.grad is None
 
 
 def test_nothing_is_left_behind():  # W3
@@ -136,35 +127,25 @@ def test_nothing_is_left_behind():  # W3
     other(torch.rand(1, 3, 64, 64))  # a copy made inside of the context runs, with hooks of its own
 
 
-def test_features_alone():
-    """``forward_features`` does not run the model's own hooks, so the images are not seen: square grids only."""
-    model = vit(dynamic_img_size=True)
-    with TokenTap(model, "blocks.1") as tap:
-        model.forward_features(torch.rand(1, 3, 64, 64))
-        assert tap.grid == (4, 4)
-        with pytest.raises(ValueError, match=r"map of tokens.*got \[1, 19, 48\] for unknown images"):
-            model.forward_features(torch.rand(1, 3, 48, 96))
-
-
-def test_activation_checkpointing_records_once():  # W5
-    model = vit()
-    model.set_grad_checkpointing(True)
-    model.train()
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_flow_through_tokens(checkpointed):  # W5: recorded once
+    model = vit().train()
+    model.set_grad_checkpointing(checkpointed)
     with TokenTap(model, "blocks.1") as tap:
         logits = model(torch.rand(2, 3, 64, 64))
         before = tap.tokens
-        (logits.sum() + before.square().sum()).backward()
+        (0 * logits.sum() + before.square().sum()).backward()
         assert tap.tokens is before
     assert model.patch_embed.proj.weight.grad.norm() > 0
+    assert not model.blocks[2].mlp.fc1.weight.grad.any()
 
 
 def test_compiled_inside_of_the_context():  # W4
-    model = vit()
+    model = vit(depth=2)
     x = torch.rand(2, 3, 64, 64)
-    with TokenTap(model, "blocks.1") as tap:
+    with TokenTap(model, "blocks.0") as tap:
         model(x)
         expected = tap.tokens
-    with TokenTap(model, "blocks.1") as tap:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         compiled(x)
         torch.testing.assert_close(tap.tokens, expected)
@@ -180,15 +161,14 @@ def test_compiled_inside_of_the_context():  # W4
 
 
 def test_compiled_before_is_refused():
-    for model in (torch.compile(vit()), vit()):
-        if not hasattr(model, "_orig_mod"):
-            model.compile()
+    compiled, in_place, model = torch.compile(vit()), vit(), vit(depth=1)
+    in_place.compile()
+    for wrong in (compiled, in_place):
         with pytest.raises(ValueError, match="TokenTap: model must be wrapped first and compiled after"):
-            TokenTap(model, "blocks.1")
-    model = vit()
+            TokenTap(wrong, "blocks.1")
     compiled = torch.compile(model, backend="aot_eager")
     compiled(torch.rand(1, 3, 64, 64))
-    with TokenTap(model, "blocks.1") as tap:
+    with TokenTap(model, "blocks.0") as tap:
         compiled(torch.rand(1, 3, 64, 64))
         with pytest.raises(ValueError, match="a model compiled before that does not see the tap"):
             tap.tokens  # noqa: B018
@@ -226,22 +206,14 @@ def test_of_a_late_class_token():
 
 @torch.no_grad()
 def test_two_threads_do_not_mix():  # W7
-    model, failures = vit(dynamic_img_size=True), []
+    model = vit(dynamic_img_size=True)
     with TokenTap(model, "blocks.1") as tap:
 
         def work(size):
-            with torch.no_grad():
-                for _ in range(20):
-                    model(torch.rand(1, 3, *size))
-                    if tap.grid != (size[0] // 16, size[1] // 16):
-                        failures.append(tap.grid)
+            model(torch.rand(1, 3, *size))
+            return tap.grid == (size[0] // 16, size[1] // 16)
 
-        threads = [threading.Thread(target=work, args=(size,)) for size in ((64, 64), (32, 96))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures
+        assert in_two_threads(work, [(64, 64), (32, 96)])
 
 
 def test_what_cannot_be_found_out_can_be_said():
@@ -276,20 +248,24 @@ def test_outputs_that_are_no_tensor_are_refused():  # R2
         model(torch.rand(2, 4, 3))
 
 
-def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"layer must be the name of a submodule, such as 'blocks.*got 'block.2'"):
-        TokenTap(vit(), "block.2")  # W1
-    for layer in ("", "blocks.9", 2, None):
-        with pytest.raises(ValueError, match="^TokenTap: layer must be the name of a submodule"):
-            TokenTap(vit(), layer)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
-        TokenTap(lambda x: x, "blocks.2")
-    with pytest.raises(ValueError, match="num_prefix_tokens must be at least 0"):
-        TokenTap(vit(), "blocks.2", num_prefix_tokens=-1)
-    with pytest.raises(ValueError, match="channels_last must be one of None, True, False"):
-        TokenTap(vit(), "blocks.2", channels_last="NHWC")
-    with pytest.raises(ValueError, match="keeps its tokens row by row, got Hiera, which reorders"):
-        TokenTap(timm.create_model("hiera_tiny_224"), "blocks.2")
+@pytest.mark.parametrize(
+    ("make", "layer", "options", "message"),
+    [
+        (vit, "block.2", {}, r"layer must be the name of a submodule, such as 'blocks.*got 'block.2'"),  # W1
+        (vit, "", {}, "layer must be the name of a submodule"),
+        (vit, 2, {}, "layer must be the name of a submodule"),
+        (lambda: vit, "blocks.2", {}, "model must be a torch.nn.Module, got function"),
+        (vit, "blocks.2", {"num_prefix_tokens": -1}, "num_prefix_tokens must be at least 0"),
+        (vit, "blocks.2", {"channels_last": "NHWC"}, "channels_last must be one of None, True, False"),
+        (lambda: timm.create_model("hiera_tiny_224"), "blocks.2", {}, "model .* row by row, got Hiera, which reorders"),
+    ],
+)
+def test_wrong_arguments(make, layer, options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^TokenTap: {message}"):
+        TokenTap(make(), layer, **options)
+
+
+def test_a_tap_out_of_its_context():
     tap = TokenTap(vit(), "blocks.2")
     for name in ("tokens", "grid"):
         with pytest.raises(ValueError, match="layer 'blocks.2' must run inside of the context"):

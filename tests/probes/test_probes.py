@@ -1,5 +1,4 @@
 import math
-import warnings
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def test_an_equivariant_encoder_scores_one(real_images):
     from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
-    files = sorted((real_images / "cifar10" / "test").rglob("*.jpg"))[::200]
+    files = sorted((real_images / "cifar10" / "test" / "cat").glob("*.jpg"))[::20]
     images = torch.stack([to_tensor(Image.open(file)) for file in files])
     score = equivariance_score(patch_means, images, turns(len(images)))
     torch.testing.assert_close(score, torch.ones(len(images)))
@@ -62,20 +61,22 @@ def test_scaling_and_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("encode", "images", "transform", "kind", "message"),
+    ("changes", "message"),
     [
-        ("vit", torch.rand(2, 3, 32, 32), turns(2), TypeError, "encode must be callable, got str"),
-        (patch_means, torch.rand(2, 3, 32, 32), "rot90", TypeError, "transform must be a GridTransform"),
-        (patch_means, torch.rand(3, 3, 32, 32), turns(2), ValueError, r"images must be .*\[2, C, H, W\], got \[3"),
-        (patch_means, torch.rand(2, 3, 30, 32), turns(2), ValueError, "images must be of whole square patches"),
-        (patch_means, torch.rand(2, 3, 32, 64), turns(2), ValueError, "images must be of whole square patches"),
-        (lambda x: x, torch.rand(2, 3, 32, 32), turns(2), ValueError, r"encode\(images\) must be \[B, T, D\]"),
-        (lambda x: patch_means(x, 8), torch.rand(2, 3, 32, 32), turns(2), ValueError, "tokens must be of 8 x 8"),
+        ({"encode": "vit"}, "encode must be callable, got str"),
+        ({"transform": "rot90"}, "transform must be a GridTransform"),
+        ({"images": torch.rand(3, 3, 32, 32)}, r"images must be .*\[2, C, H, W\], got \[3"),
+        ({"images": torch.rand(2, 3, 30, 32)}, "images must be of whole square patches"),
+        ({"images": torch.rand(2, 3, 32, 64)}, "images must be of whole square patches"),
+        ({"encode": lambda x: x}, r"encode\(images\) must be \[B, T, D\]"),
+        ({"encode": lambda x: patch_means(x, 8)}, "tokens must be of 8 x 8"),
     ],
 )
-def test_wrong_equivariance_calls(encode, images, transform, kind, message):
-    with pytest.raises(kind, match=message):
-        equivariance_score(encode, images, transform)
+def test_wrong_equivariance_calls(changes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        equivariance_score(
+            **{"encode": patch_means, "images": torch.rand(2, 3, 32, 32), "transform": turns(2), **changes}
+        )
 
 
 # ------------------------------------------------------------------------------------------------- classification
@@ -83,12 +84,8 @@ def test_wrong_equivariance_calls(encode, images, transform, kind, message):
 
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_knn_equals_a_loop(k):
-    train, labels, test, truth = (
-        torch.randn(40, 6),
-        torch.randint(4, (40,)),
-        torch.randn(30, 6),
-        torch.randint(4, (30,)),
-    )
+    train, labels = torch.randn(40, 6), torch.randint(4, (40,))
+    test, truth = torch.randn(30, 6), torch.randint(4, (30,))
     expected = references.knn_accuracy(train, labels, test, truth, k, 0.07)
     assert knn_accuracy(train, labels, test, truth, k=k) == pytest.approx(expected)
     assert knn_accuracy(100 * train, labels.int(), test / 100, truth, k=k) == pytest.approx(expected)
@@ -124,69 +121,6 @@ def test_linear_probe_equals_scikit_learn(real_images):
         assert 0.2 < found < 0.6
 
 
-def test_linear_probe_repeats_itself_and_leaves_the_generator_alone():
-    x, y = torch.randn(50, 4), torch.arange(50) % 3
-    state = torch.get_rng_state()
-    results = {linear_probe(x, y, x, y) for _ in range(3)}
-    assert len(results) == 1
-    assert torch.equal(torch.get_rng_state(), state)
-    constant = torch.cat([x, torch.ones(50, 1)], 1)  # a feature that never changes
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert linear_probe(constant, y, constant, y) == results.pop()
-
-
-def samples(**changes):
-    parts = {
-        "train_features": torch.randn(8, 3),
-        "train_labels": torch.arange(8) % 2,
-        "features": torch.randn(4, 3),
-        "labels": torch.arange(4) % 2,
-    }
-    return {**parts, **changes}
-
-
-BAD = [
-    ({"train_features": [[1.0]]}, TypeError, "train_features must be a tensor"),
-    (
-        {"train_features": torch.zeros(8, 3, dtype=torch.int64)},
-        TypeError,
-        "train_features must be a tensor of floating",
-    ),
-    ({"features": torch.randn(4, 2)}, ValueError, r"features must be \[M, D\] = \[M, 3\], got \[4, 2\]"),
-    ({"train_labels": torch.arange(7)}, ValueError, r"train_labels must be \[N\] = \[8\], got \[7\]"),
-    ({"labels": torch.rand(4)}, TypeError, "labels must be a tensor of whole numbers"),
-    ({"labels": torch.tensor([0, 1, -1, 0])}, ValueError, "labels must be 0 or above, got -1"),
-    ({"features": torch.randn(0, 3), "labels": torch.arange(0)}, ValueError, "features must be of at least one sample"),
-]
-
-
-@pytest.mark.parametrize(("changes", "kind", "message"), BAD)
-@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
-def test_wrong_samples(probe, changes, kind, message):
-    options = {"k": 2} if probe is knn_accuracy else {}
-    with pytest.raises(kind, match=f"^{probe.__name__}: {message}"):
-        probe(**samples(**changes), **options)
-
-
-def test_wrong_options():
-    for options, message in (
-        ({"k": 9}, "k must be at most the 8 training samples, got 9"),
-        ({"k": 0}, "k must be at least 1"),
-        ({"k": 2, "temperature": 0}, "temperature must be"),
-    ):
-        with pytest.raises(ValueError, match=f"^knn_accuracy: {message}"):
-            knn_accuracy(**samples(), **options)
-    for options, message in (
-        ({"weight_decay": -1}, "weight_decay must be"),
-        ({"max_iterations": 0}, "max_iterations must be at least 1"),
-    ):
-        with pytest.raises(ValueError, match=f"^linear_probe: {message}"):
-            linear_probe(**samples(), **options)
-    with pytest.raises(ValueError, match="^linear_probe: train_features must be finite, got nan"):
-        linear_probe(**samples(train_features=torch.full((8, 3), torch.nan)))
-
-
 def clusters(count=200):
     y = torch.arange(count) % 4
     return torch.nn.functional.one_hot(y, 6) + 0.3 * torch.randn(count, 6), y
@@ -202,7 +136,7 @@ def test_probes_have_no_scale(probe, scale):
 @pytest.mark.parametrize("constant", [0.0, 0.1, 100.1])
 def test_linear_probe_leaves_out_what_is_constant_in_training(constant):
     x, y = clusters()
-    train, test = torch.full((200, 1), constant), torch.full((200, 1), constant)
+    train, test = torch.full((2, 200, 1), constant)
     test[::5] += 0.5
     assert linear_probe(torch.cat([x, train], 1), y, torch.cat([x, test], 1), y) == linear_probe(x, y, x, y)
 
@@ -211,7 +145,9 @@ def test_linear_probe_leaves_out_what_is_constant_in_training(constant):
 def test_probes_take_features_from_anywhere(probe):
     """From inference mode, in it, from an encoder with a graph, of mixed precision; nothing flows back."""
     x, y = clusters()
+    state = torch.get_rng_state()
     expected = probe(x, y, x, y)
+    assert torch.equal(torch.get_rng_state(), state)
     with torch.inference_mode():
         inside, labels = x.clone(), y.clone()
         assert probe(x, y, x, y) == probe(inside, labels, inside, labels) == expected
@@ -224,15 +160,48 @@ def test_probes_take_features_from_anywhere(probe):
         assert probe(x, y, x, y) == expected
 
 
+ROWS = {
+    "train_features": torch.rand(8, 3),
+    "train_labels": torch.arange(8) % 2,
+    "features": torch.rand(4, 3),
+    "labels": torch.arange(4) % 2,
+}
+BROKEN = torch.rand(8, 3).index_fill(0, torch.tensor(3), math.nan)
+EMPTY = torch.rand(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_features": [[1.0]]}, "train_features must be a tensor"),
+        ({"train_features": torch.zeros(8, 3).long()}, "train_features must be a tensor of floating"),
+        ({"features": torch.randn(4, 2)}, r"features must be \[M, D\] = \[M, 3\], got \[4, 2\]"),
+        ({"train_labels": torch.arange(7)}, r"train_labels must be \[N\] = \[8\], got \[7\]"),
+        ({"labels": torch.rand(4)}, "labels must be a tensor of whole numbers"),
+        ({"labels": torch.tensor([0, 1, -1, 0])}, "labels must be 0 or above, got -1"),
+        ({"features": EMPTY, "labels": torch.arange(0)}, "features must be of at least one sample and one feature"),
+        ({"train_features": EMPTY, "train_labels": torch.arange(0)}, r"train_features must be of .*, got \[0, 3\]"),
+        ({"train_features": BROKEN}, "train_features must be finite, got nan in row 3"),
+        ({"features": BROKEN[:4]}, "features must be finite, got nan in row 3"),
+    ],
+)
 @pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
-@pytest.mark.parametrize("name", ["train_features", "features"])
-def test_probes_refuse_what_is_not_finite_or_not_there(probe, name):
-    x, y = clusters()
-    given = {"train_features": x, "train_labels": y, "features": x, "labels": y}
-    broken = x.clone()
-    broken[3, 2] = math.nan
-    with pytest.raises(ValueError, match=f": {name} must be finite, got nan in row 3"):
-        probe(**{**given, name: broken})
-    empty = {name: x[:0], name.replace("features", "labels"): y[:0]}
-    with pytest.raises(ValueError, match=rf": {name} must be of at least one sample and one feature, got \[0, 6\]"):
-        probe(**{**given, **empty})
+def test_wrong_samples(probe, changes, message):
+    options = {"k": 2} if probe is knn_accuracy else {}
+    with pytest.raises((TypeError, ValueError), match=f"^{probe.__name__}: {message}"):
+        probe(**{**ROWS, **changes}, **options)
+
+
+@pytest.mark.parametrize(
+    ("probe", "options", "message"),
+    [
+        (knn_accuracy, {"k": 9}, "k must be at most the 8 training samples, got 9"),
+        (knn_accuracy, {"k": 0}, "k must be at least 1"),
+        (knn_accuracy, {"k": 2, "temperature": 0}, "temperature must be"),
+        (linear_probe, {"weight_decay": -1}, "weight_decay must be"),
+        (linear_probe, {"max_iterations": 0}, "max_iterations must be at least 1"),
+    ],
+)
+def test_wrong_options(probe, options, message):
+    with pytest.raises(ValueError, match=f"^{probe.__name__}: {message}"):
+        probe(**ROWS, **options)

@@ -62,30 +62,40 @@ def test_held_out_rows_decide():
     assert r2[0] == pytest.approx(float(1 - 1000**2 / variance), rel=0.2)
 
 
-def test_scale_of_the_parameters_and_features_does_not_matter():
-    first, second, t = pairs()
-    r2 = transformation_r2(first, second, t, **QUICK)
-    scaled = transformation_r2(8 * first - 4, 8 * second - 4, 16 * t + 2, **QUICK)
+@pytest.mark.parametrize(("scale", "shift"), [(8, 4), (1e-9, 0), (1e9, 0)])
+def test_scale_of_the_parameters_and_features_does_not_matter(scale, shift):
+    first, second, t = pairs(300)
+    r2 = transformation_r2(first, second, t, **QUICK | {"epochs": 10})
+    scaled = transformation_r2(scale * first - shift, scale * second - shift, 16 * t + 2, **QUICK | {"epochs": 10})
     torch.testing.assert_close(scaled, r2, rtol=0, atol=0.02)
 
 
-def test_same_seed_same_bits_and_the_global_numbers_stay():
-    before = torch.get_rng_state()
-    first = transformation_r2(*pairs(200), **QUICK)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(transformation_r2(*pairs(200), **QUICK), first)
-    assert not torch.equal(transformation_r2(*pairs(200), seed=1, **QUICK), first)
-    with torch.autocast("cpu", torch.bfloat16):  # an encoder's precision is not the regressor's
-        assert torch.equal(transformation_r2(*pairs(200), **QUICK), first)
+def test_features_that_are_rarely_active():
+    """A column that is constant in the training rows says nothing, and moves nothing where it is not."""
+    first, second, t = pairs(300)
+    rare = torch.zeros(300, 1)
+    rare[torch.randperm(300, generator=torch.Generator().manual_seed(0))[0]] = 0.5  # held out
+    expected = transformation_r2(first, second, t, **QUICK)
+    found = transformation_r2(torch.cat([first, rare], 1), torch.cat([second, rare], 1), t, **QUICK)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.3)
+
+
+def test_one_seed_one_result_in_any_mode():
+    """An encoder's precision is not the regressor's, and no global number is drawn."""
+    quick = {**QUICK, "epochs": 5}
+    state, given = torch.get_rng_state(), pairs(200)
+    first = transformation_r2(*given, **quick)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(transformation_r2(*given, seed=1, **quick), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transformation_r2(*given, **quick), first)
     with torch.inference_mode():
-        features = pairs(200)
-    assert torch.equal(transformation_r2(*features, **QUICK), first)
-
-
-def test_half_precision_features():
-    first, second, t = pairs()
-    r2 = transformation_r2(first.half(), second.half(), t, **QUICK)
-    torch.testing.assert_close(r2, transformation_r2(first, second, t, **QUICK), rtol=0, atol=0.02)
+        inside = pairs(200)
+        assert torch.equal(transformation_r2(*inside, **quick), first)
+    assert torch.equal(transformation_r2(*inside, **quick), first)
+    features1, features2, t = given
+    half = transformation_r2(features1.half(), features2.half(), t, **quick)
+    torch.testing.assert_close(half, first, rtol=0, atol=0.05)
 
 
 def test_views_of_photographs_are_read_off_pixels(real_images):
@@ -94,7 +104,7 @@ def test_views_of_photographs_are_read_off_pixels(real_images):
     from torchvision.transforms.functional import to_tensor
 
     folder = ImageFolder(real_images / "cifar10" / "test", to_tensor)
-    images = torch.stack([folder[i][0] for i in range(0, 2000, 4)])
+    images = torch.stack([folder[i][0] for i in range(0, 2000, 5)])
 
     def statistics(x):
         edges = (x - F.avg_pool2d(x, 3, 1, 1)).abs().mean((2, 3)) + 1e-3
@@ -105,37 +115,38 @@ def test_views_of_photographs_are_read_off_pixels(real_images):
     for kind in ("color", "blur"):
         views = IntermediateViews(kind)
         features = extract_view_features(statistics, images.split(64), views, generator=generator, progress=False)
-        assert [len(part) for part in features] == [500] * 3
+        assert [len(part) for part in features] == [400] * 3
         found |= dict(zip(views.parameter_names, transformation_r2(*features, **QUICK).tolist()))
     assert found["brightness"] > 0.8
     assert found["sigma"] > 0.6
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "message"),
     [
-        ({"features1": torch.randn(60)}, ValueError, r"features1 must be \[N, D\], got \[60\]"),
-        ({"features2": torch.randn(60, 3)}, ValueError, r"features2 must be \[N, D\] = \[60, 4\], got \[60, 3\]"),
-        ({"parameters": torch.randn(59, 2)}, ValueError, r"parameters must be \[N, P\] = \[60, P\], got \[59, 2\]"),
-        ({"features1": torch.full((60, 4), math.nan)}, ValueError, "features1 must be finite, got nan in row 0"),
+        ({"features1": torch.randn(60)}, r"features1 must be \[N, D\], got \[60\]"),
         (
-            {"parameters": torch.zeros(60, 2)},
-            ValueError,
-            "parameters must be different from row to row, got a constant",
+            {"features1": torch.zeros(60, 0), "features2": torch.zeros(60, 0)},
+            "features1 must be of at least one column",
         ),
-        ({"features1": torch.zeros(60, 4, dtype=torch.int64)}, TypeError, "features1 must be a tensor of floating"),
-        ({"held_out": 1.0}, ValueError, "held_out must be above 0 and below 1, got 1.0"),
-        ({"held_out": 0.8}, ValueError, "features1 must be of at least 20 rows for training, got 12 of 60"),
-        ({"held_out": 0.01}, ValueError, "features1 must be of enough rows to hold out a share of 0.01"),
-        ({"hidden_dim": 0}, ValueError, "hidden_dim must be at least 1"),
-        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
-        ({"weight_decay": -1}, ValueError, "weight_decay must be finite and at least 0"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"features2": torch.randn(60, 3)}, r"features2 must be \[N, D\] = \[60, 4\], got \[60, 3\]"),
+        ({"parameters": torch.randn(59, 2)}, r"parameters must be \[N, P\] = \[60, P\], got \[59, 2\]"),
+        ({"parameters": torch.zeros(60, 0)}, "parameters must be of at least one column"),
+        ({"parameters": torch.zeros(60, 2)}, "parameters must be different from row to row, got a constant"),
+        ({"features1": torch.full((60, 4), math.nan)}, "features1 must be finite, got nan in row 0"),
+        ({"features1": torch.ones(60, 4).long()}, "features1 must be a tensor of floating"),
+        ({"held_out": 1.0}, "held_out must be above 0 and below 1, got 1.0"),
+        ({"held_out": 0.8}, "features1 must be of at least 20 rows for training, got 12 of 60"),
+        ({"held_out": 0.01}, "features1 must be of enough rows to hold out a share of 0.01"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"weight_decay": -1}, "weight_decay must be finite and at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
     ],
 )
-def test_r2_refuses(changes, error, message):
+def test_r2_refuses(changes, message):
     arguments = {"features1": torch.randn(60, 4), "features2": torch.randn(60, 4), "parameters": torch.rand(60, 2)}
-    with pytest.raises(error, match=f"transformation_r2: {message}"):
+    with pytest.raises((TypeError, ValueError), match=f"transformation_r2: {message}"):
         transformation_r2(**{**arguments, **changes})
 
 
@@ -177,7 +188,8 @@ def test_layers_that_keep_it_and_one_that_forgets(transformation, chance):
     assert found["forgets"] < chance + 0.15
     assert model.training  # as it was
     assert not model.keeps._forward_hooks
-    own = transformation_accuracy(model, images, transformation=transformation, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):  # the classifier is fitted in fp32, whatever the encoder runs in
+        own = transformation_accuracy(model, images, transformation=transformation, progress=False)
     assert own == {"output": pytest.approx(found["forgets"], abs=0.02)}
 
 
@@ -199,37 +211,39 @@ def test_equals_the_linear_probe_on_versions_made_by_hand():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_encoder_under_autocast():
-    """The classifier is fitted in fp32, whatever the encoder runs in."""
-    model = Pooled()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = transformation_accuracy(model, [slopes()], ["keeps"], progress=False)
-    assert found["keeps"] > 0.9
+IMAGES = [torch.rand(20, 1, 8, 8)]
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "message"),
     [
-        ({"transformation": "shear"}, ValueError, "transformation must be one of 'rotation', 'flip', got 'shear'"),
-        ({"layers": "keeps"}, ValueError, "layers must be names of layers in a list, or None, got 'keeps'"),
-        ({"layers": []}, ValueError, "layers must be names of layers in a list"),
-        ({"loader": []}, ValueError, "loader must be of at least one batch, got none"),
-        ({"loader": [torch.rand(4, 1, 8, 9)]}, ValueError, "loader must be a loader of square images, to turn them"),
-        ({"loader": [torch.rand(8, 8)]}, ValueError, r"loader must be a loader of images \[B, C, H, W\]"),
-        ({"loader": [{"image": 1}]}, TypeError, "loader must be a loader of images, or of tuples .* got dict"),
-        ({"loader": [torch.rand(3, 1, 8, 8)]}, ValueError, "loader must be of enough rows to hold out"),
-        ({"held_out": 0}, ValueError, "held_out must be above 0 and below 1"),
+        ({"model": None}, "model must be a module or a function, got NoneType"),
+        (
+            {"model": lambda x: x[:1].flatten(1), "layers": None},
+            r"model must be one .* a row for each image, got \[1, 64",
+        ),
+        ({"transformation": "shear"}, "transformation must be one of 'rotation', 'flip', got 'shear'"),
+        ({"layers": "keeps"}, "layers must be names of layers in a list, or None, got 'keeps'"),
+        ({"layers": []}, "layers must be names of layers in a list"),
+        ({"layers": 5}, "layers must be names of layers in a list"),
+        ({"layers": iter(["keeps"])}, "layers must be names of layers in a list"),
+        ({"loader": []}, "loader must be of at least one batch, got none"),
+        ({"loader": [torch.rand(4, 1, 8, 9)]}, "loader must be a loader of square images, to turn them"),
+        ({"loader": [torch.rand(8, 8)]}, r"loader must be a loader of images \[B, C, H, W\]"),
+        ({"loader": [{"image": 1}]}, "loader must be a loader of images, or of tuples .* got dict"),
+        ({"loader": [torch.rand(3, 1, 8, 8)]}, "loader must be of enough rows to hold out"),
+        ({"held_out": 0}, "held_out must be above 0 and below 1"),
     ],
 )
-def test_accuracy_refuses(changes, error, message):
-    arguments = {"model": Pooled(), "loader": [torch.rand(20, 1, 8, 8)], "layers": ["keeps"], "progress": False}
-    with pytest.raises(error, match=f"transformation_accuracy: {message}"):
+def test_accuracy_refuses(changes, message):
+    arguments = {"model": Pooled(), "loader": IMAGES, "layers": ["keeps"], "progress": False}
+    with pytest.raises((TypeError, ValueError), match=f"transformation_accuracy: {message}"):
         transformation_accuracy(**{**arguments, **changes})
 
 
 def test_accuracy_refuses_an_unknown_layer_with_the_names_there_are():  # R1
     with pytest.raises(ValueError, match="layer must be the name of a submodule, such as 'keeps'.* got 'keep'"):
-        transformation_accuracy(Pooled(), [torch.rand(20, 1, 8, 8)], ["keep"], progress=False)
+        transformation_accuracy(Pooled(), IMAGES, ["keep"], progress=False)
 
 
 # --------------------------------------------------------------------------------------------------- features of pairs
@@ -252,68 +266,13 @@ def test_view_features_are_those_of_images_and_views():
 
 
 @pytest.mark.parametrize(
-    ("encoder", "loader", "error", "message"),
+    ("encoder", "loader", "message"),
     [
-        (nn.Flatten(), [], ValueError, "loader must be of at least one batch"),
-        (nn.Flatten(), [["x"]], TypeError, "loader must be a loader of images, .* got str"),
-        (nn.Identity(), [torch.rand(2, 3, 4, 4)], ValueError, r"encoder's output must be \[B, D\]"),
+        (nn.Flatten(), [], "loader must be of at least one batch"),
+        (nn.Flatten(), [["x"]], "loader must be a loader of images, .* got str"),
+        (nn.Identity(), [torch.rand(2, 3, 4, 4)], r"encoder's output must be \[B, D\]"),
     ],
 )
-def test_view_features_refuse(encoder, loader, error, message):
-    with pytest.raises(error, match=f"extract_view_features: {message}"):
+def test_view_features_refuse(encoder, loader, message):
+    with pytest.raises((TypeError, ValueError), match=f"extract_view_features: {message}"):
         extract_view_features(encoder, loader, IntermediateViews("blur"), progress=False)
-
-
-def test_r2_with_features_that_are_rarely_active():
-    """A column that is constant in the training rows says nothing, and moves nothing where it is not."""
-    t = torch.rand(1000, 1)
-    first = torch.randn(1000, 8)
-    second = first + torch.cat([5 * t, torch.zeros(1000, 7)], 1)
-    expected = transformation_r2(first, second, t, epochs=20, progress=False)
-    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    rare = torch.zeros(1000, 1)
-    rare[order[0]] = 0.5  # held out
-    found = transformation_r2(torch.cat([first, rare], 1), torch.cat([second, rare], 1), t, epochs=20, progress=False)
-    assert expected > 0.8
-    assert found > 0.8
-
-
-@pytest.mark.parametrize("scale", [1e-9, 1e9])
-def test_r2_has_no_scale(scale):
-    t = torch.rand(300, 1)
-    first = torch.randn(300, 5)
-    second = first + torch.cat([5 * t, torch.zeros(300, 4)], 1)
-    plain, scaled = (transformation_r2(s * first, s * second, t, epochs=10, progress=False) for s in (1.0, scale))
-    torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-3)
-
-
-def test_r2_under_inference_mode():
-    with torch.inference_mode():
-        t, first = torch.rand(100, 1), torch.randn(100, 5)
-        inside = transformation_r2(first, first + t, t, epochs=2, progress=False)
-    assert torch.equal(transformation_r2(first, first + t, t, epochs=2, progress=False), inside)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.zeros(60, 0), torch.zeros(60, 0), torch.rand(60, 1)), "features1 must be of at least one column"),
-        ((torch.rand(60, 3), torch.rand(60, 3), torch.zeros(60, 0)), "parameters must be of at least one column"),
-    ],
-)
-def test_r2_refuses_nothing_to_read(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        transformation_r2(*arguments, progress=False)
-
-
-@pytest.mark.parametrize("layers", [5, [], "blocks.0", iter(["blocks.0"])])
-def test_accuracy_refuses_layers(layers):
-    with pytest.raises(ValueError, match="layers must be names of layers in a list, or None"):
-        transformation_accuracy(torch.nn.Flatten(), [torch.rand(8, 3, 4, 4)], layers, progress=False)
-
-
-def test_accuracy_refuses_models():
-    with pytest.raises(TypeError, match="model must be a module or a function, got NoneType"):
-        transformation_accuracy(None, [torch.rand(8, 3, 4, 4)], progress=False)
-    with pytest.raises(ValueError, match=r"model must be one that gives a row for each image, got \[1, 48\]"):
-        transformation_accuracy(lambda x: x[:1].flatten(1), [torch.rand(8, 3, 4, 4)], progress=False)
