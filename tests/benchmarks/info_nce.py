@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from equireg import soft_info_nce
 from tests.benchmarks.floor import bare_products
-from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes, runs_by_size, step
+from tests.benchmarks.measure import Row, Settings, compare_steps, compiled, runs_by_size
 
 PACKAGES = ("lightly", "pytorch-metric-learning")
 WIDTH, TEMPERATURE = 128, 0.5
@@ -77,21 +77,18 @@ def benchmark(settings: Settings) -> Iterator[Row]:
     for rows in sizes(settings):
         labels = {"size": rows, "unit": "rows"}
         work = f"NT-Xent loss of two views, D = {WIDTH}, forward + backward"
-        arguments, runs = inputs(rows, settings), {}
-        expected = step(dense_eager, arguments)
+        running = dict(found)
         for name, version in found.items():
             reason = "not installed" if version is None else "its memory grows with the cube of the rows"
             if version is None or (name == BY_PAIRS and rows > MOST_BY_PAIRS):
                 yield {"work": work, "version": name, **labels, "not_measured": reason}
-                continue
-            assert difference(step(version, arguments), expected) < 1e-4, name
-            runs[name] = lambda v=version, a=arguments: step(v, a)
+                del running[name]
+        arguments = inputs(rows, settings)
         x = torch.cat(arguments).detach()
-        runs["the bare products"] = lambda x=x: bare_products(x)
-        runs["the bare products, similarities once"] = lambda x=x: bare_products(x, recomputed=False)
-
-        def memory(name, rows=rows):
-            return peak_megabytes(__name__, f"{name} {rows}", settings) if name in found else None
-
+        floors = {
+            "the bare products": lambda x=x: bare_products(x),
+            "the bare products, similarities once": lambda x=x: bare_products(x, recomputed=False),
+        }
         repeats = max(3, settings.repeats // 3) if rows > 2048 else settings.repeats
-        yield from compare(work, runs, settings, repeats=repeats, memory=memory, **labels)
+        options = {"others": floors, "module": __name__, "repeats": repeats}
+        yield from compare_steps(work, running, arguments, settings, **options, **labels)

@@ -13,8 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,8 @@ QUICK = Settings(repeats=1, quick=True)
 
 def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """``torch.compile`` of a baseline, each size for itself; a quick run traces and generates no code."""
-    allow_sizes()
+    setattr(torch._dynamo.config, SIZES_LIMIT, 256)  # past so many, 8 unless told, it runs what it was given uncompiled
     return torch.compile(function, fullgraph=True, dynamic=False, backend="eager" if settings.quick else "inductor")
-
-
-def allow_sizes(count: int = 256) -> None:
-    """Past so many sizes (8 unless told) torch.compile runs what it was given uncompiled."""
-    setattr(torch._dynamo.config, SIZES_LIMIT, count)
 
 
 def synchronize() -> None:
@@ -83,28 +79,25 @@ def compare(
     *,
     repeats: int | None = None,
     memory: Callable[[str], float | None] | None = None,
-    may_fail: tuple[type[Exception], ...] = (torch.cuda.OutOfMemoryError,),
     **labels: Any,
 ) -> Iterator[Row]:
     """A row for each version: the median of interleaved runs and, of what ``memory`` knows, the peak memory.
 
-    A version that raises one of ``may_fail`` has a row that says so.
+    A version that needs more memory than a GPU has gets a row that says so.
     """
-    failed: dict[str, str] = {}
+    failed: set[str] = set()
     for name, run in runs.items():  # once to warm up
         try:
             run()
-        except may_fail as error:
-            failed[name] = reason(error)
-        if name in failed and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        except torch.cuda.OutOfMemoryError:
+            failed.add(name)
     running = {name: run for name, run in runs.items() if name not in failed}
     turn_seconds = 0.0 if settings.quick else 0.1
     seconds = medians(running, 1 if settings.quick else repeats or settings.repeats, turn_seconds)
     for name in runs:
         row = {"work": work, "version": name, **labels}
         if name in failed:
-            yield {**row, "not_measured": failed[name]}
+            yield {**row, "not_measured": "out of memory"}
             continue
         row["seconds"] = seconds[name]
         megabytes = None if memory is None else memory(name)
@@ -115,12 +108,6 @@ def difference(got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) ->
     """The largest distance of values and gradients to the expected ones, over the length of those."""
     pairs = [(value.double(), exact.double()) for value, exact in zip(got, expected, strict=True)]
     return float(torch.stack([(value - exact).norm() / exact.norm() for value, exact in pairs]).max())
-
-
-def reason(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def peak_megabytes(module: str, name: str, settings: Settings) -> float | None:
@@ -138,12 +125,40 @@ def peak_megabytes(module: str, name: str, settings: Settings) -> float | None:
 
 
 def step(version, arguments):
-    """Forward and backward: the loss, and its gradients to all arguments."""
-    for part in arguments:
+    """Forward and backward: the loss, and its gradients to the arguments that learn."""
+    learning = [part for part in arguments if part.requires_grad]
+    for part in learning:
         part.grad = None
     loss = version(*arguments)
     loss.backward()
-    return loss.detach(), *(part.grad for part in arguments)
+    return loss.detach(), *(part.grad for part in learning)
+
+
+def compare_steps(
+    work: str,
+    versions: Mapping[str, Callable[..., Any]],
+    arguments: Sequence[torch.Tensor],
+    settings: Settings,
+    *,
+    others: Runs | None = None,
+    module: str | None = None,
+    limit: float = 1e-4,
+    **options: Any,
+) -> Iterator[Row]:
+    """``compare`` of steps of a loss; each version must first give the values and gradients of the first.
+
+    ``others`` are runs of another kind, of which time alone is measured; ``module`` has ``memory_runs``.
+    """
+    expected = step(next(iter(versions.values())), arguments)
+    for name, version in versions.items():
+        assert difference(step(version, arguments), expected) < limit, name
+    del expected
+    runs: Runs = {name: partial(step, version, arguments) for name, version in versions.items()}
+
+    def memory(name: str) -> float | None:
+        return peak_megabytes(module, f"{name} {options['size']}", settings) if module and name in versions else None
+
+    yield from compare(work, {**runs, **(others or {})}, settings, memory=memory, **options)
 
 
 def runs_by_size(versions, inputs, sizes, least: int, settings: Settings):

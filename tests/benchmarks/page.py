@@ -24,7 +24,6 @@ def results(groups: list[Group], folder: Path) -> str:
         found = [group for group in groups if group["device"] == device]
         parts.append(f"## {where}\n")
         missing = [TITLES[name] for name in TITLES if name not in {group["benchmark"] for group in found}]
-        missing = [title for title in missing if device == "cuda" or title != TITLES["gpu"]]
         if not found:
             parts.append(_wrapped(f"Not measured {where[0].lower()}{where[1:]} yet."))
             continue
@@ -69,8 +68,8 @@ def _below(title: str, work: str) -> str:
     return rest[0].upper() + rest[1:]
 
 
-QUANTITIES = {"seconds": "time", "megabytes": "peak extra memory", "flops": "FLOPs", "rate": "rate (of the ceiling)"}
-BETTER = {"seconds": "faster", "megabytes": "less", "flops": "as many", "rate": "of the ceiling"}
+QUANTITIES = {"seconds": "time", "megabytes": "peak extra memory", "flops": "FLOPs"}
+BETTER = {"seconds": "faster", "megabytes": "less", "flops": "as many"}
 
 
 def _by_quantity(rows: list[dict[str, Any]]) -> str:
@@ -78,7 +77,7 @@ def _by_quantity(rows: list[dict[str, Any]]) -> str:
     shown = {key: next(row for row in rows if key in row) for key in QUANTITIES if any(key in row for row in rows)}
     header = ["version"]
     for key in shown:
-        compared = key in BETTER and sum(key in row for row in rows) > 1
+        compared = sum(key in row for row in rows) > 1
         header += [QUANTITIES[key], BETTER[key]] if compared else [QUANTITIES[key]]
     lines = []
     for row in rows:
@@ -87,7 +86,7 @@ def _by_quantity(rows: list[dict[str, Any]]) -> str:
         cells = [row["version"]]
         for key, first in shown.items():
             cells.append(_quantity(key, row[key]) if key in row else "")
-            if key in BETTER and BETTER[key] in header:
+            if BETTER[key] in header:
                 cells.append(_ratio(key, row, first))
         lines.append(cells)
     return _table(header, lines)
@@ -114,10 +113,8 @@ def _by_size(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratio(key: str, row: dict[str, Any], first: dict[str, Any] | None) -> str:
-    """How many times less than the first version; of FLOPs, how many times as many; of a rate, its share."""
-    if key == "rate" and key in row:
-        return f"{row['of_ceiling']:.0%}"
-    if key not in BETTER or key not in row or row is first or first is None or row[key] <= 0:
+    """How many times less than the first version; of FLOPs, how many times as many."""
+    if key not in row or row is first or first is None or row[key] <= 0:
         return ""
     if key == "flops":
         return f"{row[key] / first[key]:.4f}×"
@@ -132,8 +129,6 @@ def _quantity(key: str, value: float) -> str:
         return f"{value:,.0f} MB"
     if key == "flops":
         return f"{value / 1e12:,.2f} TFLOP"
-    if key == "rate":
-        return f"{_digits(value / 1e12)} TFLOP/s"
     return f"{_digits(1e3 * value)} ms" if value < 1 else f"{_digits(value)} s"
 
 

@@ -25,7 +25,6 @@ TITLES = {
     "grid": "Group actions",
     "reconstruction": "Image reconstruction",
     "partition": "Step of the search for a partition",
-    "gpu": "Kernels on a GPU",
 }
 DEVICES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 

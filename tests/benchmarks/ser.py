@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from equireg import patch_nt_xent
 from tests.benchmarks.floor import bare_products
-from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes, runs_by_size, step
+from tests.benchmarks.measure import Row, Settings, compare_steps, compiled, difference, runs_by_size, step
 
 TEMPERATURE = 0.3
 TURNS = {16: 9, 32: 5, 64: 3}  # at the most: the dense form takes 20 s at 64 images
@@ -44,23 +44,14 @@ def ours(z, z_prime):
     return patch_nt_xent(z, z_prime, temperature=TEMPERATURE)
 
 
-@contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """Products in bfloat16 (``"medium"``) or TensorFloat-32 (``"high"``), where the device has them."""
+def in_medium(version, arguments):
+    """Products in bfloat16, where the device has them."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+    torch.set_float32_matmul_precision("medium")
     try:
-        yield
+        return step(version, arguments)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def in_medium(version):
-    def with_backward(arguments):
-        with precision("medium"):
-            return step(version, arguments)
-
-    return with_backward
 
 
 def versions(settings: Settings):
@@ -80,26 +71,19 @@ def benchmark(settings: Settings) -> Iterator[Row]:
     sizes, tokens, width = shape(settings)
     for images in sizes:
         arguments = inputs(images, settings)
-        expected = step(dense_eager, arguments)
-        for name, version in found.items():
-            if version is not dense_eager:
-                assert difference(step(version, arguments), expected) < 1e-4, name
-        runs = {name: lambda v=v, a=arguments: step(v, a) for name, v in found.items()}
-        if images == sizes[-1]:
-            for name in ("dense eager", "patch_nt_xent"):
-                run = in_medium(found[name])
-                assert difference(run(arguments), expected) < 2e-2, name
-                runs[f"{name}, precision medium"] = lambda run=run, a=arguments: run(a)
         z, z_prime = (part.detach().flatten(0, 1) for part in arguments)
         keys = torch.cat([z, z_prime])
-        runs["four bare products"] = lambda z=z, keys=keys: bare_products(z, keys)
-        runs["three bare products"] = lambda z=z, keys=keys: bare_products(z, keys, recomputed=False)
-        del expected
-
-        def memory(name, images=images):
-            return peak_megabytes(__name__, f"{name} {images}", settings) if name in found else None
-
+        others = {
+            "four bare products": lambda z=z, keys=keys: bare_products(z, keys),
+            "three bare products": lambda z=z, keys=keys: bare_products(z, keys, recomputed=False),
+        }
+        if images == sizes[-1]:
+            for name in ("dense eager", "patch_nt_xent"):
+                run = partial(in_medium, found[name], arguments)
+                assert difference(run(), step(dense_eager, arguments)) < 2e-2, name
+                others[f"{name}, precision medium"] = run
         labels = {"size": images, "unit": "images", "rows": images * tokens}
         work = f"SER loss, {tokens} tokens an image, D = {width}, forward + backward"
         repeats = min(settings.repeats, TURNS.get(images, settings.repeats))
-        yield from compare(work, runs, settings, repeats=repeats, memory=memory, **labels)
+        options = {"others": others, "module": __name__, "repeats": repeats}
+        yield from compare_steps(work, found, arguments, settings, **options, **labels)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from equireg import class_wise_risks
 from tests.benchmarks.floor import bare_products
-from tests.benchmarks.measure import Row, Settings, compare, compiled, difference, peak_megabytes, runs_by_size, step
+from tests.benchmarks.measure import Row, Settings, compare_steps, compiled, runs_by_size
 
 PACKAGES = ("pytorch-metric-learning",)
 WIDTH, PER_CLASS, TEMPERATURE = 128, 4, 0.1
@@ -71,14 +71,6 @@ def benchmark(settings: Settings) -> Iterator[Row]:
         if LIBRARY not in found:
             yield {"work": work, "version": LIBRARY, **labels, "not_measured": "not installed"}
         arguments = inputs(rows, settings)
-        expected = step(dense_eager, arguments)
-        for name, version in found.items():
-            assert difference(step(version, arguments), expected) < 1e-4, name
-        runs = {name: lambda v=version, a=arguments: step(v, a) for name, version in found.items()}
         x = arguments[0].detach()
-        runs["the bare products, similarities once"] = lambda x=x: bare_products(x, recomputed=False)
-
-        def memory(name, rows=rows):
-            return peak_megabytes(__name__, f"{name} {rows}", settings) if name in found else None
-
-        yield from compare(work, runs, settings, memory=memory, **labels)
+        floor = {"the bare products, similarities once": lambda x=x: bare_products(x, recomputed=False)}
+        yield from compare_steps(work, found, arguments, settings, others=floor, module=__name__, **labels)
