@@ -86,19 +86,8 @@ def test_second_derivative_is_refused():  # K11
         grad.sum().backward()
 
 
-def test_backward_twice():  # F25
-    x = unit(6, 4).requires_grad_()
-    groups = torch.arange(6)
-    loss = mean_contrast(x, x, None, 0.3, groups, groups)
-    once, again = (torch.autograd.grad(loss, x, retain_graph=keep)[0].clone() for keep in (True, False))
-    assert torch.equal(once, again)
-    with pytest.raises(RuntimeError):
-        loss.backward()
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised inside opcheck itself
-@pytest.mark.parametrize("temperature", [0.3, 0.02])
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("temperature", "apart"), [(0.3, False), (0.02, True)])
 def test_operator_is_registered_in_full(temperature, apart):  # K12
     x, p = unit(8, 4, seed=1).requires_grad_(), unit(8, 4, seed=2).requires_grad_()
     keys = [unit(12, 4, seed=s).requires_grad_() if apart else None for s in (3, 4)]

@@ -193,7 +193,7 @@ def test_a_gradient_to_the_mean_alone(backend):
     """It is the derivative of the log-sum-exp by the scale, times the scale."""
     x, y = 0.5 * torch.randn(6, 4, device=DEVICE), 0.5 * torch.randn(5, 4, device=DEVICE)
     wide = x.double().requires_grad_()
-    _, expected = references.pair_lse(wide, y.double(), 1.5, [[True] * 5] * 6, [[[1.0] * 5] * 6])
+    _, expected = references.pair_lse(wide, y.double(), 1.5, torch.ones(6, 5).bool(), torch.ones(1, 6, 5))
     _, mean = pair_lse(x.requires_grad_(), y, 1.5, backend=backend)
     grads = (torch.autograd.grad(part.square().sum(), leaf)[0] for part, leaf in ((mean, x), (expected, wide)))
     torch.testing.assert_close(*(part.double() for part in grads), rtol=1e-2 if DEVICE == "cuda" else 1e-5, atol=1e-4)
