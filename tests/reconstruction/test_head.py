@@ -38,21 +38,6 @@ def test_split_and_concatenation_lose_nothing(shape, fraction, width):
     assert torch.equal(torch.cat([invariant, equivariant], along), features)
 
 
-def test_both_views_stand_side_by_side_at_each_place():
-    """[e1, e2] of a place is what the decoder's first layer sees there; an identity for a decoder shows it."""
-    head, (e1, e2, _) = small(), batch()
-    head.decoders = nn.ModuleList([_Places(), _Places()])
-    seen = head._joined(e1, e2)
-    for row in range(2):
-        for column in range(2):
-            assert torch.equal(seen[:, row, column], torch.cat([e1[:, 2 * row + column], e2[:, 2 * row + column]], 1))
-
-
-class _Places(nn.Linear):
-    def __init__(self):
-        super().__init__(1, 1)
-
-
 def test_maps_of_a_cnn_are_the_same_as_their_tokens():
     head, (e1, e2, targets) = small(), batch()
     maps = [part.transpose(1, 2).unflatten(2, (2, 2)) for part in (e1, e2)]
@@ -138,7 +123,7 @@ def test_weights_of_the_images():  # R9
 # -------------------------------------------------------------------------------------------------------- the decoders
 
 
-def test_one_linear_layer_and_four_convolutions():
+def test_one_linear_layer_and_four_convolutions():  # R5: all exist from the start
     """And smaller than a twentieth of a ViT-S/16, both together."""
     head = IntermediateReconstructionHead(384, image_size=224, patch_size=16)
     kinds = [type(layer) for layer in head.decoders[0].modules()]
@@ -204,25 +189,16 @@ def test_one_image_and_train_or_eval_make_no_difference():  # R10: nothing is no
     torch.testing.assert_close(alone[:, 0], together[:, 0])
 
 
-def test_all_parameters_are_there_for_an_optimizer():  # R5
-    head = small()
-    before = {name: parameter.clone() for name, parameter in head.named_parameters()}
-    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
-    head(*batch()).backward()
-    optimizer.step()
-    assert all(not torch.equal(parameter, before[name]) for name, parameter in head.named_parameters())
-
-
 def test_rebuilds_photographs_by_heart(real_images):
-    """Weak, not blind: from one-hot tokens it learns eight real images and their paths to a low error."""
-    images = photographs(real_images, count=8, side=(32, 32))
-    assert len(images) == 8
+    """Weak, not blind: from one-hot tokens it learns four real images and their paths to a low error."""
+    images = photographs(real_images, count=4, side=(32, 32))
+    assert len(images) == 4
     _, targets, _ = IntermediateViews("se2", degrees=30)(images, seeded())
     head = IntermediateReconstructionHead(64, image_size=32, patch_size=8)
     e1, e2 = torch.randn(2, len(images), 16, 32, generator=seeded(3))
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     variance = (targets - targets.mean((1, 3, 4), keepdim=True)).square().mean().item()
-    for _ in range(250):
+    for _ in range(150):
         optimizer.zero_grad()
         loss = head(e1, e2, targets)
         loss.backward()

@@ -42,16 +42,6 @@ def test_equals_the_triple_loop(images, places, width, temperature, seed):
     assert float(patch_nt_xent(z, z_prime, temperature=temperature)) == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)])
-@pytest.mark.parametrize("temperature", [0.01, 0.3, 10.0])
-def test_every_dtype_and_temperature(dtype, rtol, temperature):
-    """Against float64 on the same rounded input."""
-    z, z_prime = maps(3, 4, 16).to(dtype)
-    loss = patch_nt_xent(z, z_prime, temperature=temperature)
-    assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(references.patch_nt_xent(z, z_prime, temperature)), rel=rtol)
-
-
 def dense(z, z_prime, temperature):
     """The whole matrix, in float64, for sizes where the loop takes too long."""
     images, places = z.shape[:2]
@@ -169,34 +159,6 @@ def test_an_exactly_equivariant_encoder_on_real_images(real_images):
     projected = ser.projection(tokens2)
     torch.testing.assert_close(ser(tokens1, tokens2, g1, g2), patch_nt_xent(projected, projected))
     assert ser(tokens1, tokens2, g1, g2) < ser(tokens1, tokens2, g1, g1)  # and not with the wrong element
-
-
-def test_it_teaches_tokens_to_turn():
-    """An encoder of patches with a positional embedding, which does not turn, learns to."""
-    from equireg import equivariance_score
-
-    class Encoder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.patches, self.position = torch.nn.Linear(48, 16), torch.nn.Parameter(torch.randn(16, 16))
-
-        def forward(self, images):
-            return self.patches(F.unfold(images, 4, stride=4).transpose(1, 2)) + self.position
-
-    images, encoder, ser = torch.rand(8, 3, 16, 16), Encoder(), SERLoss(16, projection_dim=32)
-    turns = torch.arange(8) % 4
-    g1, g2 = (GridTransform(turns + i, torch.zeros(8, dtype=torch.bool), (4, 4), (4, 4)) for i in range(2))
-    before = equivariance_score(encoder, images, g2).mean()
-    optimizer = torch.optim.Adam([*encoder.parameters(), *ser.parameters()], lr=1e-2)
-    losses = []
-    for _ in range(80):
-        loss = ser(encoder(g1.on_images(images, 4)), encoder(g2.on_images(images, 4)), g1, g2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-    assert equivariance_score(encoder, images, g2).mean() > before + 0.2
 
 
 def test_names_of_its_state():
