@@ -313,6 +313,9 @@ def test_refuses_prefix_tokens_and_other_widths():
         head(torch.randn(3, 5, 6), torch.randn(3, 5, 6), batch()[2])
     with pytest.raises(ValueError, match=r"features must be \[B, T, D\] = \[B, T, 12\], got \[3, 4, 11\]"):
         head.split(torch.randn(3, 4, 11))
+    for places in ((2, 2), (8, 16), (15, 16)):  # another stride
+        with pytest.raises(ValueError, match="equivariant1 must be of 16 x 16 places"):
+            small(16, image_size=64).reconstruct(*torch.rand(2, 1, 8, *places))
     with pytest.raises(ValueError, match=r"features must be \[B, T, D\], \[B, D, h, w\] or \[B, D\]"):
         head.split(torch.randn(12))
 
@@ -323,11 +326,3 @@ def test_statistics_of_any_kind_of_number():
     )
     assert head.mean.dtype == head.std.dtype == torch.float32
     assert head.image_weights == (0.5, 0.5)
-
-
-@pytest.mark.parametrize("places", [(2, 2), (8, 16), (15, 16)])
-def test_refuses_a_map_of_another_stride(places):
-    head = IntermediateReconstructionHead(16, image_size=64, patch_size=4)
-    parts = torch.rand(2, 1, 8, *places)
-    with pytest.raises(ValueError, match="equivariant1 must be of 16 x 16 places"):
-        head.reconstruct(*parts)

@@ -85,13 +85,6 @@ def test_odd_sizes(rows, cols, width, dtype):  # K4
     compare(x, y, torch.tensor(3.0, device=DEVICE), options)
 
 
-@pytest.mark.parametrize("dtype", NUMBERS)
-@pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0, 10.0])
-def test_temperatures(temperature, dtype):
-    x, y, options = problem(40, 70, 16, "ne", dtype=dtype)
-    compare(x, y, torch.tensor(1 / temperature, device=DEVICE), options)
-
-
 @pytest.mark.skipif(GPU, reason="the table is the GPU's own")
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("programs", [1, 4, 1000])
