@@ -276,6 +276,7 @@ def test_one_forward_pass_of_the_gradient():
         ({"degrees": (30, 10)}, ValueError, "degrees must be the lowest value first"),
         ({"degrees": (0, math.nan)}, ValueError, "degrees must be finite"),
         ({"degrees": (1, 2, 3)}, ValueError, "degrees must be a pair of numbers"),
+        ({"translate": (0.1,)}, ValueError, "translate must be a number or a pair"),
         ({"translate": (0.1, -0.1)}, ValueError, "translate must be finite and at least 0, got -0.1"),
         ({"brightness": (-0.5, 1)}, ValueError, "brightness must be finite and within 0 .. inf"),
         ({"hue": 0.7}, ValueError, "hue must be finite and within -0.5 .. 0.5"),
