@@ -1,12 +1,11 @@
 """Compiles the kernels for a GPU that need not be there; prints a line of JSON for each: shared memory and spills.
 
 A process of its own, for where the environment variable TRITON_INTERPRET is set Triton compiles nothing:
-``python -m tests.compile_kernels 90``; all combinations, of which the tests pick some: ``... 90 0 1 1``.
+``python -m tests.compile_kernels 90``.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -81,16 +80,6 @@ def cases():
     yield "fp16", "features", 2, 256, "both", "eq", 1
 
 
-def every_case():
-    """What ``cases`` picks from; too much for each run of the tests."""
-    for number, bytes_ in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for (name, size), entries in triton_tiles.TILES.items():
-            for width in entries if size == bytes_ else ():
-                for role in ("rows", "columns", "both") if name == "features" else (name,):
-                    for relation, environments in (("ne", 2), ("eq", 1), ("all", 1), ("all", 4)):
-                        yield number, name, bytes_, width, role, relation, environments
-
-
 def compiled(arch, number, name, size, width, role, relation, environments):
     tile = triton_tiles.tile_of(name, size, width)
     constants = {"D": width, "E": environments, "EP": triton_tiles.power_of_two(environments), "RELATION": relation,
@@ -118,10 +107,6 @@ def compiled(arch, number, name, size, width, role, relation, environments):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def main(arch, part=0, parts=1, every=False):
-    for case in itertools.islice(every_case() if every else cases(), part, None, parts):
-        print(json.dumps({"case": list(case), **resources(compiled(arch, *case))}), flush=True)
-
-
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    for case in cases():
+        print(json.dumps({"case": list(case), **resources(compiled(int(sys.argv[1]), *case))}), flush=True)

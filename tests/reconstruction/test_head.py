@@ -1,6 +1,4 @@
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -9,7 +7,6 @@ from torch import nn
 
 from equireg import IntermediateReconstructionHead, IntermediateViews, TokenTap
 from equireg.reconstruction.decoder import Decoder, enlargements
-from tests.processes import in_processes
 from tests.reconstruction.test_views import photographs
 
 
@@ -41,40 +38,16 @@ def test_split_and_concatenation_lose_nothing(shape, fraction, width):
     assert torch.equal(torch.cat([invariant, equivariant], along), features)
 
 
-def test_both_views_stand_side_by_side_at_each_place():
-    """[e1, e2] of a place is what the decoder's first layer sees there; an identity for a decoder shows it."""
-    head, (e1, e2, _) = small(), batch()
-    head.decoders = nn.ModuleList([_Places(), _Places()])
-    seen = head._joined(e1, e2)
-    for row in range(2):
-        for column in range(2):
-            assert torch.equal(seen[:, row, column], torch.cat([e1[:, 2 * row + column], e2[:, 2 * row + column]], 1))
-
-
-class _Places(nn.Linear):
-    def __init__(self):
-        super().__init__(1, 1)
-
-
 def test_maps_of_a_cnn_are_the_same_as_their_tokens():
     head, (e1, e2, targets) = small(), batch()
     maps = [part.transpose(1, 2).unflatten(2, (2, 2)) for part in (e1, e2)]
     assert torch.equal(head.reconstruct(*maps), head.reconstruct(e1, e2))
     assert torch.equal(head(*maps, targets), head(e1, e2, targets))
+    last = [part.contiguous(memory_format=torch.channels_last) for part in maps]
+    torch.testing.assert_close(head(*last, targets), head(e1, e2, targets))
 
 
 # ------------------------------------------------------------------------------------------------------------ the loss
-
-
-def test_equals_the_formula_pixel_by_pixel():
-    head, (e1, e2, targets) = small().double(), batch(dtype=torch.float64)
-    rebuilt = head.reconstruct(e1, e2).detach()
-    assert rebuilt.shape == targets.shape
-    errors = [float(a - b) ** 2 for a, b in zip(rebuilt.flatten(), targets.flatten())]
-    loss = head(e1, e2, targets).detach()
-    assert loss.shape == ()
-    assert loss.dtype == torch.float64
-    assert float(loss) == pytest.approx(sum(errors) / len(errors), rel=1e-12)
 
 
 def test_in_units_of_the_pixels_deviation():
@@ -131,16 +104,18 @@ def test_detached_and_frozen_features_train_the_decoders_alone():  # R6
 
 def test_weights_of_the_images():  # R9
     head, (e1, e2, targets) = small(image_weights=(3, 0)), batch()
+    both = small(image_weights=(3, 1))
+    both.load_state_dict(head.state_dict())
     rebuilt = head.reconstruct(e1, e2)
+    for parameter in head.decoders[1].parameters():
+        parameter.data.fill_(math.nan)
     calls = []
     head.decoders[1].register_forward_hook(lambda *_: calls.append(1))
     loss = head(e1, e2, targets)
-    assert not calls  # of weight 0: it did not run
+    assert not calls  # of weight 0: it did not run, and may hold anything
     torch.testing.assert_close(loss, (rebuilt[0] - targets[0]).square().mean())
     loss.backward()
     assert all((parameter.grad == 0).all() for parameter in head.decoders[1].parameters())
-    both = small(image_weights=(3, 1))
-    both.load_state_dict(head.state_dict())
     errors = (rebuilt - targets).square().flatten(1).mean(1)
     torch.testing.assert_close(both(e1, e2, targets), (3 * errors[0] + errors[1]) / 4)
 
@@ -148,7 +123,7 @@ def test_weights_of_the_images():  # R9
 # -------------------------------------------------------------------------------------------------------- the decoders
 
 
-def test_one_linear_layer_and_four_convolutions():
+def test_one_linear_layer_and_four_convolutions():  # R5: all exist from the start
     """And smaller than a twentieth of a ViT-S/16, both together."""
     head = IntermediateReconstructionHead(384, image_size=224, patch_size=16)
     kinds = [type(layer) for layer in head.decoders[0].modules()]
@@ -214,25 +189,16 @@ def test_one_image_and_train_or_eval_make_no_difference():  # R10: nothing is no
     torch.testing.assert_close(alone[:, 0], together[:, 0])
 
 
-def test_all_parameters_are_there_for_an_optimizer():  # R5
-    head = small()
-    before = {name: parameter.clone() for name, parameter in head.named_parameters()}
-    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
-    head(*batch()).backward()
-    optimizer.step()
-    assert all(not torch.equal(parameter, before[name]) for name, parameter in head.named_parameters())
-
-
 def test_rebuilds_photographs_by_heart(real_images):
-    """Weak, not blind: from one-hot tokens it learns eight real images and their paths to a low error."""
-    images = photographs(real_images, count=8, side=(32, 32))
-    assert len(images) == 8
+    """Weak, not blind: from one-hot tokens it learns four real images and their paths to a low error."""
+    images = photographs(real_images, count=4, side=(32, 32))
+    assert len(images) == 4
     _, targets, _ = IntermediateViews("se2", degrees=30)(images, seeded())
     head = IntermediateReconstructionHead(64, image_size=32, patch_size=8)
     e1, e2 = torch.randn(2, len(images), 16, 32, generator=seeded(3))
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     variance = (targets - targets.mean((1, 3, 4), keepdim=True)).square().mean().item()
-    for _ in range(250):
+    for _ in range(150):
         optimizer.zero_grad()
         loss = head(e1, e2, targets)
         loss.backward()
@@ -243,12 +209,11 @@ def test_rebuilds_photographs_by_heart(real_images):
 # ------------------------------------------------------------------------------------------------ with everything else
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_adds_up_in_fp32(dtype):  # R8
+def test_autocast_adds_up_in_fp32():  # R8
     head, (e1, e2, targets) = small(image_size=64, patch_size=32), batch(side=64, n=2)
     with torch.no_grad():
         head.decoders[0][-2].bias.fill_(300.0)  # squares of 90,000, above fp16's largest number
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", torch.float16):
         loss = head(e1, e2, targets)
         assert head.reconstruct(e1, e2).dtype == torch.float32
     assert loss.dtype == torch.float32
@@ -256,58 +221,6 @@ def test_autocast_adds_up_in_fp32(dtype):  # R8
     assert loss > 40_000
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
-
-
-def test_maps_with_channels_last_give_the_same():
-    head, (e1, e2, targets) = small(), batch()
-    expected = head(e1, e2, targets)
-    maps = [part.transpose(1, 2).unflatten(2, (2, 2)).contiguous() for part in (e1, e2)]
-    last = [part.contiguous(memory_format=torch.channels_last) for part in maps]
-    torch.testing.assert_close(head(*last, targets), expected)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic):
-    torch.compiler.reset()
-    head = small(image_weights=(1, 0.5), mean=(0.5,) * 3, std=(0.2,) * 3)
-    compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for count in (3, 5):
-        arguments = batch(count)
-        torch.testing.assert_close(compiled(*arguments), head(*arguments))
-
-
-def test_copies_pickles_and_states():
-    head, arguments = small(mean=(0.5,) * 3, std=(0.2,) * 3), batch()
-    expected = head(*arguments)
-    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):  # noqa: S301
-        assert torch.equal(other(*arguments), expected)
-    other = small(mean=(0.5,) * 3, std=(0.2,) * 3)
-    other.load_state_dict(head.state_dict())
-    assert torch.equal(other(*arguments), expected)
-    with torch.no_grad():
-        assert torch.equal(head(*arguments), expected)
-
-
-def _step(rank, world=2):
-    """Loss and gradients of one process of ``world``, the head under DistributedDataParallel."""
-    torch.manual_seed(0)
-    head = small(image_weights=(1, 1, 0), num_images=3).double()
-    model = nn.parallel.DistributedDataParallel(head) if world > 1 else head
-    e1, e2, targets = (part.double() for part in batch(count=4, n=3))
-    mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    for _ in range(2):  # a parameter that was not used would raise in the second step
-        head.zero_grad()
-        model(e1[mine], e2[mine], targets[:, mine]).backward()
-    return [parameter.grad.tolist() for parameter in head.parameters()]
-
-
-def test_two_processes_are_one_with_the_whole_batch(tmp_path):  # R9
-    expected = _step(0, world=1)
-    for gradients in in_processes(2, _step, tmp_path):
-        for found, whole in zip(gradients, expected):
-            torch.testing.assert_close(
-                *(torch.tensor(part, dtype=torch.float64) for part in (found, whole)), rtol=1e-10, atol=1e-12
-            )
 
 
 @pytest.mark.parametrize(
@@ -341,19 +254,16 @@ def test_beside_any_backbone(name, layer, patch):  # R2
     ("arguments", "error", "message"),
     [
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
-        ({"dim": 1.5}, TypeError, "dim must be a whole number"),
-        ({"patch_size": 0}, ValueError, "patch_size must be at least 1"),
         ({"image_size": (8, 8, 8)}, ValueError, r"image_size must be a side or \(height, width\)"),
         ({"image_size": 0}, ValueError, "image_size must be at least 1"),
         ({"num_images": 0}, ValueError, "num_images must be at least 1"),
         ({"channels": 0}, ValueError, "channels must be at least 1"),
         ({"hidden_dim": 12}, ValueError, "hidden_dim must be a multiple of 8, got 12"),
         ({"equivariant_fraction": 0.0}, ValueError, "equivariant_fraction must be above 0 and up to 1, .* got 0.0"),
-        ({"equivariant_fraction": 1.2}, ValueError, "equivariant_fraction must be .* got 1.2"),
         (
             {"equivariant_fraction": 0.01},
             ValueError,
-            "equivariant_fraction must be .* one of 12 features or more, got 0.01",
+            "equivariant_fraction must be .* of 12 features or more, got 0.01",
         ),
         ({"equivariant_fraction": math.nan}, ValueError, "equivariant_fraction must be .* got nan"),
         ({"detach": 1}, ValueError, "detach must be one of True, False, got 1"),
@@ -364,6 +274,9 @@ def test_beside_any_backbone(name, layer, patch):  # R2
         ({"image_weights": (1,)}, ValueError, r"image_weights must be 2 numbers, one for each image, got \[1\]"),
         ({"image_weights": (1, -1)}, ValueError, "image_weights must be finite and at least 0, got -1"),
         ({"image_weights": (0, 0)}, ValueError, "image_weights must be above 0 for one image at least"),
+        ({"mean": 0.5, "std": 0.5}, ValueError, "mean must be 3 numbers"),
+        ({"image_weights": 1.0}, TypeError, "image_weights must be 2 numbers, one for each image, got float"),
+        ({"image_weights": True}, TypeError, "image_weights must be 2 numbers, one for each image, got bool"),
     ],
 )
 def test_refuses_settings(arguments, error, message):  # R7
@@ -378,19 +291,12 @@ def test_refuses_settings(arguments, error, message):  # R7
         (0, torch.randn(3, 4, 7), ValueError, r"equivariant1 must be \[B, T, d\] = \[B, T, 6\], got \[3, 4, 7\]"),  # R1
         (0, torch.randn(3, 6), ValueError, r"equivariant1 must be \[B, T, d\] or \[B, d, h, w\]"),  # R2
         (0, (torch.randn(3, 4, 6),), TypeError, "equivariant1 must be a tensor .* got tuple"),  # R2
-        (0, torch.randint(9, (3, 4, 6)), TypeError, "equivariant1 must be a tensor of floating point numbers"),
         (1, torch.randn(2, 4, 6), ValueError, r"equivariant2 must be \[B, T, d\] = \[3, 4, 6\], got \[2, 4, 6\]"),
         (1, torch.randn(3, 6, 2, 2), ValueError, "equivariant2 must be .* as equivariant1"),
         (2, torch.rand(1, 3, 3, 8, 8), ValueError, r"targets must be .* got \[1, 3, 3, 8, 8\]"),
         (2, torch.rand(2, 3, 1, 8, 8), ValueError, r"targets must be .* got \[2, 3, 1, 8, 8\]"),  # R3
         (2, torch.rand(2, 3, 3, 9, 8), ValueError, r"targets must be .* got \[2, 3, 3, 9, 8\]"),
         (2, torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8), TypeError, "targets must be .* got torch.uint8"),  # R3
-        (
-            2,
-            255 * torch.rand(2, 3, 3, 8, 8),
-            ValueError,
-            "targets must be in 0 .. 1, or standardised, not 0 .. 255",
-        ),  # R3
         (2, torch.full((2, 3, 3, 8, 8), math.nan), ValueError, "targets must be .* got nan .. nan"),
     ],
 )
@@ -401,29 +307,17 @@ def test_refuses_inputs(place, value, error, message):
         small()(*arguments)
 
 
-def test_refuses_prefix_tokens_and_empty_batches():
-    head, targets = small(), batch()[2]
+def test_refuses_prefix_tokens_and_other_widths():
+    head = small()
     with pytest.raises(ValueError, match="equivariant1 must be of 2 x 2 tokens, without class or register tokens"):
-        head(torch.randn(3, 5, 6), torch.randn(3, 5, 6), targets)
-    with pytest.raises(ValueError, match="equivariant1 must be of at least one image"):
-        head(torch.randn(0, 4, 6), torch.randn(0, 4, 6), targets[:, :0])
+        head(torch.randn(3, 5, 6), torch.randn(3, 5, 6), batch()[2])
     with pytest.raises(ValueError, match=r"features must be \[B, T, D\] = \[B, T, 12\], got \[3, 4, 11\]"):
         head.split(torch.randn(3, 4, 11))
+    for places in ((2, 2), (8, 16), (15, 16)):  # another stride
+        with pytest.raises(ValueError, match="equivariant1 must be of 16 x 16 places"):
+            small(16, image_size=64).reconstruct(*torch.rand(2, 1, 8, *places))
     with pytest.raises(ValueError, match=r"features must be \[B, T, D\], \[B, D, h, w\] or \[B, D\]"):
         head.split(torch.randn(12))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"mean": 0.5, "std": 0.5}, ValueError, "mean must be 3 numbers"),
-        ({"image_weights": 1.0}, TypeError, "image_weights must be 2 numbers, one for each image, got float"),
-        ({"image_weights": True}, TypeError, "image_weights must be 2 numbers, one for each image, got bool"),
-    ],
-)
-def test_refuses_numbers_for_lists(options, error, message):
-    with pytest.raises(error, match=message):
-        IntermediateReconstructionHead(8, image_size=8, patch_size=4, **options)
 
 
 def test_statistics_of_any_kind_of_number():
@@ -432,24 +326,6 @@ def test_statistics_of_any_kind_of_number():
     )
     assert head.mean.dtype == head.std.dtype == torch.float32
     assert head.image_weights == (0.5, 0.5)
-
-
-@pytest.mark.parametrize("places", [(2, 2), (8, 16), (15, 16)])
-def test_refuses_a_map_of_another_stride(places):
-    head = IntermediateReconstructionHead(16, image_size=64, patch_size=4)
-    parts = torch.rand(2, 1, 8, *places)
-    with pytest.raises(ValueError, match="equivariant1 must be of 16 x 16 places"):
-        head.reconstruct(*parts)
-
-
-def test_decoder_of_weight_zero_may_hold_anything():
-    head = IntermediateReconstructionHead(8, image_size=8, patch_size=4, image_weights=[1, 0])
-    for parameter in head.decoders[1].parameters():
-        parameter.data.fill_(math.nan)
-    loss = head(*torch.rand(2, 1, 4, 4), torch.rand(2, 1, 3, 8, 8))
-    loss.backward()
-    assert loss.isfinite()
-    assert all((parameter.grad == 0).all() for parameter in head.decoders[1].parameters())
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6), (3, 6, 2, 2), (3, 6)])

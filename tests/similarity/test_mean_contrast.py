@@ -86,28 +86,6 @@ def test_second_derivative_is_refused():  # K11
         grad.sum().backward()
 
 
-def test_backward_twice():  # F25
-    x = unit(6, 4).requires_grad_()
-    groups = torch.arange(6)
-    loss = mean_contrast(x, x, None, 0.3, groups, groups)
-    once, again = (torch.autograd.grad(loss, x, retain_graph=keep)[0].clone() for keep in (True, False))
-    assert torch.equal(once, again)
-    with pytest.raises(RuntimeError):
-        loss.backward()
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised inside opcheck itself
-@pytest.mark.parametrize("temperature", [0.3, 0.02])
-@pytest.mark.parametrize("apart", [False, True])
-def test_operator_is_registered_in_full(temperature, apart):  # K12
-    x, p = unit(8, 4, seed=1).requires_grad_(), unit(8, 4, seed=2).requires_grad_()
-    keys = [unit(12, 4, seed=s).requires_grad_() if apart else None for s in (3, 4)]
-    groups = torch.arange(12 if apart else 8) // 2
-    scale = torch.tensor(1 / temperature, dtype=torch.float64)
-    arguments = (x, p, *keys, scale, groups[:8], groups, temperature > 0.1, True, True)
-    torch.library.opcheck(torch.ops.equireg.mean_contrast.default, arguments)
-
-
 def test_both_ways_of_the_loss_agree(monkeypatch):
     """Where the tiles of a block of rows would be too many, they are formed twice."""
     z, z_prime = (torch.randn(5, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
