@@ -52,13 +52,15 @@ def test_equals_flip_turn_resize_of_each_image(source, target):
 
 
 def test_permutations_are_exact():
-    tokens = random_tokens(8, (5, 5)).float()
-    expected = one_by_one(as_maps(tokens, (5, 5)), ELEMENTS, (5, 5))
-    assert torch.equal(as_maps(transform(ELEMENTS, (5, 5)).on_tokens(tokens), (5, 5)), expected)
-    odd = [pair for pair in ELEMENTS if pair[0] % 2]  # a turned grid that is not square swaps its sides, exactly too
-    tokens = random_tokens(4, (3, 5)).float()
-    expected = one_by_one(as_maps(tokens, (3, 5)), odd, (5, 3))
-    assert torch.equal(as_maps(transform(odd, (3, 5), (5, 3)).on_tokens(tokens), (5, 3)), expected)
+    """Also where a grid that is not square swaps its sides, and in compositions of such."""
+    odd = [pair for pair in ELEMENTS if pair[0] % 2]
+    for pairs, source, target in ((ELEMENTS, (5, 5), (5, 5)), (odd, (3, 5), (5, 3))):
+        g, tokens = transform(pairs, source, target), random_tokens(len(pairs), source)
+        moved = g.on_tokens(tokens)
+        assert torch.equal(as_maps(moved, target), one_by_one(as_maps(tokens, source), pairs, target))
+        assert torch.equal(g.inverse().on_tokens(moved), tokens)
+        back = transform(pairs[::-1], target, source)
+        assert torch.equal((back @ g).on_tokens(tokens), back.on_tokens(moved))
 
 
 @given(first=elements, seed=st.integers(0, 2**31))
@@ -87,14 +89,6 @@ def test_composition_is_the_action_one_after_the_other():
     left, right = (a @ b) @ c, a @ (b @ c)
     assert torch.equal(left.quarter_turns, right.quarter_turns)
     assert torch.equal(left.flip, right.flip)
-
-
-def test_composition_over_grids_that_are_not_square():
-    odd = [pair for pair in ELEMENTS if pair[0] % 2]
-    g1, g2 = transform(odd, (3, 5), (5, 3)), transform(odd[::-1], (5, 3), (3, 5))
-    tokens = random_tokens(4, (3, 5))
-    assert torch.equal((g2 @ g1).on_tokens(tokens), g2.on_tokens(g1.on_tokens(tokens)))
-    assert torch.equal(g1.inverse().on_tokens(g1.on_tokens(tokens)), tokens)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
@@ -165,6 +159,7 @@ def test_random_elements():
 def test_same_seed_same_elements():
     a, b = (GridTransform.random(9, (7, 9), generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert repr(a) == repr(b)
+    assert GridTransform.random(0, (2, 2)).on_images(torch.ones(0, 3, 4, 4), 2).shape[0] == 0
 
 
 def test_gradients_flow():
@@ -204,11 +199,6 @@ def test_compiles_whole():
     tokens = torch.randn(8, 16, 3)
     compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(tokens, turns, flips), act(tokens, turns, flips))
-
-
-def test_empty_batch():
-    assert GridTransform.identity(0, (2, 2)).on_tokens(torch.ones(0, 4, 3)).shape == (0, 4, 3)
-    assert GridTransform.random(0, (2, 2)).on_images(torch.ones(0, 3, 4, 4), 2).shape[0] == 0
 
 
 def square(turns=(0, 1), flip=(True, False), source=(2, 2), target=(2, 2), **options):

@@ -48,7 +48,7 @@ REFUSED = {
 
 def create(name, **options):
     torch.manual_seed(0)
-    small = SMALL if name in SUPPORTED and name != "test_vit" else {"num_classes": 5}
+    small = SMALL if name.startswith(("vit_", "deit", "flexivit", "eva02", "beit")) else {"num_classes": 5}
     model = timm.create_model(name, **{**SUPPORTED.get(name, {}), **small, **options})
     for parameter in model.parameters():  # zero initialisations and tiny layer scales would hide mistakes
         if parameter.std() < 1e-3:
@@ -144,9 +144,8 @@ def test_refused_architectures(name):
     assert hooks(model) == before
 
 
-@pytest.mark.parametrize("layer", [1, 3])
-def test_tokens_know_nothing_of_the_class_token(layer):
-    model = LateClassToken(vit(), layer)
+def test_tokens_know_nothing_of_the_class_token():
+    model = LateClassToken(vit(), 3)
     features, tokens = model(images(model.vit), return_tokens=True)
     assert not torch.autograd.grad(tokens.sum(), model.vit.cls_token, retain_graph=True)[0].any()
     assert torch.autograd.grad(features.sum(), model.vit.cls_token)[0].norm() > 0
@@ -210,9 +209,10 @@ def backward(late, call, x):
 
 @pytest.mark.parametrize("make", [vit, torchvision_vit, lambda: create("vit_small_patch16_dinov3")])
 def test_compiles_whole(make):  # W4
-    late = LateClassToken(make(), 2)
-    late.vit.get_submodule("encoder.layers" if isinstance(late.vit, TorchvisionViT) else "blocks")[3:] = []
-    x = images(late.vit)
+    model = make()
+    del blocks_of(model)[3:]  # three are as good as twelve
+    late = LateClassToken(model, 2)
+    x = images(model)
     compiled = torch.compile(late, fullgraph=True, backend="aot_eager")
     found, expected = backward(late, compiled, x), backward(late, late, x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -286,10 +286,9 @@ def test_half_precision_and_autocast():
     late = LateClassToken(vit(), 2)
     x = images(late.vit)
     with torch.autocast("cpu", torch.bfloat16):
-        features, tokens = late(x, return_tokens=True)
+        features, _ = late(x, return_tokens=True)
     torch.testing.assert_close(features.float(), late(x), rtol=0.1, atol=0.1)
-    assert LateClassToken(vit().bfloat16(), 2)(x.bfloat16(), return_tokens=True)[1].dtype == torch.bfloat16
-    assert tokens.shape == (2, 16, 48)
+    assert late.bfloat16()(x.bfloat16(), return_tokens=True)[1].dtype == torch.bfloat16
 
 
 def wrapped():

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from equireg import LateClassToken, TokenTap
+from equireg import TokenTap
 from tests.backbones.conftest import hooks, in_two_threads
 
 timm = pytest.importorskip("timm", reason="needs the examples extra")
@@ -189,19 +189,9 @@ def test_an_output_changed_in_place_is_refused():  # W2
         model(torch.rand(1, 3, 4, 4))
         with pytest.raises(ValueError, match="layer '0' must not be followed by an operation in place"):
             tap.tokens  # noqa: B018
-    with TokenTap(model, "1") as tap:
-        model(torch.rand(1, 3, 4, 4))
-        assert (tap.tokens >= 0).all()
     with TokenTap(model, "1") as tap, torch.inference_mode():
         model(torch.rand(1, 3, 4, 4))
-        assert tap.grid == (4, 4)
-
-
-def test_of_a_late_class_token():
-    late = LateClassToken(vit(), 2)
-    with TokenTap(late, "vit.blocks.1") as tap:
-        _, tokens = late(torch.rand(2, 3, 64, 64), return_tokens=True)
-    assert torch.equal(tap.tokens, tokens)
+        assert (tap.tokens >= 0).all()
 
 
 @torch.no_grad()

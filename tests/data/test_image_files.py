@@ -61,13 +61,6 @@ def test_jpeg_whatever_its_name(tmp_path):  # T12
         assert near(read(tmp_path / name), torch.tensor([200, 100, 50])[:, None, None], 3)
 
 
-def test_gray_of_8_bits_and_of_one(tmp_path):  # T12
-    picture("L", (2, 1), [7, 250]).save(tmp_path / "l.png")
-    picture("1", (2, 1), [0, 255]).save(tmp_path / "1.png")
-    assert torch.equal(read(tmp_path / "l.png"), pixels([(7, 7, 7), (250, 250, 250)]))
-    assert torch.equal(read(tmp_path / "1.png"), pixels([(0, 0, 0), WHITE]))
-
-
 @pytest.mark.parametrize("ending", ["png", "tiff"])
 def test_gray_of_16_bits_is_divided_by_257(tmp_path, ending):  # T12
     values = torch.arange(65536)
@@ -77,9 +70,18 @@ def test_gray_of_16_bits_is_divided_by_257(tmp_path, ending):  # T12
     assert torch.equal(read(tmp_path / f"a.{ending}"), expected)
 
 
-def test_floating_point_gray(tmp_path):  # T12
-    picture("F", (4, 1), [0.0, 0.5, 1.0, 7.0]).save(tmp_path / "a.tiff")
-    assert read(tmp_path / "a.tiff")[0].tolist() == [[0, 128, 255, 255]]
+@pytest.mark.parametrize(
+    ("mode", "values", "ending", "expected"),
+    [
+        ("L", [7, 250], "png", [7, 250]),
+        ("1", [0, 255], "png", [0, 255]),
+        ("LA", [(0, 255), (0, 0)], "png", [0, 255]),  # transparent: white
+        ("F", [0.0, 0.5, 1.0, 7.0], "tiff", [0, 128, 255, 255]),
+    ],
+)
+def test_gray(tmp_path, mode, values, ending, expected):  # T12
+    picture(mode, (len(values), 1), values).save(tmp_path / f"a.{ending}")
+    assert torch.equal(read(tmp_path / f"a.{ending}"), pixels([(value,) * 3 for value in expected]))
 
 
 def png(width, height, depth, color_type, data):
@@ -115,9 +117,7 @@ def test_transparency_is_laid_over_white(tmp_path, ending):  # T12
     assert near(read(tmp_path / f"a.{ending}"), pixels(over), 1)
 
 
-def test_transparency_of_gray_and_of_palettes(tmp_path):  # T12
-    picture("LA", (2, 1), [(0, 255), (0, 0)]).save(tmp_path / "la.png")
-    assert torch.equal(read(tmp_path / "la.png"), pixels([(0, 0, 0), WHITE]))
+def test_palettes(tmp_path):  # T12
     palette = picture("P", (3, 1), [0, 1, 2])
     palette.putpalette([*RED, *GREEN, *BLUE])
     palette.save(tmp_path / "p.png")
