@@ -216,7 +216,7 @@ def test_both_views_are_of_one_crop():
 
 
 def test_normalised_images_are_refused():
-    with pytest.raises(ValueError, match=r"images must be in 0 .. 1 \(normalise the views.*got -2 .. 2"):
+    with pytest.raises(ValueError, match=r"images must be in 0 .. 1: normalise the views.*got -2 .. 2"):
         EquivariantViews(32, 4)(torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32))
     for crop in ((0, 1), (0.5, 0.2), (0.1, 1.5), (0.3,)):
         with pytest.raises(ValueError, match="crop must be None or two areas above 0"):
