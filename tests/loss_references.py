@@ -37,32 +37,11 @@ def environment_table(features, labels, batch_labels, batch_indices):
     return torch.tensor(rows)
 
 
-def class_wise_irm(p, features, labels, similar, *, temperature, weight, penalty, denominator):
-    """With the default projection, or one linear layer."""
-    z = projected_by(p, features * torch.sigmoid(p["mask.weight"]))
-    return references.class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator)
-
-
-def sup_con_and_rex(p, features, labels, similar, *, temperature, weight, risk_weight):
-    """SupCon of the projection, and the variance of the masked features' risks."""
+def class_wise_irm(p, features, labels, similar, *, on_features=False, **settings):
+    """With the default projection, or one linear layer; the penalty on its output, or on the masked features."""
     masked = features * torch.sigmoid(p["mask.weight"])
-    contrast = references.sup_con(projected_by(p, masked), labels, temperature)
-    variances = []
-    for k in sorted(set(labels.tolist())):
-        risks = [references.class_risk(masked, labels, similar, k, e, temperature, "all") for e in (0, 1)]
-        variances += [(risks[0] - risks[1]) ** 2 / 2] if risks[0] is not None else []
-    return risk_weight * contrast + weight * sum(variances) / len(variances)
-
-
-def weighted_risks(p, features, labels, similar, *, temperature, weights):
-    """Each anchor counts by its weight."""
-    z = projected_by(p, features * torch.sigmoid(p["mask.weight"]))
-    risks = [
-        references.class_risk(z, labels, similar, k, e, temperature, "own", weights=weights)
-        for k in sorted(set(labels.tolist()))
-        for e in (0, 1)
-    ]
-    return sum(risk for risk in risks if risk is not None) / (sum(risk is not None for risk in risks) / 2)
+    settings["penalised"] = masked if on_features else None
+    return references.class_wise_irm(projected_by(p, masked), labels, similar, **settings)
 
 
 def projected_by(p, masked):

@@ -124,29 +124,40 @@ def sup_con(z, labels, temperature, weights=None):
     return sum(s * term for s, term in zip(share, terms)) / sum(share)
 
 
-def class_wise_irm(z, labels, similar, temperature, weight, penalty, denominator):
-    """Eqs. 6 and 16 of EqInv; the slope by autograd's own derivative."""
+def class_wise_irm(
+    z,
+    labels,
+    similar,
+    temperature,
+    weight,
+    penalty="rex",
+    denominator="own",
+    *,
+    penalised=None,
+    weights=None,
+    contrast="environments",
+    risk_weight=1.0,
+):
+    """Eqs. 6 and 16 of EqInv, a mean over classes with two samples; the slope by autograd's own derivative.
+
+    ``penalised``: the embeddings of the penalty, if not ``z``; ``contrast="batch"`` has SupCon for the risks.
+    """
     losses = []
     for k in sorted(set(labels.tolist())):
-        total, risks, slopes = 0.0, [], []
-        for e in (0, 1):
+        learned, risks, slopes = [], [], []
+        for e in (0, 1) if (labels == k).sum() > 1 else ():
             w = torch.ones((), dtype=torch.float64, requires_grad=True)
-            risk = class_risk(z, labels, similar, k, e, temperature, denominator, w)
-            if risk is None:
-                break
-            risks.append(risk)
-            if penalty == "irmv1":
-                slopes.append(torch.autograd.grad(risk, w, create_graph=True)[0])
-        if not risks:
-            continue
-        total = risks[0] + risks[1]
-        if penalty == "rex":
-            average = total / 2
-            total = total + weight * ((risks[0] - average) ** 2 + (risks[1] - average) ** 2)
-        else:
-            total = total + weight * (slopes[0] ** 2 + slopes[1] ** 2)
-        losses.append(total)
-    return sum(losses) / len(losses)
+            by_penalty = z if penalised is None else penalised
+            learned.append(class_risk(z, labels, similar, k, e, temperature, denominator, 1.0, weights))
+            risks.append(class_risk(by_penalty, labels, similar, k, e, temperature, denominator, w, weights))
+            slopes.append(torch.autograd.grad(risks[-1], w, create_graph=True)[0])
+        if risks:
+            average = sum(risks) / 2
+            variance = (risks[0] - average) ** 2 + (risks[1] - average) ** 2
+            term = variance if penalty == "rex" else slopes[0] ** 2 + slopes[1] ** 2
+            losses.append(risk_weight * sum(learned) * (contrast == "environments") + weight * term)
+    loss = sum(losses) / len(losses)
+    return loss + risk_weight * sup_con(z, labels, temperature, weights) if contrast == "batch" else loss
 
 
 def patch_nt_xent(z, z_prime, temperature):

@@ -1,6 +1,4 @@
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equireg import Environments, adjusted_similarity
-from equireg.eqinv import adjusted_similarity as module
 from equireg.eqinv.halves import similar_in_batch
 from tests import references
 
@@ -49,13 +46,6 @@ def test_split_equals_the_loop(adjust, indexed):
         assert similar.tolist() == expected
 
 
-def test_blocks_do_not_matter(monkeypatch):
-    features, labels = skewed(200, 7)
-    whole = Environments.split(features, labels, 7)
-    monkeypatch.setattr(module, "_BLOCK_ENTRIES", 200)
-    assert torch.equal(Environments.split(features, labels, 7).bits, whole.bits)
-
-
 def test_ties_go_to_the_lower_index():  # E7
     features = torch.eye(2)[[0, 1, 1, 1, 1, 1]].double()
     labels = torch.tensor([0, 1, 1, 1, 1, 1])
@@ -74,46 +64,7 @@ def test_some_ties_only_at_the_middle():
     assert [part.tolist() for part in environments.members(0)] == [[1, 6, 2, 4], [5, 7, 3]]
 
 
-@given(seed=st.integers(0, 2**31), samples=st.integers(1, 60), classes=st.integers(1, 8))
-def test_halves(seed, samples, classes):
-    """Env#1 is half, rounded up; the two are disjoint and hold exactly the samples of other classes."""
-    torch.manual_seed(seed)
-    features, labels = torch.randn(samples, 3), torch.randint(classes, (samples,))
-    environments = Environments.split(features, labels, classes)
-    for k in range(classes):
-        first, second = environments.members(k)
-        others = (labels != k).nonzero().squeeze(1)
-        assert len(first) == math.ceil(len(others) / 2)
-        assert torch.equal(torch.cat([first, second]).sort().values, others)
-
-
-@given(seed=st.integers(0, 2**31))
-def test_median_splits_every_class_evenly(seed):
-    torch.manual_seed(seed)
-    labels = torch.arange(60) % 3
-    features = torch.randn(60, 5, dtype=torch.float64).exp()
-    environments = Environments.split(features, labels, 3, adjust="median")
-    for k in range(3):
-        first, _ = environments.members(k)
-        for other in {0, 1, 2} - {k}:
-            assert int((labels[first] == other).sum()) == 10
-
-
-def test_adjustment_removes_the_class():
-    """A class that is nearer to the anchor as a whole fills Env#1 under plain similarity only (the paper's Fig. 5)."""
-    near, far = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 0.5, 1.0])
-    features = torch.cat(
-        [torch.tensor([[1.0, 0, 0]]).expand(10, 3), near + 0.1 * torch.randn(50, 3), far.expand(50, 3)]
-    )
-    features[60:] += 0.1 * torch.randn(50, 3)
-    labels = torch.tensor([0] * 10 + [1] * 50 + [2] * 50)
-    plain, _ = Environments.split(features, labels, adjust=False).members(0)
-    adjusted, _ = Environments.split(features, labels, adjust=True).members(0)
-    assert (labels[plain] == 1).double().mean() == 1
-    assert 0.35 < (labels[adjusted] == 1).double().mean() < 0.65
-
-
-def test_empty_and_single_classes():
+def test_empty_and_single_classes_and_one_sample():  # E1
     features = torch.randn(6, 4)
     environments = Environments.split(features, torch.tensor([0, 0, 2, 2, 2, 2]), 4)
     assert len(environments.members(0)[0]) == 2
@@ -121,9 +72,6 @@ def test_empty_and_single_classes():
     alone = Environments.split(features, torch.zeros(6).long())
     assert [len(part) for part in alone.members(0)] == [0, 0]
     assert alone.similar(torch.tensor([0]), torch.arange(6)).all()
-
-
-def test_one_sample():  # E1
     environments = Environments.split(torch.ones(1, 2), torch.tensor([1]), 2)
     assert [part.tolist() for part in environments.members(0)] == [[0], []]
 
@@ -163,18 +111,9 @@ def test_one_bit_for_each_class_and_sample():
     }
 
 
-@pytest.mark.parametrize("copied", ["state_dict", "pickle", "deepcopy"])  # P10
-def test_saved_and_restored(copied, tmp_path):
-    features, labels = skewed()
-    environments = Environments.split(features, labels, 4)
-    if copied == "state_dict":
-        torch.save(environments.state_dict(), tmp_path / "state.pt")
-        other = Environments()
-        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    else:
-        other = pickle.loads(pickle.dumps(environments)) if copied == "pickle" else copy.deepcopy(environments)  # noqa: S301
-    classes, samples = torch.arange(4), torch.arange(40)
-    assert torch.equal(other.similar(classes, samples), environments.similar(classes, samples))
+def test_saved_and_restored():  # P10
+    environments, other = Environments.split(*skewed(), 4), Environments()
+    other.load_state_dict(environments.state_dict())
     for k in range(4):  # the same members, by index: the features that rank them are not saved
         for mine, theirs in zip(other.members(k), environments.members(k)):
             assert torch.equal(mine, theirs.sort().values)
@@ -214,81 +153,46 @@ def test_split_inside_a_batch_is_the_split_of_the_batch(seed, samples, classes):
     assert torch.equal(similar_in_batch(features, labels), expected)
 
 
-def test_real_images(real_images):
-    """On 400 CIFAR-10 images the split equals the loop over samples, pixel features, as they are."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    transform = v2.Compose([v2.ToImage(), v2.Resize(8), v2.ToDtype(torch.float32, scale=True)])
-    dataset = ImageFolder(str(real_images / "cifar10" / "train"), transform)
-    chosen = range(0, len(dataset), len(dataset) // 400)
-    features = torch.stack([dataset[n][0].flatten() for n in chosen])
-    labels = torch.tensor([dataset[n][1] for n in chosen])
-    environments = Environments.split(features, labels)
-    x = torch.nn.functional.normalize(features.double(), dim=1)
-    similarity = x @ x.T
-    for k in range(10):
-        plain = similarity[labels == k].mean(0)
-        level = torch.stack([plain[labels == i].mean() for i in range(10)])
-        scores = (plain - level[labels]).masked_fill(labels == k, -math.inf)
-        others = int((labels != k).sum())
-        expected = scores.argsort(descending=True)[:others]
-        got = torch.cat(environments.members(k))
-        # Float32 may exchange neighbours that agree to seven digits.
-        torch.testing.assert_close(scores[got], scores[expected], rtol=0, atol=2e-7)
+def split(**changes):
+    arguments = {"features": torch.ones(4, 2), "labels": torch.tensor([0, 1, 1, 0]), "num_classes": 2}
+    return lambda: Environments.split(**{**arguments, **changes})
 
 
-WRONG = {
-    "labels float": (
-        {"labels": torch.zeros(4)},
-        TypeError,
-        "labels must be a tensor of whole numbers, got torch.float32",
-    ),
-    "labels bool": ({"labels": torch.zeros(4).bool()}, TypeError, "labels .* got torch.bool"),
-    "labels length": ({"labels": torch.zeros(5).long()}, ValueError, r"labels must be \[N\] = \[4\], got \[5\]"),
-    "label too large": ({"labels": torch.tensor([0, 1, 7, 0])}, ValueError, "labels .* 0 .. 1 .* got 7 at position 2"),
-    "label negative": ({"labels": torch.tensor([0, -100, 1, 0])}, ValueError, "labels .* got -100 at position 1"),
-    "features list": ({"features": [[1.0]]}, TypeError, "features must be a tensor .* got list"),
-    "features int": ({"features": torch.ones(4, 2).long()}, TypeError, "features .* got torch.int64"),
-    "features map": ({"features": torch.ones(4, 2, 2)}, ValueError, r"features must be \[N, D\], got \[4, 2, 2\]"),
-    "NaN": ({"features": torch.tensor([[1.0], [2.0], [math.nan], [1.0]])}, ValueError, "finite, got nan in row 2"),
-    "inf": ({"features": torch.tensor([[1.0], [math.inf], [1.0], [1.0]])}, ValueError, "finite, got inf in row 1"),
-    "no classes": ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-    "classes float": ({"num_classes": 2.0}, TypeError, "num_classes must be a whole number, got float 2.0"),
-    "adjust": ({"adjust": "mode"}, ValueError, "adjust must be one of True, False, 'median', got 'mode'"),
-    "adjust number": ({"adjust": 1}, ValueError, "adjust must be one of .* got 1"),
-    "no samples": ({"features": torch.ones(0, 2), "labels": torch.ones(0).long()}, ValueError, "at least one sample"),
-    "index twice": ({"indices": torch.tensor([0, 3, 3, 1])}, ValueError, "indices must be all different, got 3 twice"),
-    "index outside": (
-        {"indices": torch.tensor([0, 1, 2, 9]), "num_samples": 9},
-        ValueError,
-        "indices must be in 0 .. 8 .*, got 9",
-    ),
-    "index negative": ({"indices": torch.tensor([0, 1, 2, -1])}, ValueError, "indices must be .* got -1"),
-    "too few samples": ({"num_samples": 3}, ValueError, "num_samples must be at least the 4 rows of features, got 3"),
-}
+def fitted():
+    return Environments.split(torch.randn(4, 2), torch.arange(4) % 2, indices=torch.tensor([0, 1, 2, 5]))
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments(case):  # F31, F32, E5, E8
-    changes, error, message = WRONG[case]
-    arguments = {"features": torch.ones(4, 2), "labels": torch.tensor([0, 1, 1, 0]), "num_classes": 2} | changes
-    with pytest.raises(error, match=f"Environments.split: .*{message}"):
-        Environments.split(**arguments)
+ONE = torch.tensor([0])
+REFUSED = [
+    (split(labels=torch.zeros(4)), TypeError, "labels must be a tensor of whole numbers, got torch.float32"),
+    (split(labels=torch.zeros(4).bool()), TypeError, "labels .* got torch.bool"),
+    (split(labels=torch.zeros(5).long()), ValueError, r"labels must be \[N\] = \[4\], got \[5\]"),
+    (split(labels=torch.tensor([0, 1, 7, 0])), ValueError, "labels .* 0 .. 1 .* got 7 at position 2"),
+    (split(labels=torch.tensor([0, -100, 1, 0])), ValueError, "labels .* got -100 at position 1"),
+    (split(features=[[1.0]]), TypeError, "features must be a tensor .* got list"),
+    (split(features=torch.ones(4, 2).long()), TypeError, "features .* got torch.int64"),
+    (split(features=torch.ones(4, 2, 2)), ValueError, r"features must be \[N, D\], got \[4, 2, 2\]"),
+    (split(features=torch.tensor([[1.0], [2.0], [math.nan], [1.0]])), ValueError, "finite, got nan in row 2"),
+    (split(features=torch.tensor([[1.0], [math.inf], [1.0], [1.0]])), ValueError, "finite, got inf in row 1"),
+    (split(num_classes=0), ValueError, "num_classes must be at least 1, got 0"),
+    (split(num_classes=2.0), TypeError, "num_classes must be a whole number, got float 2.0"),
+    (split(adjust="mode"), ValueError, "adjust must be one of True, False, 'median', got 'mode'"),
+    (split(adjust=1), ValueError, "adjust must be one of .* got 1"),
+    (split(features=torch.ones(0, 2), labels=torch.ones(0).long()), ValueError, "at least one sample"),
+    (split(indices=torch.tensor([0, 3, 3, 1])), ValueError, "indices must be all different, got 3 twice"),
+    (split(indices=torch.tensor([0, 1, 2, 9]), num_samples=9), ValueError, "indices must be in 0 .. 8 .*, got 9"),
+    (split(indices=torch.tensor([0, 1, 2, -1])), ValueError, "indices must be .* got -1"),
+    (split(num_samples=3), ValueError, "num_samples must be at least the 4 rows of features, got 3"),
+    (lambda: fitted().similar(ONE + 2, ONE), ValueError, "classes must be in 0 .. 1 .*, got 2 at position 0"),
+    (lambda: fitted().similar(ONE, ONE + 6), ValueError, "indices must be in 0 .. 5 .*, got 6 at position 0"),
+    (lambda: fitted().similar(ONE, ONE + 3), ValueError, "labels of indices .* not in the split.* got -1 at"),
+    (lambda: fitted().similar(ONE, ONE.float()), TypeError, "indices must be a tensor of whole .* torch.float32"),
+    (lambda: fitted().members(2), ValueError, "k must be in 0 .. 1 .*, got 2"),
+    (lambda: fitted().members("cat"), TypeError, "k must be a whole number, got str 'cat'"),
+]
 
 
-def test_wrong_lookups():
-    environments = Environments.split(torch.randn(4, 2), torch.arange(4) % 2, indices=torch.tensor([0, 1, 2, 5]))
-    one = torch.tensor([0])
-    with pytest.raises(ValueError, match=r"classes must be in 0 .. 1 .*, got 2 at position 0"):
-        environments.similar(torch.tensor([2]), one)
-    with pytest.raises(ValueError, match=r"indices must be in 0 .. 5 .*, got 6 at position 1"):
-        environments.similar(one, torch.tensor([0, 6]))
-    with pytest.raises(ValueError, match=r"labels of indices .* not in the split.* got -1 at position 0"):
-        environments.similar(one, torch.tensor([3]))
-    with pytest.raises(TypeError, match="indices must be a tensor of whole numbers, got torch.float32"):
-        environments.similar(one, torch.zeros(1))
-    with pytest.raises(ValueError, match=r"k must be in 0 .. 1 .*, got 2"):
-        environments.members(2)
-    with pytest.raises(TypeError, match="k must be a whole number, got str 'cat'"):
-        environments.members("cat")
+@pytest.mark.parametrize(("wrong", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_refused(wrong, error, message):  # F31, F32, E5, E8
+    with pytest.raises(error, match=message):
+        wrong()

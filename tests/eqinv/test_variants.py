@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from equireg import ClassWiseIRM, Environments, WithIndex
 from tests import references
+from tests.eqinv.test_class_wise_irm import Given
 
 CLASSES, WIDTH = 3, 5
 
@@ -25,62 +26,26 @@ def batch(samples=9):
     )
 
 
-class Table(nn.Module):
-    """Environments that answer a fixed table and fixed weights."""
-
-    num_samples, fitted = 100, True
-
-    def __init__(self, table, of_samples):
-        super().__init__()
-        self.table, self.of_samples = table, of_samples
-
-    def similar(self, classes, indices):
-        return self.table
-
-    def weights(self, indices):
-        return self.of_samples
-
-    def check_labels(self, check, indices, labels):
-        pass
-
-
 def module_of(similar, weights, **options):
     irm = ClassWiseIRM(WIDTH, CLASSES, projection=nn.Linear(WIDTH, 4, bias=False), **options).double()
-    irm.environments = Table(similar, weights)
+    irm.environments = Given(similar, weights)
     return irm
 
 
 def loop(irm, features, labels, similar, weights):
-    """The loss of METHODS, term by term: what trains nothing upstream gets detached features."""
-    m = irm.mask.weight.sigmoid()
+    """The loss of METHODS: what trains nothing upstream gets detached features."""
 
     def embedded(x, projected=True):
-        masked = m * x
-        if irm.mask.scale is not None:
-            masked = irm.mask.scale * masked / masked.norm(dim=1, keepdim=True)
+        masked = irm.mask.weight.sigmoid() * x
         return masked @ irm.projection.weight.T if projected else masked
 
-    anchors = weights if irm.sample_weights else None
     z = embedded(features.detach() if irm.detach is True else features)
     by_penalty = features if irm.detach is False else features.detach()
     penalised = embedded(by_penalty, irm.penalty_on == "projection")
-    losses = []
-    for k in range(CLASSES):
-        risks, slopes, learned = [], [], []
-        for e in (0, 1):
-            w = torch.ones((), dtype=torch.float64, requires_grad=True)
-            options = {"denominator": irm.denominator, "weights": anchors}
-            learned.append(references.class_risk(z, labels, similar, k, e, irm.temperature, **options))
-            risks.append(references.class_risk(penalised, labels, similar, k, e, irm.temperature, w=w, **options))
-            slopes.append(torch.autograd.grad(risks[-1], w, create_graph=True)[0])
-        variance = (risks[0] - risks[1]) ** 2 / 2
-        penalty = variance if irm.penalty == "rex" else slopes[0] ** 2 + slopes[1] ** 2
-        contrast = learned[0] + learned[1] if irm.contrast == "environments" else 0.0
-        losses.append(irm.risk_weight * contrast + irm.weight * penalty)
-    loss = sum(losses) / CLASSES
-    if irm.contrast == "batch":
-        loss = loss + irm.risk_weight * references.sup_con(z, labels, irm.temperature, anchors)
-    return loss
+    settings = {name: getattr(irm, name) for name in ("temperature", "weight", "penalty", "denominator")}
+    settings |= {"contrast": irm.contrast, "risk_weight": irm.risk_weight, "penalised": penalised}
+    settings["weights"] = weights if irm.sample_weights else None
+    return references.class_wise_irm(z, labels, similar, **settings)
 
 
 VARIANTS = [
@@ -130,7 +95,7 @@ def test_released_equals_the_authors_objective():
     features, labels, similar, _ = batch()
     irm = ClassWiseIRM.released(WIDTH, CLASSES, weight=7.0).double()
     irm.projection = nn.Linear(WIDTH, 4, bias=False).double()
-    irm.environments = Table(similar, None)
+    irm.environments = Given(similar, None)
     head = nn.Linear(WIDTH, CLASSES).double()
     x = features.clone().requires_grad_()
     loss = F.cross_entropy(head(irm.mask(x)), labels) + irm(x, labels, torch.arange(9))
@@ -157,7 +122,7 @@ def test_released_equals_the_authors_objective():
 def test_running_statistics_count_a_batch_once(options):
     features, labels, similar, weights = batch()
     irm = ClassWiseIRM(WIDTH, CLASSES, **options)
-    irm.environments = Table(similar, weights)
+    irm.environments = Given(similar, weights)
     expected = copy.deepcopy(irm.projection)
     expected(irm.mask(features.float()))
     irm(features.float(), labels, torch.arange(9)).backward()
@@ -279,14 +244,18 @@ def test_an_encoder_of_any_form_runs_in_eval_mode_and_is_left_as_it_was(kind):
     torch.manual_seed(0)
     MODEL.load_state_dict(Wrapped().state_dict())
     MODEL.train()
+    MODEL.net[3].eval()  # a module that was in eval mode stays there
+    modes = [module.training for module in MODEL.modules()]
     images, labels = torch.randn(24, 3, 2, 2), torch.arange(24) % CLASSES
-    loader = DataLoader(WithIndex(TensorDataset(images, labels)), batch_size=5)
+    loader = DataLoader(WithIndex(TensorDataset(images, labels)), batch_size=5, shuffle=True)
     expected = copy.deepcopy(MODEL).eval()
     state = copy.deepcopy(MODEL.state_dict())
     irm = ClassWiseIRM(WIDTH, CLASSES).fit_environments(loader, encoder=ENCODERS[kind](MODEL), progress=False)
     reference = Environments.split(expected.net(images), labels, CLASSES)
     assert torch.equal(irm.environments.bits, reference.bits)
-    assert all(module.training for module in MODEL.modules())
+    assert irm.environments._ranked_by is None  # a whole dataset's features are not kept alive
+    assert [module.training for module in MODEL.modules()] == modes
+    assert all(p.grad is None for p in MODEL.parameters())
     assert all(torch.equal(MODEL.state_dict()[name], value) for name, value in state.items())
 
 

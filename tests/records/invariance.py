@@ -47,26 +47,19 @@ def _irm(**fixed):
     return make
 
 
-def _irm_reference(**settings):
+def _irm_reference(weighted=False, **settings):
     def reference(p, features, labels, indices=None):
         if indices is None:  # the split made of the batch alone
             similar = loss_references.environment_table(features.detach(), labels, labels, range(len(labels)))
         else:
             similar = loss_references.environment_table(_DATASET, _LABELS, labels, indices)
-        return loss_references.class_wise_irm(p, features, labels, similar, temperature=0.1, **settings)
+        # The weights have a test of their own.
+        weights = Environments.split(_DATASET, _LABELS).weights(indices) if weighted else None
+        return loss_references.class_wise_irm(
+            p, features, labels, similar, temperature=0.1, weights=weights, **settings
+        )
 
     return reference
-
-
-def _weighted_reference(p, features, labels, indices):
-    similar = loss_references.environment_table(_DATASET, _LABELS, labels, indices)
-    weights = Environments.split(_DATASET, _LABELS).weights(indices)  # which have a test of their own
-    return loss_references.weighted_risks(p, features, labels, similar, temperature=0.1, weights=weights)
-
-
-def _sup_con_reference(p, features, labels, indices):
-    similar = loss_references.environment_table(_DATASET, _LABELS, labels, indices)
-    return loss_references.sup_con_and_rex(p, features, labels, similar, temperature=0.1, weight=2.0, risk_weight=1.4)
 
 
 def _of_classes(weight):
@@ -159,7 +152,7 @@ RECORDS = [
         name="ClassWiseIRM/sample weights",
         make=_irm(weight=0.0, sample_weights=True),
         inputs=_batch,
-        reference=_weighted_reference,
+        reference=_irm_reference(weighted=True, weight=0.0),
         made_of=_of_classes(weight=0.0),
         refused={
             "labels": Refused(ValueError, "labels must be those of the fitted", replace(1, lambda y: (y + 1) % 3)),
@@ -175,7 +168,7 @@ RECORDS = [
             contrast="batch", penalty_on="features", denominator="all", weight=2.0, risk_weight=1.4, detach=False
         ),
         inputs=_batch,
-        reference=_sup_con_reference,
+        reference=_irm_reference(on_features=True, contrast="batch", denominator="all", weight=2.0, risk_weight=1.4),
         refused={"F27 contrast": Refused(ValueError, "contrast must be one of .* got 'x'", options={"contrast": "x"})},
         empty=0.0,
         one=0.0,
