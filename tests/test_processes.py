@@ -114,52 +114,22 @@ def test_equals_one_process_with_the_whole_batch(world, tmp_path):  # D4, D5, D7
 LONELY = torch.tensor([0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 1, 0])  # the second of three processes has no pair of a class
 
 
-def lonely(gather):
+def lonely(rank, gather=True):
     """Losses on a batch of which the second third is alone: in its class, or in its group."""
-    draw = torch.Generator().manual_seed(0)
-    z1, z2 = torch.randn(2, BATCH, 5, dtype=torch.float64, generator=draw)
+    torch.manual_seed(0)
+    z1, z2 = (torch.randn(BATCH, 5, dtype=torch.float64).requires_grad_() for _ in range(2))
     irm = ClassWiseIRM(5, 6, projection=nn.Identity(), detach=False, penalty="irmv1", gather_distributed=gather)
-    groups = torch.stack([LONELY, torch.arange(BATCH) % 2])
-    yield irm, lambda rows: (z1[rows], LONELY[rows])
-    yield IPIRMLoss(groups, gather_distributed=gather), lambda rows: (z1[rows], z2[rows], torch.arange(BATCH)[rows])
-
-
-def lonely_losses(gather, rows):
+    ipirm = IPIRMLoss(torch.stack([LONELY, torch.arange(BATCH) % 2]), gather_distributed=gather)
     found = []
-    for loss, part in lonely(gather):
-        loss.double()
-        args = part(rows)
-        layer = nn.Linear(5, 5, bias=False, dtype=torch.float64)
-        with torch.no_grad():
-            layer.weight.copy_(torch.eye(5))
-        model = Through(layer, loss)
-        if gather:
-            model = nn.parallel.DistributedDataParallel(model)
-        found.append(accumulated(model, [args]))
+    for loss, args in ((irm.double(), (z1, LONELY)), (ipirm, (z1, z2, torch.arange(BATCH)))):
+        model = nn.parallel.DistributedDataParallel(Model(loss, args)) if gather else Model(loss, args)
+        found.append(accumulated(model, [take(args, halves(1, rank, 3)[0] if gather else slice(None))]))
     return found
 
 
-class Through(nn.Module):
-    """A layer on all that is floating point, and a loss."""
-
-    def __init__(self, layer, loss):
-        super().__init__()
-        self.layer, self.loss = layer, loss
-
-    def forward(self, *args):
-        return self.loss(*(self.layer(x) if x.is_floating_point() else x for x in args))
-
-
-def lonely_in_a_process(rank):
-    torch.manual_seed(0)
-    return lonely_losses(True, halves(1, rank, 3)[0])
-
-
 def test_process_without_rows_that_count(tmp_path):  # D2
-    torch.manual_seed(0)
-    expected = lonely_losses(False, slice(None))
-    for found in in_processes(3, lonely_in_a_process, tmp_path):
-        for mine, wanted in zip(found, expected, strict=True):
+    for found in in_processes(3, lonely, tmp_path):
+        for mine, wanted in zip(found, lonely(0, gather=False), strict=True):
             assert_alike(mine, wanted)
 
 

@@ -12,17 +12,20 @@ _LABELS = torch.arange(30) % 3
 
 
 def _risks(**options):
-    return lambda z, labels, similar: class_wise_risks(z, labels, similar, **options)
+    def call(z, labels, similar, temperature):
+        return class_wise_risks(z, labels, similar, **{"temperature": temperature, **options})
+
+    return call
 
 
 def _risks_reference(denominator):
-    def reference(p, z, labels, similar):
+    def reference(p, z, labels, similar, temperature):
         risks, slopes = [], []
         for k in sorted(set(labels.tolist())):
             for e in (0, 1):
 
                 def of_class(theta, k=k, e=e):
-                    return [references.class_risk(z, labels, similar, k, e, 0.1, denominator, theta)]
+                    return [references.class_risk(z, labels, similar, k, e, temperature, denominator, theta)]
 
                 risks += of_class(torch.ones((), dtype=torch.float64))
                 slopes += references.slope(of_class)
@@ -103,7 +106,12 @@ RECORDS = [
         Record(
             name=f"class_wise_risks/{denominator}",
             make=lambda denominator=denominator, **options: _risks(**{"denominator": denominator, **options}),
-            inputs=lambda draw: (draw.floats(BATCH, 6), draw.labels(3), draw.booleans(BATCH, BATCH)),
+            inputs=lambda draw: (
+                draw.floats(BATCH, 6),
+                draw.labels(3),
+                draw.booleans(BATCH, BATCH),
+                torch.tensor(0.3, dtype=draw.dtype, requires_grad=True),  # F14
+            ),
             reference=_risks_reference(denominator),
             refused={
                 "F2 whole numbers": refused_type(0, "class_wise_risks: z"),
