@@ -247,45 +247,6 @@ def rigid_motion(image, angle, dx, dy, padding):
     return moved
 
 
-def gaussian_blur(image, sigma, radius):
-    """[C, H, W]; the kernel of both axes in one, edges mirrored at the middle of the outermost pixels."""
-    _, height, width = image.shape
-    blurred = torch.zeros_like(image)
-    for row in range(height):
-        for column in range(width):
-            total = 0.0
-            for a in range(-min(radius, height - 1), min(radius, height - 1) + 1):
-                for b in range(-min(radius, width - 1), min(radius, width - 1) + 1):
-                    weight = math.exp(-(a * a + b * b) / (2 * sigma * sigma))
-                    r, c = abs(row + a), abs(column + b)
-                    r, c = min(r, 2 * (height - 1) - r), min(c, 2 * (width - 1) - c)
-                    blurred[:, row, column] += weight * image[:, r, c]
-                    total += weight
-            blurred[:, row, column] /= total
-    return blurred
-
-
-def jitter_colors(image, brightness, contrast, saturation, hue):
-    """[3, H, W], with the standard library's colour model."""
-    import colorsys
-
-    def gray(pixel):
-        return 0.2989 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]
-
-    def clamp(value):
-        return min(max(value, 0.0), 1.0)
-
-    pixels = [[clamp(brightness * v) for v in pixel] for pixel in image.flatten(1).T.tolist()]
-    level = sum(gray(pixel) for pixel in pixels) / len(pixels)
-    pixels = [[clamp(contrast * v + (1 - contrast) * level) for v in pixel] for pixel in pixels]
-    pixels = [[clamp(saturation * v + (1 - saturation) * gray(pixel)) for v in pixel] for pixel in pixels]
-    changed = []
-    for pixel in pixels:
-        h, s, v = colorsys.rgb_to_hsv(*pixel)
-        changed.append(colorsys.hsv_to_rgb((h + hue) % 1.0, s, v))
-    return torch.tensor(changed, dtype=torch.float64).T.reshape(image.shape)
-
-
 # ---------------------------------------------------------------------------------------------------------- IP-IRM
 
 

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -237,3 +238,10 @@ def test_site_builds(tmp_path):  # S8, S15
     assert {place for place, _ in documented} == set(equireg.__all__)
     assert all((tmp_path / page).exists() and page.startswith("api/") for _, page in documented)
     assert "<math" in (tmp_path / "eqinv.html").read_text()
+
+
+def test_every_public_name_is_documented_once(tmp_path):
+    skip_without_sphinx()
+    runpy.run_path(str(DOCS / "api_pages.py"))["write"](tmp_path)
+    pages = "".join(page.read_text() for page in tmp_path.iterdir())
+    assert sorted(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", pages, re.M)) == equireg.__all__

@@ -379,18 +379,6 @@ def test_settings_of_other_models_and_methods(recipe, data, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- the pieces
 
 
-def test_partitions_come_every_few_epochs(recipe, data):
-    pretrain = import_module("vipriors.pretrain")
-    options = options_of(recipe, "pretrain", data, RESNET, update_every=2)
-    images = pretrain.unlabelled(options)
-    objective, views = pretrain.Objective(options, len(images)), pretrain.Views(options, images)
-    counts = []
-    for epoch in range(5):
-        objective.find_partition(views, epoch)
-        counts.append(len(objective.partitions.partitions) - 1)
-    assert counts == [0, 0, 1, 1, 2]
-
-
 def test_rates_fall_towards_the_first_block(recipe, data):
     """0.65 times the rate of the block behind it, of the head all of it; each parameter once."""
     finetune = import_module("vipriors.finetune")

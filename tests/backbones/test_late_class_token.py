@@ -282,15 +282,6 @@ def test_wrapping_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_half_precision_and_autocast():
-    late = LateClassToken(vit(), 2)
-    x = images(late.vit)
-    with torch.autocast("cpu", torch.bfloat16):
-        features, _ = late(x, return_tokens=True)
-    torch.testing.assert_close(features.float(), late(x), rtol=0.1, atol=0.1)
-    assert late.bfloat16()(x.bfloat16(), return_tokens=True)[1].dtype == torch.bfloat16
-
-
 def wrapped():
     return LateClassToken(vit(), 0).vit
 

@@ -92,6 +92,7 @@ def test_no_class_with_two_samples():  # F30, D8
         loss = irm(z, torch.arange(3))
     assert loss == 0
     assert irm(z.detach(), torch.arange(3)) == 0  # it warns once
+    assert irm.parts(z, torch.arange(3)).classes.shape == (0,)
     loss.backward()
     assert torch.equal(z.grad, torch.zeros(3, 4))
     assert torch.equal(irm.mask.weight.grad, torch.zeros(4))

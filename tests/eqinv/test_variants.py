@@ -79,17 +79,6 @@ def test_loss_and_gradients_into_backbone_mask_and_projection(options):
     assert found[0][2].any()
 
 
-def test_the_penalty_alone_trains_the_backbone_only_where_it_is_open():
-    features, labels, similar, weights = batch()
-    for detach in ("penalty", True, False):
-        irm = module_of(similar, weights, weight=3.0, risk_weight=0.0, detach=detach)
-        x = features.clone().requires_grad_()
-        irm(x, labels, torch.arange(9)).backward()
-        assert bool(x.grad is not None and x.grad.any()) == (detach is False)
-        assert irm.mask.weight.grad.any()
-        assert irm.projection.weight.grad.any()
-
-
 def test_released_equals_the_authors_objective():
     """Cross entropy, SupCon on the whole batch at 0.1 / 0.07, the variance of the risks of the masked features."""
     features, labels, similar, _ = batch()
@@ -128,22 +117,6 @@ def test_running_statistics_count_a_batch_once(options):
     irm(features.float(), labels, torch.arange(9)).backward()
     for mine, theirs in zip(irm.projection.buffers(), expected.buffers()):
         torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_parts_are_what_the_loss_is_made_of(options):
-    features, labels, similar, weights = batch()
-    irm = module_of(similar, weights, **{"weight": 3.0, **options})
-    parts = irm.parts(features, labels, torch.arange(9))
-    assert torch.equal(parts.loss, irm(features, labels, torch.arange(9)))
-    assert parts.classes.tolist() == [0, 1, 2]
-    assert not parts.risk.requires_grad
-    if irm.contrast == "environments":
-        total = irm.risk_weight * parts.risk.sum(1) + irm.weight * parts.penalty
-        torch.testing.assert_close(total.mean(), parts.loss)
-    assert parts.risk.shape == (3, 2)
-    few = irm.parts(features[:1], labels[:1], torch.arange(1))
-    assert (few.loss, len(few.classes)) == (0, 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

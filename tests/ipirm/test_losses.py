@@ -19,21 +19,6 @@ def views(count=9, width=5, dtype=torch.float64):
 # ------------------------------------------------------------------------------------------------- soft InfoNCE
 
 
-@pytest.mark.parametrize("temperature", [0.1, 5.0])
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("hard", [False, True])
-def test_equals_the_loop(groups, temperature, hard):
-    z1, z2 = views()
-    weights = torch.rand(9, groups, dtype=torch.float64)
-    if hard:
-        weights = F.one_hot(torch.arange(9) % groups, groups).double()
-    loss, slope = soft_info_nce(z1, z2, weights, temperature=temperature)
-    expected = references.soft_info_nce(z1, z2, weights, temperature)
-    torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-10, atol=1e-10)
-    derivative = references.slope(references.soft_info_nce, z1, z2, weights, temperature)
-    torch.testing.assert_close(slope, torch.stack(derivative).detach(), rtol=1e-10, atol=1e-10)
-
-
 def test_without_weights_it_is_simclr():
     z1, z2 = views()
     loss, slope = soft_info_nce(z1, z2)
@@ -43,17 +28,6 @@ def test_without_weights_it_is_simclr():
     torch.testing.assert_close(loss, expected[None])
     ones = soft_info_nce(z1, z2, torch.full((9, 1), 0.3, dtype=torch.float64))
     torch.testing.assert_close((loss, slope), ones)
-
-
-@pytest.mark.parametrize("temperature", [0.01, 10.0])
-def test_precision(temperature):
-    z1, z2 = views(300, 16, torch.float32)
-    weights = torch.rand(300, 2)
-    loss, slope = soft_info_nce(z1, z2, weights, temperature=temperature)
-    exact, exact_slope = soft_info_nce(z1.double(), z2.double(), weights.double(), temperature=temperature)
-    assert loss.dtype == slope.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(slope.double(), exact_slope, rtol=1e-5, atol=1e-5 / temperature)
 
 
 def test_groups_without_negatives_are_left_out():  # E1, E3

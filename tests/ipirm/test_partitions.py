@@ -179,15 +179,6 @@ def tinted(images, seed=0):
     return (images + noise).flatten(2), tint
 
 
-def test_finds_the_colour_of_digits():
-    digits = pytest.importorskip("sklearn.datasets", reason="needs the examples extra").load_digits()
-    images = torch.tensor(digits.images / 16, dtype=torch.float32)[:600, None].expand(-1, 3, -1, -1)
-    z, tint = tinted(images)
-    found = PartitionUpdater(600).update(*z, **QUIET)
-    assert adjusted_rand_index(found, tint) > 0.9
-    assert abs(adjusted_rand_index(found, torch.tensor(digits.target[:600]))) < 0.05
-
-
 def test_finds_the_tint_of_photographs(real_images):
     image, tv = pytest.importorskip("PIL.Image"), pytest.importorskip("torchvision.transforms.v2.functional")
     paths = sorted((real_images / "cifar10" / "train").glob("*/*.jpg"))[::10][:400]

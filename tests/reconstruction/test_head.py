@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from equireg import IntermediateReconstructionHead, IntermediateViews, TokenTap
+from equireg import IntermediateReconstructionHead
 from equireg.reconstruction.decoder import Decoder, enlargements
-from tests.reconstruction.test_views import photographs
 
 
 def seeded(seed=0):
@@ -61,18 +60,6 @@ def test_in_units_of_the_pixels_deviation():
     torch.testing.assert_close(rebuilt, plain.reconstruct(e1, e2) * next(of_channel) + next(of_channel))
     expected = ((rebuilt - targets) / torch.tensor(std).view(3, 1, 1)).square().mean()
     torch.testing.assert_close(head(e1, e2, targets), expected)
-
-
-def test_decoders_are_independent():
-    """Each sees its own target: the gradient of one image's error reaches one decoder."""
-    head, (e1, e2, targets) = small(num_images=3), batch(n=3)
-    error = (head.reconstruct(e1, e2)[1] - targets[1]).square().mean()
-    gradients = torch.autograd.grad(error, list(head.parameters()))
-    per_decoder = len(gradients) // 3
-    reached = [i // per_decoder for i, gradient in enumerate(gradients) if gradient.any()]
-    assert set(reached) == {1}
-    weights = [decoder[0].weight for decoder in head.decoders]
-    assert not torch.equal(weights[0], weights[1])  # and they do not begin alike
 
 
 def test_gradients_reach_only_what_they_should():
@@ -168,42 +155,11 @@ def test_map_of_another_grid_is_resized():  # R4
         assert head.reconstruct(*torch.randn(2, 2, 4, *places)).shape == (2, 2, 1, 36, 28)
 
 
-def test_pixels_stand_where_their_token_does():
-    """A token changes the pixels around its patch, and none far away."""
-    head = IntermediateReconstructionHead(8, image_size=48, patch_size=4, hidden_dim=16)
-    e = torch.zeros(1, 144, 4)
-    changed = e.clone()
-    changed[0, 12 * 2 + 9] = 5.0  # row 2, column 9
-    difference = (head.reconstruct(changed, e) - head.reconstruct(e, e))[0, 0].abs().sum(0)
-    rows, columns = difference.nonzero().unbind(1)
-    assert 0 <= rows.min() <= 8
-    assert 12 <= rows.max() < 28
-    assert 20 < columns.min() <= 36
-    assert columns.max() >= 40
-
-
 def test_one_image_and_train_or_eval_make_no_difference():  # R10: nothing is normalised over the batch
     head, (e1, e2, _) = small(), batch()
     together = head.train().reconstruct(e1, e2)
     alone = head.eval().reconstruct(e1[:1], e2[:1])
     torch.testing.assert_close(alone[:, 0], together[:, 0])
-
-
-def test_rebuilds_photographs_by_heart(real_images):
-    """Weak, not blind: from one-hot tokens it learns four real images and their paths to a low error."""
-    images = photographs(real_images, count=4, side=(32, 32))
-    assert len(images) == 4
-    _, targets, _ = IntermediateViews("se2", degrees=30)(images, seeded())
-    head = IntermediateReconstructionHead(64, image_size=32, patch_size=8)
-    e1, e2 = torch.randn(2, len(images), 16, 32, generator=seeded(3))
-    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
-    variance = (targets - targets.mean((1, 3, 4), keepdim=True)).square().mean().item()
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = head(e1, e2, targets)
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.05 * variance
 
 
 # ------------------------------------------------------------------------------------------------ with everything else
@@ -221,30 +177,6 @@ def test_autocast_adds_up_in_fp32():  # R8
     assert loss > 40_000
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "patch"),
-    [("vit_tiny_patch16_224", "blocks.3", 8), ("resnet18", "layer3", 16), ("test_byobnet", "stages.1", 8)],
-)
-def test_beside_any_backbone(name, layer, patch):  # R2
-    """One line with a timm model, its tokens taken from any layer."""
-    timm = pytest.importorskip("timm", reason="needs the examples extra")
-    options = {"img_size": 32, "patch_size": 8} if "vit" in name else {}
-    model = timm.create_model(name, num_classes=0, **options)
-    views, images = IntermediateViews("all", reconstruct="se2"), torch.rand(2, 3, 32, 32)
-    view, targets, _ = views(images)
-    tokens = []
-    with TokenTap(model, layer) as tap:
-        for x in (images, view):
-            model(x)
-            tokens.append(tap.tokens)
-    head = IntermediateReconstructionHead(
-        tokens[0].shape[2], image_size=32, patch_size=32 // tap.grid[0], hidden_dim=16
-    )
-    loss = head(*(head.split(part)[1] for part in tokens), targets)
-    loss.backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------- bad inputs

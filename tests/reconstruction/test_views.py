@@ -70,45 +70,6 @@ def test_motion_equals_a_loop_over_pixels(height, width, padding):
         torch.testing.assert_close(moved[i], expected, rtol=0, atol=1e-12)
 
 
-def test_blur_and_colors_equal_loops_over_pixels():
-    x = torch.rand(2, 3, 6, 9, dtype=torch.float64)
-    x[0, :, 0, 0] = 0.5  # a gray has no hue
-    blurred = gaussian_blur(x, torch.tensor([0.7, 1.9]).double(), radius=5)
-    factors = torch.tensor([[1.4, 0.6, 1.8, 0.37], [0.5, 1.7, 0.2, -0.5]], dtype=torch.float64)
-    changed = jitter_colors(x, *factors.unbind(1))
-    for i in range(2):
-        sigma = float(torch.tensor([0.7, 1.9])[i])
-        torch.testing.assert_close(blurred[i], references.gaussian_blur(x[i], sigma, 5), rtol=0, atol=1e-12)
-        expected = references.jitter_colors(x[i], *factors[i].tolist())
-        torch.testing.assert_close(changed[i], expected, rtol=0, atol=1e-9)
-
-
-def test_quarter_turns_are_rot90():
-    x = torch.rand(4, 3, 17, 17)
-    turned = rigid_motion(x, torch.tensor([0.0, 90.0, 180.0, 270.0]), torch.zeros(4), torch.zeros(4), padding="zeros")
-    for i in range(4):
-        torch.testing.assert_close(turned[i], x[i].rot90(i, (1, 2)), rtol=0, atol=1e-4)
-
-
-def test_motions_compose_as_se2_does():
-    """g2 after g1 is the motion with R = R2 R1 and t = R2 t1 + t2, where nothing left the frame in between."""
-    rows = torch.linspace(-1, 1, 128, dtype=torch.float64)
-    smooth = torch.exp(-4 * ((rows[:, None] - 0.1) ** 2 + (rows + 0.15) ** 2)) + 0.2 * torch.cos(3 * rows)
-    x = smooth[None, None]
-    (a1, t1), (a2, t2) = (25.0, (6.0, -4.0)), (-40.0, (3.0, 8.0))
-
-    def move(image, angle, t):
-        return rigid_motion(image, *(torch.tensor([v], dtype=torch.float64) for v in (angle, *t)), padding="border")
-
-    c, s = math.cos(math.radians(a2)), math.sin(math.radians(a2))
-    t = (c * t1[0] + s * t1[1] + t2[0], -s * t1[0] + c * t1[1] + t2[1])  # rows count downwards
-    inside = (..., slice(40, 88), slice(40, 88))
-    twice, once = move(move(x, a1, t1), a2, t2), move(x, a1 + a2, t)
-    torch.testing.assert_close(twice[inside], once[inside], rtol=0, atol=1.5e-3)  # what resampling once more blurs
-    swapped = move(move(x, a2, t2), a1, t1)
-    assert (swapped[inside] - once[inside]).abs().max() > 0.05  # and the order matters
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_doing_nothing_gives_the_same_bits(dtype):  # G10
     still = {"degrees": 0, "translate": 0, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "sigma": (0, 0)}

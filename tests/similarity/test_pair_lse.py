@@ -290,13 +290,6 @@ def test_differentiating_twice_raises_and_is_never_zero(backend):  # K11
         gradient.square().sum().backward()
 
 
-@pytest.mark.usefixtures("streaming")
-def test_repeats_bit_for_bit():
-    x, y, options, *_ = problem(300, 400, 16, "ne", "selected", dtype=torch.float32)
-    first, again = (results(x, y, torch.tensor(3.0), options, "chunked") for _ in range(2))
-    assert all(map(torch.equal, first, again))
-
-
 def test_autocast_does_not_reach_the_sums(cpu_backend):
     """Nor, in the streamed form, a backward pass that runs inside it; a dense one runs as any product of PyTorch."""
     x = torch.randn(30, 8, requires_grad=True)
