@@ -256,24 +256,6 @@ def test_no_test_images_and_no_validation_images(recipe, data, tmp_path):
     assert not set(parts[0].paths) & set(parts[1].paths)
 
 
-@pytest.mark.parametrize("below", ["", "imagenet_50"])
-def test_the_challenges_own_layout(below, recipe, data, tmp_path):
-    """Its test images have no labels, and their order is that of their numbers."""
-    root = tmp_path / "data" / below
-    for part in ("train", "val"):
-        shutil.copytree(data / part, root / part)
-    (root / "test" / "imgs").mkdir(parents=True)
-    for place, path in enumerate(sorted((data / "test").rglob("*.png"))):
-        shutil.copy(path, root / "test" / "imgs" / f"img_{place}.png")
-    images = import_module("vipriors.images")
-    options = recipe.options_of("finetune", ["--data", str(tmp_path / "data"), "--shots", "6"])["finetune"]
-    test = images.read(options, "test")
-    assert [Path(path).name for path in test.paths] == [f"img_{place}.png" for place in range(16)]
-    assert test.labels.tolist() == [-1] * 16
-    assert len(test.classes) == 4
-    assert (images.measured(options), images.labelled(options)) == (("val", "test"), "val")
-
-
 # ----------------------------------------------------------------------------------------------------------- the flags
 
 

@@ -3,7 +3,6 @@ import math
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -400,12 +399,3 @@ def test_wrong_arguments_and_folders_of_nico(tmp_path):
     ]:
         with pytest.raises(ValueError, match="read_nico: " + message):
             read_nico(root, **options)
-
-
-def test_pacs_as_classes_in_contexts(real_images):
-    """Its domains as classes: every image is used once where nothing is cut."""
-    train, val, test = (read_nico(real_images / "pacs64", s, setting="zero-shot") for s in SPLITS)
-    assert set(cells(val).values()) == set(cells(test).values()) == {13}
-    assert torch.equal(val.labels.bincount(), torch.full((4,), 91))
-    assert len(cells(train)) == 4 * 5  # of 7 contexts
-    assert train[0][0].size == (64, 64)

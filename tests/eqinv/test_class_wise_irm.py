@@ -195,6 +195,7 @@ REFUSED = [
     (call(labels=torch.zeros(5).long()), ValueError, r"labels must be \[B\] = \[6\], got \[5\]"),
     (call(indices=torch.zeros(7).long()), ValueError, r"indices must be \[B\] = \[6\], got \[7\]"),
     (lambda: ClassWiseIRM(4, 2)(ONES, SIX % 2, SIX), ValueError, r"None before fit_environments, got \[6\]"),
+    (lambda: module(sample_weights=True)()(ONES, SIX % 2), ValueError, "indices must be given with sample_weights"),
     (risks(similar=torch.ones(4, 4)), TypeError, "similar must be a bool tensor, got torch.float32"),
     (risks(temperature=torch.ones(2)), ValueError, r"temperature must be a number or .* got \[2\]"),
     (risks(temperature=torch.zeros(())), ValueError, "temperature must be finite and above 0"),

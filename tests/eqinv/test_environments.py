@@ -139,12 +139,6 @@ def test_features_are_kept_by_reference_and_released():
     assert torch.equal(second, second.sort().values)
 
 
-def test_uses_no_random_numbers():  # E9
-    state = torch.get_rng_state()
-    Environments.split(torch.ones(6, 2), torch.arange(6) % 2)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @given(seed=st.integers(0, 2**31), samples=st.integers(2, 30), classes=st.integers(1, 5))
 def test_split_inside_a_batch_is_the_split_of_the_batch(seed, samples, classes):
     torch.manual_seed(seed)

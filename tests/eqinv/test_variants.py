@@ -167,15 +167,6 @@ def test_environments_of_full_size_from_the_start():
     assert not unfitted.environments.fitted
 
 
-def test_labels_other_than_those_fitted_are_refused():
-    features, labels = torch.randn(30, WIDTH), torch.arange(30) % CLASSES
-    irm = ClassWiseIRM(WIDTH, CLASSES).fit_environments(features, labels)
-    wrong = labels.clone()
-    wrong[4] = 0
-    with pytest.raises(ValueError, match="labels must be those of the fitted samples, 1 at index 4, got 0"):
-        irm(features, wrong, torch.arange(30))
-
-
 def test_weight_can_be_set_later_and_is_checked():
     features, labels, similar, weights = batch()
     irm = module_of(similar, weights, weight=0.0)
@@ -240,8 +231,3 @@ def test_a_loader_that_leaves_samples_out_is_told_so_at_once():
         irm.fit_environments(loader, encoder=backbone(), progress=False)
     irm.fit_environments(loader, encoder=backbone(), num_samples=24, progress=False)
     assert irm.environments.num_samples == 24
-
-
-def test_sample_weights_need_indices():
-    with pytest.raises(ValueError, match="indices must be given with sample_weights, got None"):
-        ClassWiseIRM(WIDTH, CLASSES, sample_weights=True)(torch.randn(4, WIDTH), torch.arange(4) % 2)

@@ -338,14 +338,6 @@ def test_loader_that_lacks_or_repeats_samples():
     assert torch.equal(found, PartitionUpdater(60, max_passes=5).update(*z, **QUIET))
 
 
-def test_extract_two_views():
-    z, _ = clusters()
-    first, second, indices = extract_two_views(torch.nn.Identity(), DataLoader(WithIndex(Pairs(z))), **QUIET)
-    assert torch.equal(first, z[0])
-    assert torch.equal(second, z[1])
-    assert torch.equal(indices, torch.arange(60))
-
-
 FOUR = torch.arange(4)
 
 

@@ -1,5 +1,3 @@
-import pickle
-
 import pytest
 import torch
 from torchvision.transforms import v2
@@ -114,18 +112,6 @@ def test_overshoot_of_resizing_gives_no_nan():
         for x in views(images, seeded(seed))[:2]:
             assert x.isfinite().all()
             assert ((x > -1e-4) & (x < 1 + 1e-4)).all()
-
-
-def test_real_images_in_a_loader(real_images):
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-
-    folder = ImageFolder(real_images / "cifar10" / "test", v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, True)]))
-    views = pickle.loads(pickle.dumps(EquivariantViews(32, 4)))  # noqa: S301
-    images, _ = next(iter(DataLoader(folder, batch_size=16, shuffle=True)))
-    x1, _, g1, _ = views(images)
-    assert x1.isfinite().all()
-    assert len(g1) == 16
 
 
 def test_empty_batch_and_gradients():

@@ -59,16 +59,6 @@ def test_streamed_gradients_equal_dense_ones_over_many_tiles(relation, weights, 
     torch.testing.assert_close(streamed, dense, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.usefixtures("streaming")
-@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (10**6, 10**6)])
-def test_tile_size_does_not_matter(rows, cols, monkeypatch):  # K8
-    x, y, options, *_ = problem(33, 35, 8, "ne", "columns", True, torch.float32)
-    expected = results(x, y, torch.tensor(1.3), options, "chunked")
-    monkeypatch.setattr(tiles, "ROWS", rows)
-    monkeypatch.setattr(tiles, "COLS", cols)
-    torch.testing.assert_close(results(x, y, torch.tensor(1.3), options, "chunked"), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 1.0, 100.0])  # F13
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precision_of_values_and_gradients(dtype, temperature, cpu_backend):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from equireg import pair_lse
-from equireg.similarity import normalized, operator
+from equireg.similarity import normalized
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from equireg.similarity.triton import launch as host
@@ -193,18 +193,6 @@ def test_where_rows_are_columns_one_launch_gives_all_gradients(monkeypatch):
     x, _, options = problem(20, 20, 8, "ne", 2, True, symmetric=True)
     results(x, x, torch.tensor(2.0, device=DEVICE), options, "triton")
     assert launched == ["forward", "backward"]
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised inside opcheck itself
-def test_opcheck(symmetric):  # K12
-    x, y, options = problem(6, 8, 4, "ne", 2, True, symmetric)
-    names = ["row_group", "col_group", "row_id", "col_id", "col_weight", "row_select"]
-    options["col_weight"].requires_grad_()
-    scale = torch.tensor(1.5, device=DEVICE, requires_grad=True)
-    other = None if symmetric else y.requires_grad_()
-    arguments = (x.requires_grad_(), other, scale, "ne", *map(options.get, names), "triton")
-    torch.library.opcheck(operator.pair_lse, arguments)
 
 
 @pytest.mark.gpu
