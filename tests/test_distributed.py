@@ -1,4 +1,4 @@
-"""Two processes of gloo on the CPU: what they agree on, what they refuse, and models under DistributedDataParallel."""
+"""Two processes of gloo on the CPU: what they agree on, and models under DistributedDataParallel."""
 
 import pytest
 import torch
@@ -16,25 +16,6 @@ def one_image_each(rank):
     torch.manual_seed(0)
     ser = SERLoss(4, gather_distributed=True)
     return ser(*tokens, g, g).item(), ser(*tokens, g, g).item()
-
-
-def misfits(rank):
-    """What each process raises, for one misfit after the other; a hang would fail the test by its time limit."""
-    ser, messages = SERLoss(4, gather_distributed=True), []
-    grid = (3, 3) if rank else (2, 2)
-    calls = [
-        (GridTransform.identity(2 + rank, (2, 2)), torch.float32, 0),  # D1: uneven images
-        (GridTransform.identity(2, grid), torch.float32, 0),  # D1: uneven places
-        (GridTransform.identity(2, (2, 2)), torch.float32, rank),  # D3: a prefix token in one process only
-        (GridTransform.identity(2, (2, 2)), torch.float32, 0),  # and afterwards all is well
-    ]
-    for g, dtype, prefix in calls:
-        tokens = torch.randn(2, len(g), g.target[0] * g.target[1] + prefix, 4, dtype=dtype)
-        try:
-            messages.append(f"fine: {ser(*tokens, g, g).isfinite().item()}")
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
 
 
 def gathered_dtypes(rank):
@@ -82,18 +63,11 @@ def models_under_ddp(rank):
 def test_two_processes(tmp_path):
     """In one start of processes, as that takes longer than all the rest."""
     found = in_processes(2, several, tmp_path)
-    alone, misfit, dtypes, sums = zip(*found)
+    alone, dtypes, sums = zip(*found)
 
     for first, second in alone:
         assert first == second
         assert first > 0
-    for messages in misfit:
-        assert "SERLoss: projected tokens1 must be alike in every process" in messages[0]
-        assert "rank 0: [2, 4, 512] float32, rank 1: [3, 4, 512] float32" in messages[0]
-        assert "rank 0: [2, 4, 512] float32, rank 1: [2, 9, 512] float32" in messages[1]
-        assert messages[3] == "fine: True"
-    assert "rank 1: refused, see the error there" in misfit[0][2]
-    assert "tokens1 must be of 2 x 2 tokens, without class or register tokens" in misfit[1][2]
     assert (
         dtypes[0]
         == dtypes[1]
@@ -103,4 +77,4 @@ def test_two_processes(tmp_path):
 
 
 def several(rank):
-    return one_image_each(rank), misfits(rank), gathered_dtypes(rank), models_under_ddp(rank)
+    return one_image_each(rank), gathered_dtypes(rank), models_under_ddp(rank)

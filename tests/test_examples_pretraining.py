@@ -1,11 +1,7 @@
-"""The pretraining examples: each runs as one file, alone, and its runs differ in the method only."""
+"""The pretraining examples: the runs of each differ in the method only."""
 
 import argparse
 import importlib.util
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,26 +12,6 @@ pytest.importorskip("lightly", reason="needs the examples extra")
 pytest.importorskip("matplotlib", reason="needs the examples extra")
 
 ROOT = Path(__file__).parent.parent
-ROWS = {  # of the table, and how many numbers each has
-    "ser": (("k-NN, %", "linear, %", "quarter turn", "flip, other image", "stretch"), 3),
-    "reconstruction": (("R², rotation", "R², translation", "R², color", "R², blur", "k-NN, %", "linear, %"), 2),
-    "ipirm": (("SimCLR", "random partitions", "found partitions"), 2),
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two classes of noise, each with a colour of its own, not all of one size."""
-    image = pytest.importorskip("PIL.Image")
-    folder, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
-    for part in ("train", "test"):
-        for label in range(2):
-            (folder / part / f"class{label}").mkdir(parents=True)
-            for i in range(24):
-                pixels = torch.randint(160, (32 + 8 * label, 40, 3), generator=generator)
-                pixels[..., label] += 90
-                image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / part / f"class{label}" / f"{i}.png")
-    return folder
 
 
 def module_of(stem):
@@ -58,33 +34,6 @@ def images():
 
 def equal(first, second):
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-
-
-@pytest.mark.parametrize("stem", ROWS)
-def test_runs_alone(stem, data, tmp_path):
-    """In an empty folder, with a table, a picture and encoders; without learning they are those of one start."""
-    source = (ROOT / "examples" / f"{stem}_pretrain.py").read_text()
-    assert len(source.splitlines()) <= 150
-    (tmp_path / "alone.py").write_text(source)
-    arguments = ["--data", str(data), "--images", "40", "--epochs", "1", "--batch-size", "20", "--lr", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path)}
-    result = subprocess.run(  # noqa: S603
-        [sys.executable, "alone.py", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    names, numbers = ROWS[stem]
-    for name in names:
-        assert re.search(rf"^{re.escape(name)}{numbers * r' +-?[0-9]+[.][0-9]+'}$", result.stdout, re.M), result.stdout
-    folder = tmp_path / "runs" / f"{stem}_pretrain"
-    picture = (folder / f"{stem}.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert len(picture) > 20_000
-    states = [torch.load(path, weights_only=True) for path in folder.glob("*.pt")]
-    assert len(states) == (2 if stem == "reconstruction" else 3)
-    for state in states[1:]:
-        assert state.keys() == states[0].keys()
-        learned = [key for key in state if "running" not in key and "num_batches" not in key]
-        assert all(torch.equal(state[key], states[0][key]) for key in learned)
 
 
 def test_ser_of_weight_0_is_its_control(images):

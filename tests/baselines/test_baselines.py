@@ -1,4 +1,4 @@
-"""EquiMod and AugSelf where their records do not reach: tokens, learning, what their options refuse."""
+"""EquiMod and AugSelf where their records do not reach: tokens, what their options refuse."""
 
 import pytest
 import torch
@@ -22,36 +22,6 @@ def test_equimod_tells_how_well_it_predicts(shape):
     given = torch.cat([loss.projection(before), loss.parameters_projection(parameters)], 1)
     alignment = F.cosine_similarity(loss.predictor(given), loss.projection(after)).mean().detach()
     torch.testing.assert_close(loss.parts(features, transformed, parameters).alignment, alignment)
-
-
-def last_losses(loss, batches):
-    """The mean of the last 20 while it learns."""
-    optimizer, values = torch.optim.Adam(loss.parameters(), lr=1e-2), []
-    for arguments in batches:
-        value = loss(*arguments)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    return sum(values[-20:]) / 20
-
-
-def test_equimod_learns_what_a_parameter_does():
-    """Embeddings shifted by the parameter: predicted, where the parameter is known, better than where it is not."""
-    found = []
-    for known in (1, 0):
-        torch.manual_seed(0)
-        loss = EquiModLoss(6, 6, projection_dim=6)
-        pairs = [torch.randn(2, 32, 6) for _ in range(150)]
-        found.append(last_losses(loss, [(x, x + 2 * parameter, known * parameter) for x, parameter in pairs]))
-    assert found[0] < 0.8 * found[1]
-
-
-def test_augself_learns_the_difference():
-    turns = torch.randint(4, (100, 2, 64))
-    rotations = [({"rotation": (b - a) % 4}, {"rotation": (a - b) % 4}) for a, b in turns]
-    batches = [(*F.one_hot(both, 4).float(), *targets) for both, targets in zip(turns, rotations)]
-    assert last_losses(AugSelfLoss(4, {"rotation": TARGETS["rotation"]}, hidden_dim=32), batches) < 0.2
 
 
 def test_tokens_are_averaged():

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
-from torchvision.datasets import ImageFolder
 
 from equireg import ImageFiles, WithIndex, k_shot
 
@@ -115,12 +114,3 @@ FILES = ImageFiles(list("abc"), [0, 1, 1], ["cat", "dog", "elk"])
 def test_what_k_shot_refuses(dataset, shots, message):
     with pytest.raises((TypeError, ValueError), match=f"k_shot: {message}"):
         k_shot(dataset, shots)
-
-
-def test_real_images(real_images):
-    folder = ImageFolder(str(real_images / "cifar10" / "test"))
-    image, label, index = WithIndex(folder)[777]
-    assert (image.size, label, index) == ((32, 32), folder.samples[777][1], 777)
-    few = k_shot(folder, 5, seed=1)
-    assert torch.tensor(folder.targets)[few.indices].bincount().tolist() == [5] * 10
-    assert few.indices != k_shot(folder, 5).indices

