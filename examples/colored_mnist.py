@@ -10,8 +10,6 @@ and the nearer half holds the images of the class's *colour* (EqInv, Fig. 5).
 ``--data`` is where MNIST lies or is downloaded to. Where that fails, scikit-learn's digits take its place.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

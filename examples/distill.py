@@ -9,8 +9,6 @@ teacher. Then flips and crops of the test images are merged (``predict_tta``), a
 ``--checkpoint`` is the ``state_dict`` of a timm ResNet that you pretrained; without one, weights are random.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

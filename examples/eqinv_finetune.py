@@ -9,8 +9,6 @@ classify masked, normalised features, so only the loss differs. ``--checkpoint``
 that you pretrained. Without one, weights are random, and the line joins after a third of the epochs.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

@@ -14,8 +14,6 @@
 ``--checkpoint`` is the ``state_dict`` of a timm ViT that you pretrained; ``--epochs 0`` measures without training.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -12,8 +12,6 @@ index: 1 is the same, 0 is chance); the picture shows samples of each group.
 ``digits`` are scikit-learn's, red and blue; ``photographs`` are those in --data, with a warm or a cold tint.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import io
 import os
 import re
 import runpy
@@ -9,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import zlib
+from contextlib import redirect_stdout
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +107,16 @@ def commands():
 
 @lru_cache
 def help_of(*call):
+    if call[0] != "-m":  # in this process, which has PyTorch and timm already
+        printed, arguments = io.StringIO(), sys.argv
+        sys.argv = [*call, "--help"]
+        try:
+            with redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / call[0]), run_name="__main__")
+        finally:
+            sys.argv = arguments
+        assert not ended.value.code
+        return printed.getvalue()
     environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(  # noqa: S603
         [sys.executable, *call, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment

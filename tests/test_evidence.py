@@ -19,7 +19,7 @@ for name in ("timm", "lightly", "accelerate", "matplotlib", "sklearn", "imagecor
 from evidence import runs as evidence_runs
 from evidence.classification import weights_of
 from evidence.corruptions import KINDS, corrupted
-from evidence.datasets import Images, digits, folders, under_corruptions
+from evidence.datasets import Images, digits, folders
 from evidence.experiments import GROUPS, settings_of, tried
 from evidence.networks import fit
 from evidence.page import accuracies, by_measure, paired, write_page
@@ -194,18 +194,13 @@ def test_setting_is_chosen_on_validation_images(tmp_path):
     assert chosen["off"] == chosen["head"] == chosen["contexts"] == {}
 
 
-def test_contexts_conflict_as_often_as_is_said(images):
+def test_contexts_conflict_as_often_as_is_said():
     training = digits(Path(), "train", 8, draw=3, conflicting=0.1)
     assert (training.contexts != training.labels).float().mean() == pytest.approx(0.1, abs=0.02)
     brightest = training.pixels.flatten(2).amax(2).float()
     own = torch.stack([brightest[training.contexts == color].mean(0) for color in range(10)])
     assert torch.cdist(brightest, own).argmin(1).eq(training.contexts).float().mean() > 0.95
     assert all((x.contexts != x.labels).all() for x in (digits(Path(), split, 8, draw=3) for split in ("val", "test")))
-    where = images / "cifar10", "test", 32
-    plain, made = folders(*where), under_corruptions(*where, draw=0, conflicting=0.1)
-    snowed = made.contexts == 3
-    assert torch.equal(made.pixels[snowed], corrupted(plain.pixels[snowed], KINDS[3], 3, seed=3))
-    assert (made.contexts != made.labels).all()
 
 
 def test_validation_images_are_neither_trained_on_nor_tested_on(images):

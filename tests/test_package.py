@@ -131,7 +131,7 @@ def test_the_quickstart_runs_against_the_wheel(installed, tmp_path):
     (tmp_path / "quickstart.py").write_bytes((ROOT / "examples/quickstart.py").read_bytes())
     output = run(installed, "quickstart.py", "--seeds", "1", "--epochs", "2", folder=tmp_path)
     assert "+ ClassWiseIRM" in output
-    assert (tmp_path / "runs/quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "runs/quickstart/accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_importing_costs_at_most_a_twentieth_of_pytorch(installed, tmp_path):

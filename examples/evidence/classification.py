@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from evidence.datasets import READERS, Images
 from evidence.experiments import PRETRAINED, Settings
 from evidence.measures import told
-from evidence.networks import NORMALIZE, create, encode, fit
+from evidence.networks import create, encode, fit
 from evidence.views import crops
 from quickstart import balanced, shuffled
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from vipriors.backbone import accuracy
+from vipriors.images import NORMALIZE
 from vipriors.training import seed_everything
 
 from equireg import ClassWiseIRM, Environments, FeatureMask
@@ -113,12 +115,11 @@ def results(objective: Objective, s: Settings, data: Path, folder: Path, split: 
     """Accuracy in percent on validation images, and on the test's if ``split`` is that; there also what is ``told``."""
     objective.eval()
 
-    def accuracy(images: Images) -> float:
-        right = encode(objective.logits, images.pixels).argmax(1) == images.labels
-        return 100 * right.float().mean().item()
+    def accuracy_of(images: Images) -> float:
+        return accuracy(encode(objective.logits, images.pixels), images.labels)
 
     parts = {name: images_of(s, data, name, seed) for name in dict.fromkeys(("val", split))}
-    found = {"accuracy": {name: accuracy(part) for name, part in parts.items()}}
+    found = {"accuracy": {name: accuracy_of(part) for name, part in parts.items()}}
     if s["told"] and split == "test":
-        found |= told(objective, accuracy, s, data / s["data"]["folder"])
+        found |= told(objective, accuracy_of, s, data / s["data"]["folder"])
     return found

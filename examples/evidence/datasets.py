@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from evidence.corruptions import KINDS, corrupted
 from quickstart import COLORS
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -20,7 +19,7 @@ from equireg import k_shot, read_domains
 class Images(NamedTuple):
     pixels: Tensor  # uint8 [N, 3, S, S]
     labels: Tensor  # [N]
-    contexts: Tensor | None = None  # [N]: a domain, a colour, a corruption
+    contexts: Tensor | None = None  # [N]: a domain, a colour
 
     def evenly(self, count: int) -> Images:
         """So many of them at even distances, as they are sorted by class."""
@@ -29,9 +28,7 @@ class Images(NamedTuple):
 
 
 @cache
-def folders(
-    root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "folders"
-) -> Images:
+def folders(root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "") -> Images:
     """The images of a folder; in training so many ``shots`` of each class, the first ones or drawn by a seed.
 
     With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
@@ -48,34 +45,20 @@ def folders(
 
 @cache
 def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: float = 0.05) -> Images:
-    """scikit-learn's, in ten colours for contexts."""
+    """scikit-learn's, in ten colours for contexts.
+
+    In training each digit wears its own colour but for the share ``conflicting``; held out, another's.
+    """
     generator, gray = torch.Generator().manual_seed(draw or 0), load_digits()
     order = torch.randperm(len(gray.target), generator=generator)
     train, val, test = order.tensor_split([int(0.6 * len(order)), int(0.8 * len(order))])
     order = {"train": train, "val": val, "test": test}[split]
     labels = torch.tensor(gray.target)[order].long()
-    colors = biased(labels, split, conflicting, generator)
+    others = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
+    own = (torch.rand(labels.shape, generator=generator) >= conflicting) & (split == "train")
+    colors = torch.where(own, labels, others)
     pixels = torch.tensor(gray.images)[order][:, None] / 16 * 255 * COLORS[colors][:, :, None, None]
     return Images(pixels.round().to(torch.uint8), labels, colors)
 
 
-@cache
-def under_corruptions(root: Path, split: str, size: int, *, draw: int | None, conflicting: float) -> Images:
-    """A folder for each class, and a kind of corruption for each context."""
-    images, generator = folders(root, split, size), torch.Generator().manual_seed(draw or 0)
-    contexts, pixels = biased(images.labels, split, conflicting, generator), images.pixels.clone()
-    for context in contexts.unique().tolist():
-        own = contexts == context
-        pixels[own] = corrupted(pixels[own], KINDS[context], severity=3, seed=context)
-    return Images(pixels, images.labels, contexts)
-
-
-def biased(labels: Tensor, split: str, conflicting: float, generator: torch.Generator) -> Tensor:
-    """In training each class is in a context of its own but for the share ``conflicting``; held out, in another's."""
-    classes = int(labels.max()) + 1
-    others = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
-    own = (torch.rand(labels.shape, generator=generator) >= conflicting) & (split == "train")
-    return torch.where(own, labels, others)
-
-
-READERS = {"folders": folders, "digits": digits, "corruptions": under_corruptions}
+READERS = {"folders": folders, "digits": digits}

@@ -26,5 +26,4 @@ def seeds_of(scale: str) -> int:
 
 
 def tried(group: str, arm: str) -> list[Settings]:
-    """A choice for each value that is tried for this arm."""
     return [{name: value} for name, values in GROUPS[group]["arms"][arm].get("try", {}).items() for value in values]

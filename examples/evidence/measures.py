@@ -16,15 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from equireg import (
-    GridTransform,
-    IntermediateViews,
-    TokenTap,
-    equivariance_score,
-    extract_view_features,
-    knn_accuracy,
-    transformation_r2,
-)
+import equireg
 
 FOLDERS = {"CIFAR-10": "cifar10", "VIPriors": "tiny-vipriors64"}
 
@@ -42,7 +34,7 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
             accuracy[f"{name}, {shots} per class"] = 100 * probe.score(test, held_out.labels)
             if folder == s["data"]:
                 robust = probe  # the last one has the most labels
-        accuracy[f"{name}, k-NN"] = 100 * knn_accuracy(x, few.labels, test, held_out.labels)
+        accuracy[f"{name}, k-NN"] = 100 * equireg.knn_accuracy(x, few.labels, test, held_out.labels)
 
     def accuracy_of(images: Images) -> float:
         return 100 * robust.score(encode(objective.backbone, images.pixels), images.labels)
@@ -71,7 +63,7 @@ def corrupted_images(folder: Path, size: int, count: int) -> dict[str, Images]:
 
 def equivariance(objective: nn.Module, images: Tensor) -> float:
     """Mean cosine of turned (and flipped) token maps with those of turned images, less that with another image's."""
-    with TokenTap(objective.network, objective.layer) as tap:
+    with equireg.TokenTap(objective.network, objective.layer) as tap:
 
         def tokens(views: Tensor) -> Tensor:
             objective.backbone(views)
@@ -80,19 +72,19 @@ def equivariance(objective: nn.Module, images: Tensor) -> float:
         images = images.to(next(objective.parameters()).device)
         tokens(images[:1])
         turns = 1 + torch.arange(len(images), device=images.device) % 3
-        elements = [GridTransform(t, t < 1, tap.grid, tap.grid) for t in (turns, 0 * turns)]  # turned; flipped
+        elements = [equireg.GridTransform(t, t < 1, tap.grid, tap.grid) for t in (turns, 0 * turns)]  # turned; flipped
         own, other = (
-            [equivariance_score(tokens, images, element, shuffled=shuffled) for element in elements]
+            [equireg.equivariance_score(tokens, images, element, shuffled=shuffled) for element in elements]
             for shuffled in (False, True)
         )
     return (torch.stack(own) - torch.stack(other)).mean().item()
 
 
 def r2(features: nn.Module, images: Tensor, epochs: int) -> dict[str, float]:
-    """R² of each transformation, the mean over its parameters."""
     found = {}
     for kind in ("rotation", "translation", "color", "blur"):
-        views, generator = IntermediateViews(kind, sigma=(0.1, images.shape[-1] / 32)), torch.Generator().manual_seed(0)
-        pairs = extract_view_features(features, images.split(250), views, generator=generator, progress=False)
-        found[kind] = mean(transformation_r2(*pairs, epochs=epochs, progress=False).tolist())
+        views = equireg.IntermediateViews(kind, sigma=(0.1, images.shape[-1] / 32))
+        generator = torch.Generator().manual_seed(0)
+        pairs = equireg.extract_view_features(features, images.split(250), views, generator=generator, progress=False)
+        found[kind] = mean(equireg.transformation_r2(*pairs, epochs=epochs, progress=False).tolist())
     return found

@@ -1,6 +1,7 @@
 """The networks of all arms, on pixels in 0 .. 1, and how they are trained: by the recipe's loop, one run a folder."""
 
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,16 @@ from evidence.datasets import Images
 from evidence.experiments import Settings
 from quickstart import WIDTH, small_cnn
 from torch import Tensor, nn
-from torchvision.transforms import v2
-from vipriors.images import MEAN, STD
-from vipriors.training import cosine, train
+from vipriors.finetune import steps_down
+from vipriors.run_folder import warm_cosine
+from vipriors.training import train
 
-NORMALIZE = v2.Normalize(MEAN, STD)
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
 if not torch.cuda.is_available():  # at these sizes its backward pass takes as long as all the rest of a step
     timm.layers.set_fused_attn(False)
 
 
 def create(s: Settings) -> nn.Module:
-    """The backbone that the settings name, without a head."""
     if s["model"] == "digits":
         network = small_cnn()
         network.num_features = WIDTH
@@ -55,13 +54,8 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
         done.append(step)
         return images.pixels[indices], images.labels[indices], torch.tensor(indices), step / (s["epochs"] * per_epoch)
 
-    def learning_rate(step: int, steps: int) -> float:
-        """By half a cosine, or to a tenth at 60% and at 80% of the steps."""
-        if s["schedule"] == "steps":
-            return s["lr"] * 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
-        return cosine(step, steps, s["lr"], warmup=s["warmup_epochs"] * per_epoch)
-
-    how = {"learning_rate": learning_rate, "epochs": s["epochs"], "seed": seed, "settings": s, "resume": True}
+    rate = (steps_down if s["schedule"] == "steps" else warm_cosine)(Namespace(**s))
+    how = {"learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s, "resume": True}
     if hasattr(objective, "before_epoch"):
         how["before_epoch"] = partial(objective.before_epoch, images=images)
     train(objective, make_batch, optimizer, folder=folder, **sizes, **how)

@@ -67,7 +67,6 @@ def wrapped(line: str) -> str:
 
 
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
-    """The tables and sentences of one question, and its picture."""
     blocks: list[str] = []
     drawn: dict[str, Rows] = {"accuracy, points": {}, "equivariance and R²": {}}
     for comparison in PLAN["questions"][question]:

@@ -13,24 +13,16 @@ import torch.nn.functional as F
 from evidence.datasets import Images, folders
 from evidence.experiments import Settings
 from evidence.measures import measure
-from evidence.networks import NORMALIZE, create, encode
+from evidence.networks import create, encode
 from evidence.views import Colors, crops
 from lightly.loss import VICRegLoss
 from lightly.models.modules import heads
 from lightly.models.utils import update_momentum
 from torch import Tensor, nn
+from vipriors.images import NORMALIZE
 from vipriors.training import cosine, seed_everything
 
-from equireg import (
-    EquivariantViews,
-    IntermediateReconstructionHead,
-    IntermediateViews,
-    IPIRMLoss,
-    LateClassToken,
-    PartitionUpdater,
-    SERLoss,
-    split_batch,
-)
+import equireg
 
 
 class MoCoV3(nn.Module):
@@ -40,17 +32,17 @@ class MoCoV3(nn.Module):
         super().__init__()
         self.s, self.network, self.layer = s, create(s), f"blocks.{s['layer'] - 1}"
         width = self.network.embed_dim
-        self.late = LateClassToken(self.network, s["layer"] if s["equivariant"] else 0)
+        self.late = equireg.LateClassToken(self.network, s["layer"] if s["equivariant"] else 0)
         self.backbone = nn.Sequential(NORMALIZE, self.late)
         self.projection = heads.MoCoProjectionHead(width, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
         self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
         self.teacher = copy.deepcopy(nn.ModuleList([self.late, self.projection])).requires_grad_(False)
-        self.ser = SERLoss(width, token_norm=True)
+        self.ser = equireg.SERLoss(width, token_norm=True)
         self.colors = [Colors(0.2, blur=1.0), Colors(0.2, blur=0.1, solarize=0.2)]
-        self.views = EquivariantViews(s["image_size"], s["patch_size"], photometric=nn.Identity())
+        self.views = equireg.EquivariantViews(s["image_size"], s["patch_size"], photometric=nn.Identity())
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        b1, b2 = split_batch(pixels / 255, self.s["ratio"] if self.s["equivariant"] else 0.0)
+        b1, b2 = equireg.split_batch(pixels / 255, self.s["ratio"] if self.s["equivariant"] else 0.0)
         views = [[crops(b1, self.s["image_size"], self.s["crop_scale"])] for _ in range(2)]
         if len(b2):
             x1, x2, g1, g2 = self.views(b2)
@@ -83,11 +75,12 @@ class VICReg(nn.Module):
         super().__init__()
         self.s, self.network, size, images = s, create(s), s["image_size"], s["images"]
         self.backbone, self.layer = nn.Sequential(NORMALIZE, self.network), f"blocks.{len(self.network.blocks) - 1}"
-        self.views = IntermediateViews("all", num_intermediate=images or 1, reconstruct="se2", sigma=(0.1, size / 32))
+        sigma = (0.1, size / 32)
+        self.views = equireg.IntermediateViews("all", num_intermediate=images or 1, reconstruct="se2", sigma=sigma)
         width = self.network.embed_dim
         if images:
             shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": images}
-            self.head = IntermediateReconstructionHead(width, **shape, mean=NORMALIZE.mean, std=NORMALIZE.std)
+            self.head = equireg.IntermediateReconstructionHead(width, **shape, mean=NORMALIZE.mean, std=NORMALIZE.std)
             width -= self.head.equivariant_dim
         self.projection = heads.VICRegProjectionHead(width, s["hidden_dim"], s["hidden_dim"])
         # Its 25 : 25 : 1, on a scale where a regularizer of weight 1 counts; Adam does not mind.
@@ -113,8 +106,9 @@ class SimCLR(nn.Module):
         self.s, self.network, self.layer = s, create(s), "layer2"
         self.backbone = nn.Sequential(NORMALIZE, self.network)
         self.projection = heads.SimCLRProjectionHead(self.network.num_features, s["hidden_dim"], 128)
-        self.partitions = PartitionUpdater(samples)
-        self.loss = IPIRMLoss(self.partitions, weight=s["weight"] if s["partitions"] else 0.0)  # without: NT-Xent
+        self.partitions = equireg.PartitionUpdater(samples)
+        weight = s["weight"] if s["partitions"] else 0.0  # without: NT-Xent
+        self.loss = equireg.IPIRMLoss(self.partitions, weight=weight)
         self.colors = Colors()
 
     def embed(self, images: Tensor) -> Tensor:
@@ -140,7 +134,6 @@ METHODS = {"mocov3": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}
 
 
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[nn.Module, Images]:
-    """The objective, on first weights that all arms have of one seed, and the training images."""
     images = folders(data / s["data"], "train", s["image_size"]).evenly(s["samples"])
     seed_everything(seed, "weights")
     return METHODS[s["method"]](s, len(images.labels)), images

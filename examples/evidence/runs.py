@@ -86,7 +86,6 @@ def tuning(place: Place, group: str) -> list[Job]:
 
 
 def final(place: Place, group: str) -> list[Job]:
-    """Every arm with every seed, with the settings that were chosen for it."""
     chosen, seeds = choose(place, group), range(seeds_of(place.scale))
     return [Job(place, group, arm, seed, "test", chosen[arm]) for seed in seeds for arm in GROUPS[group]["arms"]]
 
