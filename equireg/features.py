@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ def extract_two_views(
 @contextmanager
 def frozen(encoder: Any) -> Iterator[torch.device]:
     """Put an encoder's modules in eval mode for a while; yield the device of their parameters, or the CPU."""
-    owners = _modules_of(encoder)
+    owners = list(_modules_of(encoder, set()))
     modes = {module: module.training for owner in owners for module in owner.modules()}
     first = next((parameter for owner in owners for parameter in owner.parameters()), None)
     try:
@@ -183,20 +184,39 @@ def frozen(encoder: Any) -> Iterator[torch.device]:
             module.training = training
 
 
-def _modules_of(encoder: Any) -> list[nn.Module]:
-    """The encoder itself, if a module; or those that a method belongs to, or that a partial or function refers to."""
-    if isinstance(encoder, nn.Module):
-        return [encoder]
-    if isinstance(encoder, functools.partial):
-        parts = [encoder.func, *encoder.args, *encoder.keywords.values()]
-        return [module for part in parts for module in _modules_of(part)]
-    if isinstance(getattr(encoder, "__self__", None), nn.Module):
-        return [encoder.__self__]
-    if not isinstance(encoder, FunctionType):
-        return []
-    enclosed = [cell.cell_contents for cell in encoder.__closure__ or () if cell != CellType()]
-    named = [encoder.__globals__.get(name) for name in encoder.__code__.co_names]
-    return [thing for thing in (*enclosed, *named) if isinstance(thing, nn.Module)]
+def _modules_of(thing: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a callable runs: itself, or those that it refers to, wherever a script may have put them."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    parts: list[Any] = []
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif isinstance(thing, functools.partial):
+        parts = [thing.func, *thing.args, *thing.keywords.values()]
+    elif isinstance(thing, MethodType):
+        parts = [thing.__self__]
+    elif isinstance(thing, FunctionType) and not thing.__module__.startswith("torch."):
+        parts = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        parts += [thing.__globals__.get(name) for name in _globals_of(thing.__code__)]
+    elif isinstance(thing, (list, tuple)):
+        parts = [*thing]
+    elif isinstance(thing, dict):
+        parts = [*thing.values()]
+    elif callable(thing) and not isinstance(thing, type):
+        parts = [*getattr(thing, "__dict__", {}).values()]
+    if isinstance(thing, FunctionType):  # a decorator, such as torch.no_grad(), keeps the function itself
+        parts += [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
+    for part in (getattr(thing, "__wrapped__", None), *parts):
+        yield from _modules_of(part, seen)
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    """The global names that a function reads, in functions inside it too."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals_of(constant)
 
 
 def images_of(check: Arguments, batch: Any) -> Tensor:

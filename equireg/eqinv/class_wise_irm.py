@@ -61,7 +61,8 @@ class ClassWiseIRM(nn.Module):
         penalty: ``"rex"`` or ``"irmv1"``.
         temperature: of the cosine similarities, above 0.
         denominator: as in :func:`class_wise_risks`.
-        projection: g; by default Linear(D, 512, no bias), BatchNorm, ReLU, Linear(512, 128).
+        projection: g; by default Linear(D, 512, no bias), BatchNorm, ReLU, Linear(512, 128). With
+            ``detach="penalty"`` it runs twice on a batch, so dropout in it draws anew for the penalty.
         detach: what the backbone φ learns from. ``"penalty"``: from the risk, not from the penalty, which trains the
             mask and g alone (the paper's text, the released code). True: from neither (Eq. 7 to the letter). False:
             from both (the paper's ablation, Fig. 6a).

@@ -12,6 +12,7 @@ Everything here is on the CPU, in float64, and sums in the order of the samples:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,9 @@ def standardized(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 def class_weights(z: Tensor, labels: Tensor, num_classes: int, sharpness: float, cap: float) -> Tensor:
     """w [N], of mean 1 within each class."""
-    weights = (sharpness * z.clamp(max=cap)).exp()
+    z = z.clamp(max=cap)
+    highest = torch.full((num_classes,), -math.inf, dtype=z.dtype).scatter_reduce_(0, labels, z, "amax")
+    weights = (sharpness * (z - highest[labels])).exp()  # so that none overflows
     return weights / class_mean(weights, labels, num_classes)[labels]
 
 
@@ -46,6 +49,7 @@ def shape_of(z: Tensor, labels: Tensor, num_classes: int) -> Shape:
     """Excess kurtosis and skewness of the scores of each class, 0 for a class of fewer than four samples."""
     counts = labels.bincount(minlength=num_classes) >= 4
     second, third, fourth = (class_mean(z**power, labels, num_classes) for power in (2, 3, 4))
+    counts &= second > 1e-12  # of equal scores there is no shape
     second = second.clamp(min=1e-12)
     kurtosis, skewness = fourth / second.square() - 3, third / second**1.5
     return Shape(torch.where(counts, kurtosis, 0), torch.where(counts, skewness, 0))
@@ -74,7 +78,7 @@ def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
 def chance_kurtosis(others: int) -> float:
     """The excess kurtosis of the largest of so many independent normal numbers, as similarities without a bias may be.
 
-    Of two it is 0.1, of ten 0.4, of a thousand 1.1. By the moments of its density m φ(x) Φ(x)^(m - 1).
+    Of two it is 0.1, of ten 0.3, of a thousand 1.1. By the moments of its density m φ(x) Φ(x)^(m - 1).
     """
     x = torch.linspace(-9, 9, 4001, dtype=torch.float64)
     density = (-x.square() / 2 + (others - 1) * torch.special.log_ndtr(x)).exp()

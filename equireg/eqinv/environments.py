@@ -27,8 +27,7 @@ class Environments(nn.Module):
 
     For class k the samples of other classes are ranked by their (adjusted) similarity, the lower index first among
     equals (equal as computed: rounding may set two copies of a sample apart). Env#1 holds the first half, rounded up;
-    Env#2 the rest. Samples of class k itself belong to both. Kept as
-    one bit for each class and sample, in buffers: it moves with ``.to``, and ``state_dict`` saves and restores it.
+    Env#2 the rest. Samples of class k itself belong to both. Buffers hold one bit for each class and sample.
 
     The even split tells two environments apart only a little; :meth:`weights` use the whole ranking. In any loop::
 
@@ -58,13 +57,20 @@ class Environments(nn.Module):
         self.register_buffer("bits", torch.zeros(num_classes, math.ceil(num_samples / 8), dtype=torch.uint8))
         self.register_buffer("labels", torch.full((num_samples,), -1))
         self.register_buffer("contexts", torch.full((num_samples,), -1, dtype=torch.int32))
-        # As whole numbers, so that neither ``.half()`` nor a moving average of the model changes them.
+        # As whole numbers, so that neither ``.half()`` nor timm's moving average of the model changes them.
         self.register_buffer("scores", torch.zeros(num_samples, dtype=torch.int32))
-        self.fitted = False
+        self._fitted = False
         # Rows of features, their dataset indices and ``adjust``, by reference and outside the state: what ``members``
         # are sorted by. A stored order would be 30 times the bits.
         self._ranked_by: tuple[Tensor, Tensor, Adjust] | None = None
         self._weights: dict[tuple[float | str, float], Tensor] = {}
+
+    @property
+    def fitted(self) -> bool:
+        # By the labels, as buffers may be filled from outside, by a moving average of the model.
+        if not self._fitted and not torch.compiler.is_compiling():
+            self._fitted = bool((self.labels >= 0).any())
+        return self._fitted
 
     @property
     def num_classes(self) -> int:
@@ -146,7 +152,6 @@ class Environments(nn.Module):
             z = standardized(most.cpu(), labels.cpu(), num_classes).float().to(labels.device)
             environments.scores.index_copy_(0, where, z.view(torch.int32))
             environments.contexts.index_copy_(0, where, context.int())
-        environments.fitted = True
         environments._ranked_by = (features, where, adjust)
         return environments
 
@@ -162,8 +167,7 @@ class Environments(nn.Module):
             class itself (which is in Env#2 as well).
 
         Raises:
-            TypeError, ValueError: wrong dtype or shape; on CPU also a class or an index out of range, or a sample that
-                took no part in the split.
+            TypeError, ValueError: wrong dtype or shape; on CPU also a class, an index or a sample out of range.
 
         Example:
             >>> environments = Environments.split(torch.eye(3), torch.tensor([0, 1, 1]))
@@ -182,8 +186,8 @@ class Environments(nn.Module):
     def members(self, k: int) -> tuple[Tensor, Tensor]:
         """The samples of other classes in the two environments of class ``k``, the most similar first within each.
 
-        The ranking is formed anew from the features of the split. An object restored from a ``state_dict`` or a pickle
-        has the environments but not the features: its members come by index.
+        The ranking is formed anew from the features of the split. A copy, or what a ``state_dict`` or a pickle
+        restored, has no features: its members come by index.
 
         Args:
             k: the anchor class, 0 .. C - 1.
@@ -250,7 +254,10 @@ class Environments(nn.Module):
             (0, tensor([1]))
         """
         check = Arguments("Environments.weights")
-        if sharpness != "auto":
+        if isinstance(sharpness, str):
+            if sharpness != "auto":
+                check.fail("sharpness", "'auto' or a number", repr(sharpness))
+        else:
             check.not_negative("sharpness", sharpness)
         check.positive("cap", cap)
         if indices is not None:
@@ -265,7 +272,7 @@ class Environments(nn.Module):
             return everyone[indices]
         if bool((self.labels < 0).any()):
             check.fail("indices", "given where samples took no part in the split", None)
-        return everyone
+        return everyone.clone()
 
     def context(self, indices: Tensor | None = None) -> Tensor:
         """The inferred context of samples: the other class that each resembles most, beyond its own class.
@@ -275,10 +282,7 @@ class Environments(nn.Module):
                 did not.
 
         Returns:
-            int64 [B] or [N]: the arg max over k ≠ y of :func:`adjusted_similarity`.
-
-        Raises:
-            TypeError, ValueError: as :meth:`weights`.
+            int64 [B] or [N]: the arg max over k ≠ y of :func:`adjusted_similarity`. Raises as :meth:`weights`.
         """
         check = Arguments("Environments.context")
         check.device, check.device_of = self.bits.device, "the environments"
@@ -293,7 +297,7 @@ class Environments(nn.Module):
         cap: float = 2.5,
         generator: torch.Generator | None = None,
     ) -> WeightedRandomSampler:
-        """Draws samples as often as they weigh, for a loop whose loss cannot be touched.
+        """Draws samples as often as they weigh, for a loop whose loss cannot be touched; raises as :meth:`weights`.
 
         ``DataLoader(dataset, sampler=environments.sampler())``; samples that took no part in the split are not drawn.
 
@@ -303,8 +307,6 @@ class Environments(nn.Module):
             cap: as of :meth:`weights`.
             generator: of the draws.
 
-        Raises:
-            TypeError, ValueError: as :meth:`weights`.
         """
         check = Arguments("Environments.sampler")
         took_part = (self.labels >= 0).nonzero().squeeze(1)
@@ -352,7 +354,7 @@ class Environments(nn.Module):
         """Take what another of the same sizes has, in place."""
         for name, buffer in other.named_buffers():
             getattr(self, name).copy_(buffer)
-        self.fitted, self._ranked_by, self._weights = other.fitted, other._ranked_by, {}
+        self._fitted, self._ranked_by, self._weights = False, other._ranked_by, {}
 
     def _placed(self, check: Arguments, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Dataset indices [B] and the labels fitted there, of samples that took part in the split."""
@@ -365,7 +367,7 @@ class Environments(nn.Module):
     def _check_contexts(self, check: Arguments) -> None:
         if not self.fitted:
             check.fail("the environments", "fitted", "none")
-        if values_visible(self.contexts) and bool((self.contexts < 0).all()):
+        if not torch.compiler.is_compiling() and bool((self.contexts < 0).all()):
             check.fail("the environments", "of two classes or more, in a state that has contexts", "no contexts")
 
     def _all_weights(self, check: Arguments, sharpness: float | str, cap: float) -> Tensor:
@@ -395,6 +397,5 @@ class Environments(nn.Module):
             self.contexts, self.scores = (torch.empty_like(part, device=self.labels.device) for part in empty.values())
             state_dict = state_dict | {prefix + name: part for name, part in empty.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        labels = state_dict.get(prefix + "labels")
-        self.fitted = labels is not None and bool((labels >= 0).any())
-        self._ranked_by, self._weights = None, {}
+        if prefix + "labels" in state_dict:
+            self._fitted, self._ranked_by, self._weights = False, None, {}

@@ -47,9 +47,15 @@ class EnvironmentsReport:
         chance = chance_kurtosis(int((self.size > 0).sum()) - 1)
         return self.excess_kurtosis - chance > error.clamp(min=1)
 
+    @property
+    def order(self) -> Tensor:
+        """The classes that have samples, those that look most biased first."""
+        by_kurtosis = self.excess_kurtosis.argsort(descending=True, stable=True)
+        return by_kurtosis[self.size[by_kurtosis] > 0]
+
     def __str__(self) -> str:
         """The classes by falling kurtosis, twenty at most, each with its three most frequent contexts."""
-        order = self.excess_kurtosis.argsort(descending=True, stable=True)[:20].tolist()
+        order = self.order[:20].tolist()
         lines = [
             f"{int(self.looks_biased.sum())} of {int((self.size > 0).sum())} classes look biased; "
             f"sharpness 'auto' is {self.sharpness:.2f}",
@@ -60,8 +66,8 @@ class EnvironmentsReport:
             found = ", ".join(f"{j}: {n}" for n, j in zip(counts[:3].tolist(), others[:3].tolist()) if n)
             marked = "*" if self.looks_biased[k] else " "
             lines.append(f"{k:>6} {int(self.size[k]):>8} {self.excess_kurtosis[k]:>8.1f}{marked}  {found or '-'}")
-        if len(order) < len(self.size):
-            lines.append(f"... and {len(self.size) - len(order)} classes with less")
+        if len(order) < len(self.order):
+            lines.append(f"... and {len(self.order) - len(order)} classes with less")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -55,18 +55,22 @@ def weight_sheet(
     check.count("count", count)
     report = environments.report()
     if classes is None:
-        classes = report.excess_kurtosis.argsort(descending=True, stable=True)[:10].tolist()
+        classes = report.order[:10].tolist()
+    if not len(classes):
+        check.fail("classes", "one or more", classes)
     for k in classes:
         check.count("classes", k, least=0)
         if k >= environments.num_classes:
             check.fail("classes", f"in 0 .. {environments.num_classes - 1} (num_classes)", k)
+    if class_names is not None and len(class_names) != environments.num_classes:
+        check.fail("class_names", f"of {environments.num_classes} classes", list(class_names))
     names = class_names or [str(k) for k in range(environments.num_classes)]
     figure = Figure(figsize=(1.0 * (2 * count + 1), 1.25 * len(classes) + 0.4), layout="constrained")
     grid = figure.subplots(len(classes), 2 * count + 1, squeeze=False, width_ratios=[*[1] * count, 0.4, *[1] * count])
     for row, k in zip(grid, classes):
         members = (environments.labels == k).nonzero().squeeze(1)
         order = members[environments.weights(members).argsort(descending=True, stable=True)].tolist()
-        ends = [*order[:count], None, *(order[-count:] if len(order) > count else [])]
+        ends = [*order[:count], None, *order[max(count, len(order) - count) :]]
         for axes, index in zip(row, ends + [None] * (len(row) - len(ends))):
             axes.set(xticks=[], yticks=[], frame_on=False)
             if index is None:
@@ -86,6 +90,7 @@ def _shown(item: Any) -> Any:
     if not isinstance(image, Tensor):
         return image
     image = image.detach().cpu()
+    image = image.float() if image.is_floating_point() else image
     if image.is_floating_point():
         low, high = (float(bound) for bound in image.aminmax())
         if low < 0 or high > 1:

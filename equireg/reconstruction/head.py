@@ -59,7 +59,8 @@ class IntermediateReconstructionHead(nn.Module):
         std: standard deviation of the pixels in each channel.
         image_weights: n weights of the images, at least 0, for a weighted mean instead of the plain one. A decoder of
             weight 0 does not run in the loss; its parameters get a gradient of zeros.
-        detach: train the decoders alone, and show what features hold that were learned without them.
+        detach: train the decoders alone (not the linear head of ``head_dim`` either), and show what features hold that
+            were learned without them.
 
     Raises:
         TypeError, ValueError: sizes that are not whole numbers above 0, a fraction that leaves no equivariant feature,
@@ -154,7 +155,7 @@ class IntermediateReconstructionHead(nn.Module):
         check.features("features", features, shapes[features.dim()])
         along = 1 if features.dim() == 4 else -1
         if isinstance(self.head, nn.Linear):
-            features = self.head(features.movedim(along, -1)).movedim(-1, along)
+            features = self.head(features.movedim(along, -1).to(self.head.weight.dtype)).movedim(-1, along)
         invariant, equivariant = features.split([self.invariant_dim, self.equivariant_dim], along)
         return invariant, equivariant
 

@@ -31,7 +31,7 @@ class EquivariantViews:
             ``torchvision.transforms.v2`` pipeline; or a pair of them, one for each view. None takes
             ``mocov3_photometric(image_size)``; ``torch.nn.Identity()`` changes nothing.
         scale: lowest and highest factor of the area.
-        ratio: lowest and highest factor of width over height.
+        ratio: lowest and highest factor of width over height, of the scaling and of the crop's box.
         crop: lowest and highest area of a random box of the image, of which both views are then made; None takes the
             whole image. The released code crops first.
         complementary: give the second view the flip and the half turn that the first one has not, so that no pair of
@@ -74,8 +74,13 @@ class EquivariantViews:
         if not isinstance(policies, (tuple, list)) or len(policies) != 2 or not all(map(callable, policies)):
             check.fail("photometric", "a callable or a pair of them", photometric)
         self.image_size = (sides[0], sides[1])
-        if crop is not None and (len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1):
-            check.fail("crop", "None or two areas above 0 and up to 1 in rising order", crop)
+        if crop is not None:
+            if not isinstance(crop, (tuple, list)) or len(crop) != 2:
+                check.fail("crop", "None or two areas", crop)
+            for limit in crop:
+                check.share("crop", limit)
+            if not 0 < crop[0] <= crop[1]:
+                check.fail("crop", "two areas above 0 in rising order", crop)
         check.option("complementary", complementary, (True, False))
         self.patch_size, self.photometric, self.scale, self.ratio = patch_size, tuple(policies), scale, ratio
         self.crop, self.complementary = crop, complementary
@@ -116,7 +121,7 @@ class EquivariantViews:
         if self.complementary:  # the parity of the turns is g2's own; the size of the view may depend on it
             turns = g2.quarter_turns % 2 + 2 * (1 - g1.quarter_turns // 2)
             g2 = GridTransform(turns, ~g1.flip, g2.source, g2.target)
-        if self.crop is not None:
+        if self.crop is not None and len(images):
             images = _cropped(images, self.crop, self.ratio, generator)
         x1, x2 = (g.on_images(images, self.patch_size) for g in (g1, g2))
         with _Seeded(generator):
@@ -191,15 +196,18 @@ def _cropped(
 ) -> Tensor:
     """A box of each image, of a random area, aspect ratio and place, enlarged to the size of the image (bilinear)."""
     draw = torch.rand(4, len(images), generator=generator, device=None if generator is None else generator.device)
-    size = (area[0] + draw[0] * (area[1] - area[0])).sqrt()
-    aspect = (math.log(ratio[0]) + draw[1] * (math.log(ratio[1]) - math.log(ratio[0]))).exp().sqrt()
-    width, height = (size * aspect).clamp(max=1), (size / aspect).clamp(max=1)
+    size = area[0] + draw[0] * (area[1] - area[0])
+    aspect = (math.log(ratio[0]) + draw[1] * (math.log(ratio[1]) - math.log(ratio[0]))).exp()
+    aspect = torch.minimum(torch.maximum(aspect, size), 1 / size)  # so that the box fits into the image
+    width, height = (size * aspect).sqrt(), (size / aspect).sqrt()
     # affine_grid's coordinates are -1 .. 1 over the image: a box of width w is centred within 1 - w of the middle.
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = width, height
     theta[:, 0, 2], theta[:, 1, 2] = (2 * draw[2] - 1) * (1 - width), (2 * draw[3] - 1) * (1 - height)
-    grid = F.affine_grid(theta.to(images.device, images.dtype), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    # In half precision coordinates are too coarse, and PyTorch's grid_sample on a CPU is wrong.
+    exact = torch.promote_types(images.dtype, torch.float32)
+    grid = F.affine_grid(theta.to(images.device, exact), list(images.shape), align_corners=False)
+    return F.grid_sample(images.to(exact), grid, padding_mode="border", align_corners=False).to(images.dtype)
 
 
 class _Seeded:

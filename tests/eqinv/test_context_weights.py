@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from equireg import Environments
+from equireg import ClassWiseIRM, Environments
 from equireg._checks import Arguments
 from equireg.eqinv import adjusted_similarity as module
 from equireg.eqinv.context_weights import chance_kurtosis, shape_of, standardized
@@ -206,12 +206,32 @@ def test_neither_half_precision_nor_a_moving_average_changes_them():
     assert torch.equal(average.weights(), expected)
 
 
+def test_loading_a_part_of_a_model_leaves_the_environments_alone():
+    features, labels, _ = biased(per_class=10)
+    irm = ClassWiseIRM(16, 4).fit_environments(features, labels)
+    irm.load_state_dict({"mask.weight": torch.zeros(16)}, strict=False)
+    assert irm.environments.fitted
+    assert irm.environments.members(0)[0].tolist() == Environments.split(features, labels).members(0)[0].tolist()
+
+
+def test_weights_are_the_users_own_and_finite():
+    features, labels, _ = biased(per_class=10)
+    environments = Environments.split(features, labels)
+    before = environments.weights(torch.arange(5))
+    environments.weights().mul_(2)
+    assert torch.equal(environments.weights(torch.arange(5)), before)
+    sharp = environments.weights(sharpness=1e4)
+    assert sharp.isfinite().all()
+    for k in range(4):
+        assert sharp[labels == k].mean().item() == pytest.approx(1)
+
+
 def test_what_is_refused():
     features, labels, _ = biased(per_class=10)
     environments = Environments.split(features, labels, num_samples=50)
     cases = {
         r"sharpness must be finite and at least 0, got -1": {"sharpness": -1.0},
-        r"sharpness must be a number.*'often'": {"sharpness": "often"},
+        r"sharpness must be 'auto' or a number, got 'often'": {"sharpness": "often"},
         r"cap must be finite and above 0, got 0": {"cap": 0},
         r"indices must be \[B\], got \[1, 1\]": {"indices": torch.tensor([[0]])},
         r"labels of indices must be .* got -1 at position 0": {"indices": torch.tensor([45])},

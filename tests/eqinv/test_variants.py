@@ -193,6 +193,20 @@ class Wrapped(nn.Module):
 
 
 MODEL = Wrapped()  # as in a script: a function reaches it by its name
+
+
+def run_by_name(images):
+    return MODEL.net(images)
+
+
+class Runner:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, images):
+        return self.model.net(images)
+
+
 ENCODERS = {
     "module": lambda model: model.net,
     "forward": lambda model: model.net.forward,
@@ -200,6 +214,12 @@ ENCODERS = {
     "lambda": lambda model: lambda images: model.net(images) * 1.0,
     "partial": lambda model: functools.partial(lambda net, images: net(images), model.net),
     "global": lambda model: lambda images: MODEL.net(images),
+    "decorated": lambda model: torch.no_grad()(lambda images: model.net(images)),
+    "helper": lambda model: lambda images: run_by_name(images),
+    "default": lambda model: lambda images, net=model.net: net(images),
+    "container": lambda model: lambda images, nets=(model.net,): nets[0](images),
+    "object": lambda model: Runner(model),
+    "nested": lambda model: lambda images: (lambda x: model.net(x))(images),
 }
 
 
