@@ -84,9 +84,7 @@ def pair_lse(
         tensor([[-inf, -inf]])
     """
     check = Arguments("pair_lse")
-    check.features("x", x, "M D")
-    check.features("y", y, "N D")
-    check.dtype_of("y", y, "x", x)
+    check.alike(x=(x, "M D"), y=(y, "N D"))
     if check.sizes["D"] == 0:
         check.fail("x", "at least one wide", list(x.shape))
     if isinstance(scale, Tensor):
