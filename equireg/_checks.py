@@ -121,10 +121,13 @@ class Arguments:
             if wrong.any():
                 self.fail(name, "finite and at least 0", float(tensor.detach()[wrong][0]))
 
-    def dtype_of(self, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-        """``tensor`` of the dtype of the argument ``like_name``."""
-        if tensor.dtype != like.dtype:
-            self.fail_type(name, f"of {like_name}'s dtype {like.dtype}", tensor.dtype)
+    def alike(self, **features: tuple[Tensor, str]) -> None:
+        """Tensors of floating point numbers, each with its shape, of the dtype of the first."""
+        (first, (like, _)), *_ = features.items()
+        for name, (tensor, shape) in features.items():
+            self.features(name, tensor, shape)
+            if tensor.dtype != like.dtype:
+                self.fail_type(name, f"of {first}'s dtype {like.dtype}", tensor.dtype)
 
     def number(self, name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -196,6 +196,8 @@ patch_nt_xent(tokens, tokens, 0.3)  # call-arg
 number: float = patch_nt_xent(tokens, tokens)  # assignment
 GridTransform.identity(2, 4)  # arg-type
 Environments.split(tokens[0], torch.arange(4)).similar([0], tokens[1])  # arg-type
+equireg.read_nico("nico", brokn="skip")  # call-arg
+equireg.read_domains("pacs", max_pixels="all")  # arg-type
 equireg.NTXent  # attr-defined
 """
 

@@ -19,6 +19,8 @@ from equireg.similarity import accumulation_dtype
 
 __all__ = ["AugSelfLoss"]
 
+Targets = Mapping[str, Tensor]  # of each augmentation, by name
+
 
 class AugSelfParts(NamedTuple):
     """``AugSelfLoss`` and the losses it is the sum of."""
@@ -83,11 +85,7 @@ class AugSelfLoss(nn.Module):
         )
 
     def forward(
-        self,
-        features1: Tensor,
-        features2: Tensor,
-        forward_targets: Mapping[str, Tensor],
-        backward_targets: Mapping[str, Tensor],
+        self, features1: Tensor, features2: Tensor, forward_targets: Targets, backward_targets: Targets
     ) -> Tensor:
         """The loss, a 0-d tensor, over both orders of the views.
 
@@ -104,11 +102,7 @@ class AugSelfLoss(nn.Module):
         return self.parts(features1, features2, forward_targets, backward_targets).loss
 
     def parts(
-        self,
-        features1: Tensor,
-        features2: Tensor,
-        forward_targets: Mapping[str, Tensor],
-        backward_targets: Mapping[str, Tensor],
+        self, features1: Tensor, features2: Tensor, forward_targets: Targets, backward_targets: Targets
     ) -> AugSelfParts:
         """The loss, and in ``.losses`` that of each augmentation, detached, by name."""
         first, second, targets = self._checked(features1, features2, forward_targets, backward_targets)
@@ -120,11 +114,7 @@ class AugSelfLoss(nn.Module):
         return AugSelfParts(total, losses)
 
     def _checked(
-        self,
-        features1: Tensor,
-        features2: Tensor,
-        forward_targets: Mapping[str, Tensor],
-        backward_targets: Mapping[str, Tensor],
+        self, features1: Tensor, features2: Tensor, forward_targets: Targets, backward_targets: Targets
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Both features [B, D], averaged over their places; and of each augmentation the targets in both orders."""
         check = Arguments("AugSelfLoss")
@@ -153,9 +143,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _checked_target(
-    check: Arguments, side: str, given: Mapping[str, Tensor], name: str, kind: str, width: int
-) -> Tensor:
+def _checked_target(check: Arguments, side: str, given: Targets, name: str, kind: str, width: int) -> Tensor:
     if name not in given:
         check.fail(side, f"with the difference {name!r}", sorted(given))
     label, value = f"{side}[{name!r}]", given[name]

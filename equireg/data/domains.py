@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from equireg._checks import Arguments
 from equireg.data.drawn import drawn_cells, drawn_order
 from equireg.data.folders import Folder, refuse_emptied
-from equireg.data.image_files import MAX_PIXELS, ImageFiles, ReadOptions
+from equireg.data.image_files import ImageFiles, Reading, ReadOptions
 
 __all__ = ["read_domains"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def read_domains(
@@ -23,12 +25,8 @@ def read_domains(
     shots: int | None = None,
     held_out: float = 0.2,
     seed: int = 0,
-    transform: Callable[[Any], Any] | None = None,
-    broken: str = "raise",
-    max_broken: float | None = None,
-    max_pixels: int = MAX_PIXELS,
     follow_links: bool = False,
-    progress: bool = True,
+    **reading: Unpack[Reading],
 ) -> ImageFiles:
     """Read ``root/<domain>/<class>/*`` with a shift of the domains from training to test.
 
@@ -82,8 +80,7 @@ def read_domains(
     if not 0 < held_out < 0.5:
         args.fail("held_out", "above 0 and below 0.5", held_out)
     args.count("seed", seed, least=0)
-    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
-    options.check(args)
+    ReadOptions.given(args, reading)
 
     folder = Folder("read_domains", root, follow_links)
     domains = folder.classes()
@@ -102,7 +99,7 @@ def read_domains(
         paths += found
         labels += places
         contexts += [context] * len(found)
-    files = ImageFiles(paths, labels, classes, contexts=contexts, context_names=domains, **vars(options))
+    files = ImageFiles(paths, labels, classes, contexts=contexts, context_names=domains, **reading)
     refuse_emptied(args, files)
     cells = drawn_cells(files, seed)
     for label, name in enumerate(classes):

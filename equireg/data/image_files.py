@@ -8,7 +8,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,15 +29,35 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files are read: the options of `ImageFiles` that every reader passes on to it."""
+class Reading(TypedDict, total=False):
+    """The options of `ImageFiles` that every reader of folders takes and passes on to it."""
 
     transform: Callable[[Any], Any] | None
     broken: str
     max_broken: float | None
     max_pixels: int
     progress: bool
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read: a value for each option of `Reading`."""
+
+    transform: Callable[[Any], Any] | None = None
+    broken: str = "raise"
+    max_broken: float | None = None
+    max_pixels: int = MAX_PIXELS
+    progress: bool = True
+
+    @classmethod
+    def given(cls, args: Arguments, reading: Reading) -> ReadOptions:
+        """The options that a reader's caller gave, checked, and the defaults of the others."""
+        unknown = [name for name in reading if name not in cls.__dataclass_fields__]
+        if unknown:
+            raise TypeError(f"{args.function}() got an unexpected keyword argument {unknown[0]!r}")
+        options = cls(**reading)
+        options.check(args)
+        return options
 
     def check(self, args: Arguments) -> None:
         args.option("broken", self.broken, ("raise", "skip"))

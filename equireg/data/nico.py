@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from equireg._checks import Arguments
 from equireg.data.drawn import drawn_cells
 from equireg.data.folders import Folder, refuse_emptied
-from equireg.data.image_files import MAX_PIXELS, ImageFiles, ReadOptions, refuse_many
+from equireg.data.image_files import ImageFiles, Reading, ReadOptions, refuse_many
 from equireg.data.nico_contexts import context_name, training_orders
 
 __all__ = ["read_nico"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SETTINGS = ("adjusting", "long-tailed", "zero-shot", "orthogonal")
 _SPLITS = ("train", "val", "test")
@@ -29,12 +32,8 @@ def read_nico(
     imbalance: float = 0.02,
     held_out: int = 13,
     seed: int = 0,
-    transform: Callable[[Any], Any] | None = None,
-    broken: str = "raise",
-    max_broken: float | None = None,
-    max_pixels: int = MAX_PIXELS,
     follow_links: bool = False,
-    progress: bool = True,
+    **reading: Unpack[Reading],
 ) -> ImageFiles:
     """Read NICO's animals with adjusted training contexts, as in Wang et al. (2021, CaaM) and EqInv.
 
@@ -91,15 +90,14 @@ def read_nico(
         args.fail("imbalance", "above 0", imbalance)
     args.count("held_out", held_out)
     args.count("seed", seed, least=0)
-    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
-    options.check(args)
+    options = ReadOptions.given(args, reading)
 
     folder = Folder("read_nico", root, follow_links)
     released = "multi_classification" in folder.folders()
     misnamed: list[tuple[str, str]] = []
     if released:
         triples, misnamed, everywhere = _released(folder, split)
-        if misnamed and broken == "raise":
+        if misnamed and options.broken == "raise":
             args.fail(f"file {misnamed[0][0]!r}", _NAMED, "another name")
     else:
         triples = everywhere = _plain(folder.inside("Animal") if "Animal" in folder.folders() else folder)
@@ -111,10 +109,10 @@ def read_nico(
         classes,
         contexts=[names.index(context) for _, _, context in triples],
         context_names=names,
-        **vars(options),
+        **reading,
     )
     files.skipped = misnamed + files.skipped
-    refuse_many(args, files.skipped, len(files) + len(files.skipped), max_broken)
+    refuse_many(args, files.skipped, len(files) + len(files.skipped), options.max_broken)
     if len(classes) < 2:
         args.fail(f"root {folder.path!r}", "a folder with images of two classes or more", classes)
     refuse_emptied(args, files)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from equireg._checks import Arguments
 from equireg.data.folders import Folder, class_names, refuse_emptied
-from equireg.data.image_files import MAX_PIXELS, ImageFiles, ReadOptions
+from equireg.data.image_files import ImageFiles, Reading, ReadOptions
 from equireg.data.k_shot import k_shot
 
 __all__ = ["read_image_folder", "read_vipriors"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def read_image_folder(
     root: str | os.PathLike[str],
     *,
     class_list: str | os.PathLike[str] | Sequence[str] | None = None,
-    transform: Callable[[Any], Any] | None = None,
-    broken: str = "raise",
-    max_broken: float | None = None,
-    max_pixels: int = MAX_PIXELS,
     follow_links: bool = False,
-    progress: bool = True,
+    **reading: Unpack[Reading],
 ) -> ImageFiles:
     """Read the images of a folder with a folder for each class: ``root/<class>/*``, at any depth.
 
@@ -58,13 +57,13 @@ def read_image_folder(
         ...     images.classes, images.targets, images[0][0].size
         (['elk', 'cat'], [0, 1], (8, 8))
     """
+    args = Arguments("read_image_folder")
+    ReadOptions.given(args, reading)
     folder = Folder("read_image_folder", root, follow_links)
-    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
-    options.check(folder.args)
     if class_list is None:
         classes = folder.classes()
     else:
-        classes = class_names(folder.args, class_list)
+        classes = class_names(args, class_list)
         missing = [name for name in classes if not os.path.isdir(os.path.join(folder.path, name))]
         if missing:
             shown = ", ".join(repr(name) for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -73,8 +72,8 @@ def read_image_folder(
                 f"without {len(missing)} of {len(classes)}: {shown}"
             )
     paths, labels = folder.labelled(classes)
-    files = ImageFiles(paths, labels, classes, **vars(options))
-    refuse_emptied(folder.args, files)
+    files = ImageFiles(paths, labels, classes, **reading)
+    refuse_emptied(args, files)
     return files
 
 
@@ -83,12 +82,8 @@ def read_vipriors(
     split: str = "train",
     *,
     shots: int | None = None,
-    transform: Callable[[Any], Any] | None = None,
-    broken: str = "raise",
-    max_broken: float | None = None,
-    max_pixels: int = MAX_PIXELS,
     follow_links: bool = False,
-    progress: bool = True,
+    **reading: Unpack[Reading],
 ) -> ImageFiles:
     """Read VIPriors-50, -20 or -10: ``root/{train,val,test}/<class>/*``.
 
@@ -127,8 +122,7 @@ def read_vipriors(
     args.option("split", split, ("train", "val", "test"))
     if shots is not None:
         args.count("shots", shots)
-    options = ReadOptions(transform, broken, max_broken, max_pixels, progress)
-    options.check(args)
+    ReadOptions.given(args, reading)
     folder = Folder("read_vipriors", root, follow_links)
     splits = folder.folders()
     if split not in splits and "imagenet_50" in splits:
@@ -148,7 +142,7 @@ def read_vipriors(
             other = min(others)
             args.fail(f"folder {images.path!r}", "one with the classes of train", f"{other!r} in one of them alone")
         paths, labels = images.labelled(classes)
-    files = ImageFiles(paths, labels, classes, **vars(options))
+    files = ImageFiles(paths, labels, classes, **reading)
     if not unlabelled:
         refuse_emptied(args, files)
     if shots is not None and split == "train":

@@ -101,9 +101,7 @@ class MoCoIPIRMLoss(PartitionLoss):
     def _check(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
         check = Arguments(self.function)
         check.sizes["d"] = self.queue.shape[1]
-        check.features("query", query, "N d")
-        check.features("key", key, "N d")
-        check.dtype_of("key", key, "query", query)
+        check.alike(query=(query, "N d"), key=(key, "N d"))
         size = self.processes.size
         if not 0 < len(query) * size <= len(self.queue):
             places = "" if size == 1 else f" in {size} processes"

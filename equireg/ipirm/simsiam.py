@@ -68,9 +68,7 @@ class SimSiamIPIRMLoss(PartitionLoss):
 
     def _check(self, views: dict[str, Tensor], indices: Tensor) -> Tensor:
         check = Arguments(self.function)
-        for name, view in views.items():
-            check.features(name, view, "N d")
-            check.dtype_of(name, view, "p1", views["p1"])
+        check.alike(**{name: (view, "N d") for name, view in views.items()})
         if views["p1"].numel() == 0:
             check.fail("p1", "of at least one sample and one feature", list(views["p1"].shape))
         return self.check_indices(check, indices)

@@ -137,9 +137,7 @@ def _check(z1: Tensor, z2: Tensor, weights: Tensor | None, temperature: float) -
 
 def check_views(check: Arguments, z1: Tensor, z2: Tensor, temperature: float) -> None:
     """Features [N, d] of both views, not empty, of one dtype; and a temperature."""
-    check.features("z1", z1, "N d")
-    check.features("z2", z2, "N d")
-    check.dtype_of("z2", z2, "z1", z1)
+    check.alike(z1=(z1, "N d"), z2=(z2, "N d"))
     if check.sizes["N"] == 0 or check.sizes["d"] == 0:
         check.fail("z1", "of at least one sample and one feature", list(z1.shape))
     check.positive("temperature", temperature)

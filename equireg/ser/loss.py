@@ -164,9 +164,7 @@ def _contrast(z: Tensor, z_prime: Tensor, temperature: float | Tensor, processes
 
 def _check_maps(z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:
     check = Arguments("patch_nt_xent")
-    check.features("z", z, "B T D")
-    check.features("z_prime", z_prime, "B T D")
-    check.dtype_of("z_prime", z_prime, "z", z)
+    check.alike(z=(z, "B T D"), z_prime=(z_prime, "B T D"))
     if check.sizes["T"] == 0 or check.sizes["D"] == 0:
         check.fail("z", "of at least one token, at least one wide", list(z.shape))
     check.positive("temperature", temperature)

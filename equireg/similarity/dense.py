@@ -35,6 +35,33 @@ class Pairs(NamedTuple):
         return drop
 
 
+class Problem(NamedTuple):
+    """The arguments of `pair_lse`. Without y, the columns are the rows of x, with the same pairs and weights."""
+
+    x: Tensor  # [M, D]
+    y: Tensor | None  # [N, D]
+    scale: Tensor
+    pairs: Pairs
+    col_weight: Tensor | None = None  # [E, N], or [E, S, N] with row_select
+    row_select: Tensor | None = None  # [M]
+
+    @property
+    def environments(self) -> int:
+        return 1 if self.col_weight is None else self.col_weight.shape[0]
+
+
+class Outcome(NamedTuple):
+    """What a backward pass starts from: both results and their gradients, [E, M], and which gradients it returns."""
+
+    lse: Tensor
+    mean: Tensor
+    grad_lse: Tensor
+    grad_mean: Tensor | None
+    needs_x: bool
+    needs_y: bool
+    needs_weight: bool
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -45,9 +72,9 @@ def exponent_limit(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(dtype).max) - 8
 
 
-def pair_lse(
-    x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, col_weight: Tensor | None, row_select: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def pair_lse(problem: Problem) -> tuple[Tensor, Tensor]:
+    x, y, scale, pairs, col_weight, row_select = problem
+    y = x if y is None else y
     dtype = accumulation_dtype(x.dtype)
     logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
     dropped = pairs.dropped(slice(None), slice(None))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equireg._checks import Arguments, refuse_forward_mode
 from equireg.similarity import dense, operator
-from equireg.similarity.dense import accumulation_dtype
+from equireg.similarity.dense import Pairs, Problem, accumulation_dtype
 from equireg.similarity.fused.mean_contrast import formed_at_once
 from equireg.similarity.fused.mean_contrast import serves as formed_at_once_serves
 
@@ -84,9 +84,7 @@ def pair_lse(
         tensor([[-inf, -inf]])
     """
     check = Arguments("pair_lse")
-    check.features("x", x, "M D")
-    check.features("y", y, "N D")
-    check.dtype_of("y", y, "x", x)
+    check.alike(x=(x, "M D"), y=(y, "N D"))
     if check.sizes["D"] == 0:
         check.fail("x", "at least one wide", list(x.shape))
     if isinstance(scale, Tensor):
@@ -120,26 +118,14 @@ def pair_lse(
     y = x if same else y.contiguous()
     if backend is None:
         backend = _fastest(len(x) * len(y))
+    symmetric = y is x and col_group is row_group and col_id is row_id
+    pairs = Pairs(relation, row_group, col_group, row_id, col_id)
+    problem = Problem(x, None if symmetric else y, scale, pairs, col_weight, row_select)
     if backend != "dense":
         refuse_forward_mode(x, y, scale, col_weight)
-        symmetric = y is x and col_group is row_group and col_id is row_id
-        result: tuple[Tensor, Tensor] = operator.pair_lse(
-            x,
-            None if symmetric else y,
-            scale,
-            relation,
-            row_group,
-            col_group,
-            row_id,
-            col_id,
-            col_weight,
-            row_select,
-            backend,
-        )
-        return result
+        return operator.streamed(problem, backend)
     with torch.autocast(x.device.type, enabled=False):
-        pairs = dense.Pairs(relation, row_group, col_group, row_id, col_id)
-        return dense.pair_lse(x, y, scale, pairs, col_weight, row_select)
+        return dense.pair_lse(problem)
 
 
 def mean_contrast(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equireg.similarity.dense import Pairs, accumulation_dtype
+from equireg.similarity.dense import Outcome, Pairs, Problem, accumulation_dtype
 from equireg.similarity.streamed import chunked
 from equireg.similarity.triton import launch
 
@@ -23,33 +23,34 @@ Result = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def streamed(problem: Problem, backend: str) -> Result:
+    """``lse`` and ``mean``, each [E, M], by ``"chunked"`` or ``"triton"``."""
+    x, y, scale, pairs, col_weight, row_select = problem
+    lse: Tensor
+    mean: Tensor
+    lse, mean = pair_lse(x, y, scale, *pairs, col_weight, row_select, backend)
+    return lse, mean
+
+
+def _nested(x: Tensor, y: Tensor | None, scale: Tensor, *others: Any) -> tuple[Problem, str, tuple[Any, ...]]:
+    """The problem and the backend of an operator's inputs, which a schema needs flat; and the inputs after them."""
+    pairs, (col_weight, row_select, backend), rest = Pairs(*others[:5]), others[5:8], others[8:]
+    return Problem(x, y, scale, pairs, col_weight, row_select), backend, rest
+
+
 @torch.library.custom_op("equireg::pair_lse", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def pair_lse(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    relation: str,
-    row_group: Tensor | None,
-    col_group: Tensor | None,
-    row_id: Tensor | None,
-    col_id: Tensor | None,
-    col_weight: Tensor | None,
-    row_select: Tensor | None,
-    backend: str,
-) -> Result:
-    pairs = Pairs(relation, row_group, col_group, row_id, col_id)
+def pair_lse(*inputs: Any) -> Result:
+    problem, backend, _ = _nested(*inputs)
     # Autocast stays active inside an operator and would turn the products to half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        forward = launch.forward if backend == "triton" else chunked.forward
-        return forward(x, y, scale, pairs, col_weight, row_select)
+    with torch.autocast(problem.x.device.type, enabled=False):
+        return launch.forward(problem) if backend == "triton" else chunked.forward(problem)
 
 
 @pair_lse.register_fake
-def _(x: Tensor, *others: Any) -> Result:
-    col_weight = others[-3]
-    environments = 1 if col_weight is None else col_weight.shape[0]
-    shape, dtype = (environments, x.shape[0]), accumulation_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+def _(*inputs: Any) -> Result:
+    problem, *_ = _nested(*inputs)
+    shape, dtype = (problem.environments, problem.x.shape[0]), accumulation_dtype(problem.x.dtype)
+    return problem.x.new_empty(shape, dtype=dtype), problem.x.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op(
@@ -58,49 +59,30 @@ def _(x: Tensor, *others: Any) -> Result:
     schema=f"({_INPUTS}, Tensor lse, Tensor mean, Tensor grad_lse, Tensor? grad_mean, bool needs_x, "
     "bool needs_y, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def pair_lse_backward(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    relation: str,
-    row_group: Tensor | None,
-    col_group: Tensor | None,
-    row_id: Tensor | None,
-    col_id: Tensor | None,
-    col_weight: Tensor | None,
-    row_select: Tensor | None,
-    backend: str,
-    lse: Tensor,
-    mean: Tensor,
-    grad_lse: Tensor,
-    grad_mean: Tensor | None,
-    needs_x: bool,
-    needs_y: bool,
-    needs_weight: bool,
-) -> Gradients:
-    pairs = Pairs(relation, row_group, col_group, row_id, col_id)
+def pair_lse_backward(*inputs: Any) -> Gradients:
+    problem, backend, rest = _nested(*inputs)
+    x, outcome = problem.x, Outcome(*rest)
     with torch.autocast(x.device.type, enabled=False):
         backward = launch.backward if backend == "triton" else chunked.backward
-        by_row, by_col, by_weight = backward(
-            x, y, scale, pairs, col_weight, row_select, lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight
-        )
+        by_row, by_col, by_weight = backward(problem, outcome)
         grad_scale = by_row.new_zeros(())
-        if needs_x:
+        if outcome.needs_x:
             grad_scale = torch.dot(by_row.flatten(), x.to(by_row.dtype).flatten())
-            if y is None:  # each pair counts twice
+            if problem.y is None:  # each pair counts twice
                 grad_scale = grad_scale / 2
-            by_row.mul_(scale)
+            by_row.mul_(problem.scale)
         return by_row, by_col, grad_scale, by_weight
 
 
 @pair_lse_backward.register_fake
-def _(x: Tensor, y: Tensor | None, scale: Tensor, *others: Any) -> Gradients:
-    col_weight, (needs_x, needs_y, needs_weight) = others[5], others[-3:]
+def _(*inputs: Any) -> Gradients:
+    problem, _, rest = _nested(*inputs)
+    x, y, col_weight, outcome = problem.x, problem.y, problem.col_weight, Outcome(*rest)
     dtype = accumulation_dtype(x.dtype)
-    weight_shape = col_weight.shape if needs_weight and col_weight is not None else (0,)
+    weight_shape = col_weight.shape if outcome.needs_weight and col_weight is not None else (0,)
     return (
-        x.new_empty(x.shape if needs_x else (0,), dtype=dtype),
-        x.new_empty(y.shape if y is not None and needs_y else (0,), dtype=dtype),
+        x.new_empty(x.shape if outcome.needs_x else (0,), dtype=dtype),
+        x.new_empty(y.shape if y is not None and outcome.needs_y else (0,), dtype=dtype),
         x.new_empty((), dtype=dtype),
         x.new_empty(weight_shape, dtype=dtype),
     )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import refuse_forward_mode, values_visible
-from equireg.similarity.dense import Pairs
+from equireg.similarity.dense import Pairs, Problem
 from equireg.similarity.products import times_transposed
 from equireg.similarity.streamed.bounded import BOUND
 from equireg.similarity.streamed.exponential import LOG2E
@@ -96,8 +96,8 @@ def _contrast(
     mirrored = own and bounded  # then the first set uses mirrored tiles
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        streams = [(Tiles(x, part, scale, pairs, scaled=scaled), grad) for part, grad in columns[mirrored:]]
-        mirror = Tiles(x, None, scale, pairs, scaled=scaled) if mirrored else None
+        streams = [(Tiles(Problem(x, part, scale, pairs), scaled), grad) for part, grad in columns[mirrored:]]
+        mirror = Tiles(Problem(x, None, scale, pairs), scaled) if mirrored else None
         total, share, loss, grad_scale = x.new_zeros(len(x)), x.new_zeros(len(x)), x.new_zeros(()), x.new_zeros(())
         if mirror is not None:
             _add_mirrored(mirror, total)

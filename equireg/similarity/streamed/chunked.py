@@ -14,22 +14,19 @@ import math
 import torch
 from torch import Tensor
 
-from equireg.similarity.dense import Pairs, exponent_limit
+from equireg.similarity.dense import Outcome, Problem, exponent_limit
 from equireg.similarity.products import times_transposed
 from equireg.similarity.streamed import bounded
 from equireg.similarity.streamed.exponential import exp_
 from equireg.similarity.streamed.tiles import Gradients, Tiles
 
 
-def forward(
-    x: Tensor, y: Tensor | None, scale: Tensor, pairs: Pairs, col_weight: Tensor | None, row_select: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """``lse`` and ``mean``, each [E, M], by the online softmax."""
-    tiles = Tiles(x, y, scale, pairs, col_weight, row_select)
+    tiles = Tiles(problem)
     if bounded.serves(tiles):
         return bounded.forward(tiles)
-    environments = 1 if col_weight is None else col_weight.shape[0]
-    lse = tiles.x.new_empty(environments, len(x))
+    lse = tiles.x.new_empty(problem.environments, len(tiles.x))
     mean = torch.empty_like(lse)
     for rows in tiles.row_blocks:
         # Sums over the columns so far, of exp(l - peak) and of l exp(l - peak).
@@ -39,7 +36,7 @@ def forward(
             if tiles.needless(rows, cols):
                 continue
             logits = tiles.logits(rows, cols)
-            for e in range(environments):
+            for e in range(problem.environments):
                 weight = tiles.weight(e, rows, cols)
                 kept = logits if weight is None else logits.masked_fill(weight == 0, tiles.low)
                 new_peak = torch.maximum(peak[e], kept.amax(1))
@@ -57,23 +54,11 @@ def forward(
     return lse, mean
 
 
-def backward(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    pairs: Pairs,
-    col_weight: Tensor | None,
-    row_select: Tensor | None,
-    lse: Tensor,
-    mean: Tensor,
-    grad_lse: Tensor,
-    grad_mean: Tensor | None,
-    needs_x: bool,
-    needs_y: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(problem: Problem, outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x, without the factor of the scale, to y and to col_weight; empty where they are not needed."""
-    tiles = Tiles(x, y, scale, pairs, col_weight, row_select)
+    x, y, col_weight = problem.x, problem.y, problem.col_weight
+    lse, mean, grad_lse, grad_mean, needs_x, needs_y, needs_weight = outcome
+    tiles = Tiles(problem)
     empty = lse == -math.inf
     lse = lse.masked_fill(empty, 0)
     grad_lse = grad_lse.to(lse.dtype).masked_fill(empty, 0)

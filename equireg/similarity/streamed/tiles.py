@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from equireg.similarity.dense import Pairs, accumulation_dtype
+from equireg.similarity.dense import Problem, accumulation_dtype
 from equireg.similarity.products import times_transposed
 
 # On a CPU, an fp32 tile and its buffer stay near the cache; thinner tiles would slow the matrix product. Both sizes
@@ -28,20 +28,11 @@ class Gradients(NamedTuple):
 class Tiles:
     """Blocks of the logits ``scale · x yᵀ``; dropped pairs have a very low finite value.
 
-    Without ``y``, columns are the rows of ``x``, with the same pairs and weights. ``scaled`` is ``scale · x``, if the
-    caller has it already.
+    ``scaled`` is ``scale · x``, if the caller has it already.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        scale: Tensor,
-        pairs: Pairs,
-        col_weight: Tensor | None = None,
-        row_select: Tensor | None = None,
-        scaled: Tensor | None = None,
-    ):
+    def __init__(self, problem: Problem, scaled: Tensor | None = None):
+        x, y, scale, pairs, col_weight, row_select = problem
         dtype = accumulation_dtype(x.dtype)
         self.symmetric = y is None
         y = x if y is None else y

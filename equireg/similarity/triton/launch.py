@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equireg.similarity.dense import Pairs
+from equireg.similarity.dense import Outcome, Problem
 from equireg.similarity.products import matmul_precision
 from equireg.similarity.triton.tiles import Tile, cut, power_of_two
 
@@ -50,14 +50,12 @@ def refusal(x: Tensor, col_weight: Tensor | None, row_select: Tensor | None) -> 
     return None
 
 
-def forward(
-    x: Tensor, y: Tensor | None, scale: Tensor, pairs: Pairs, col_weight: Tensor | None, row_select: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """``lse`` and ``mean``, each [E, M]."""
-    reason = refusal(x, col_weight, row_select)
+    reason = refusal(problem.x, problem.col_weight, problem.row_select)
     if reason is not None:
         raise RuntimeError(f"pair_lse: backend 'triton' cannot run here: {reason}; 'chunked' runs on every device")
-    sides = _Sides(x, y, scale, pairs, col_weight)
+    sides = _Sides(problem)
     rows, cols = len(sides.x), len(sides.y)
     tile, splits, per_split = cut("forward", sides.x, sides.y)
     partial = [sides.scale.new_empty(splits, sides.environments, rows) for _ in range(3)]
@@ -75,27 +73,14 @@ def forward(
     return math.log(2) * (peak + total.log2()), (math.log(2) * moment / total).masked_fill(total == 0, 0)
 
 
-def backward(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    pairs: Pairs,
-    col_weight: Tensor | None,
-    row_select: Tensor | None,
-    lse: Tensor,
-    mean: Tensor,
-    grad_lse: Tensor,
-    grad_mean: Tensor | None,
-    needs_x: bool,
-    needs_y: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(problem: Problem, outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x, without the factor of the scale, to y and to col_weight; empty where they are not needed."""
-    sides = _Sides(x, y, scale, pairs, col_weight)
-    stats = _Statistics(sides, lse, mean, grad_lse, grad_mean)
-    needs_weight = needs_weight and col_weight is not None
+    sides = _Sides(problem)
+    stats = _Statistics(sides, outcome)
+    needs_x, needs_y = outcome.needs_x, outcome.needs_y
+    needs_weight = outcome.needs_weight and problem.col_weight is not None
     by_row, by_col, by_weight = (sides.scale.new_zeros(0) for _ in range(3))
-    if y is None:
+    if problem.y is None:
         if needs_x or needs_weight:
             by_row, by_weight = _owned(sides, stats, needs_x, True, needs_x, needs_weight)
     else:
@@ -103,15 +88,16 @@ def backward(
             by_row, _ = _owned(sides, stats, True, False, True, False)
         if needs_y or needs_weight:
             by_col, by_weight = _owned(sides, stats, False, True, needs_y, needs_weight)
-    if needs_y and y is not None:
-        by_col.mul_(scale)
+    if needs_y and problem.y is not None:
+        by_col.mul_(problem.scale)
     return by_row, by_col, by_weight
 
 
 class _Sides:
     """The arguments as the kernels read them: contiguous, of few types."""
 
-    def __init__(self, x: Tensor, y: Tensor | None, scale: Tensor, pairs: Pairs, col_weight: Tensor | None):
+    def __init__(self, problem: Problem):
+        x, y, scale, pairs, col_weight, _ = problem
         dtype = _working_dtype(x)
         self.x = x.to(dtype).contiguous()
         self.y = self.x if y is None else y.to(dtype).contiguous()
@@ -120,7 +106,7 @@ class _Sides:
         self.relation = pairs.relation
         self.keys = (*_ranks(pairs.row_group, pairs.col_group), *_ranks(pairs.row_id, pairs.col_id))
         self.weight = None if col_weight is None else col_weight.float().contiguous()
-        self.environments = 1 if col_weight is None else len(col_weight)
+        self.environments = problem.environments
 
     def launch(self, name: str, tile: Tile, splits: int, rows: int, *arguments: Any, **constants: Any) -> None:
         from equireg.similarity.triton import kernels
@@ -138,7 +124,8 @@ class _Sides:
 class _Statistics:
     """The values that a program reads for each row, [E, M]; zero gradients for rows that keep no pair."""
 
-    def __init__(self, sides: _Sides, lse: Tensor, mean: Tensor, grad_lse: Tensor, grad_mean: Tensor | None):
+    def __init__(self, sides: _Sides, outcome: Outcome):
+        lse, mean, grad_lse, grad_mean = outcome[:4]
         empty = lse == -math.inf
         constant, slope = grad_lse.float().masked_fill(empty, 0), None
         if grad_mean is not None:
