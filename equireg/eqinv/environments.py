@@ -303,8 +303,7 @@ class Environments(nn.Module):
 
         Args:
             num_samples: how many to draw in an epoch; by default as many as took part.
-            sharpness: as of :meth:`weights`.
-            cap: as of :meth:`weights`.
+            sharpness, cap: as of :meth:`weights`.
             generator: of the draws.
 
         """
