@@ -67,7 +67,9 @@ def resolve(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Element) 
         return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], f"equireg.{name}", node, content)
     if package in ("torch", "Tensor") and name in ELSEWHERE:
         return nodes.reference("", "", content, internal=False, refuri=PYTORCH + ELSEWHERE[name])
-    private = package == "equireg" and (name.endswith("Parts") or name == "Arguments")  # in signatures alone
+    # In signatures alone: what ``parts`` returns, how a reader takes its options.
+    private = name.endswith("Parts") if package == "equireg" else target in ("Reading", "Unpack")
+    private = private or name == "Arguments"
     if private or package in sys.stdlib_module_names or hasattr(builtins, target):
         return content  # as it is, without a link
     return None

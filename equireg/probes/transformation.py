@@ -29,11 +29,11 @@ def transformation_r2(
     parameters: Tensor,
     *,
     held_out: float = 0.2,
+    seed: int = 0,
+    progress: bool = True,
     hidden_dim: int = 512,
     epochs: int = 100,
     weight_decay: float = 0.05,
-    seed: int = 0,
-    progress: bool = True,
 ) -> Tensor:
     r"""R² of each transformation parameter, regressed from the frozen features of an image and its view.
 
@@ -49,11 +49,11 @@ def transformation_r2(
         features2: of their transformed views, [N, D].
         parameters: [N, P], as ``IntermediateViews`` returns them.
         held_out: share of the rows to measure on, above 0 and below 1.
+        seed: decides the split, the initial weights and the order of the rows; the global random state does not change.
+        progress: whether to show a bar, where tqdm is installed.
         hidden_dim: width of the hidden layers.
         epochs: passes over the training rows.
         weight_decay: of AdamW, at least 0.
-        seed: decides the split, the initial weights and the order of the rows; the global random state does not change.
-        progress: whether to show a bar, where tqdm is installed.
 
     Returns:
         R² of each parameter, [P], at most 1, on the CPU.

@@ -65,18 +65,32 @@ def _meet(own_group, other_group, rows, cols, M, N):
 
 
 @triton.jit
+def _kept_logits(
+    own, own_block, other, factor, own_group, other_group, own_id, other_id, rows, cols, M, N, dropped,
+    D: tl.constexpr, RELATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Logits of one more block of columns, ``dropped`` where no pair is kept; and the block, where it is held whole."""
+    block = own_block
+    if D <= WIDTH:
+        block = _block(other, cols, N, 0, D, WIDTH)
+    logits = factor * _products(own, own_block, other, block, rows, cols, M, N, D, ROWS, COLS, WIDTH, PRECISION)
+    kept = _kept(own_group, other_group, own_id, other_id, rows, cols, M, N, RELATION, ROWS, COLS)
+    return tl.where(kept, logits, dropped), block
+
+
+@triton.jit
 def _forward_step(
     x, x_block, y, factor, row_group, col_group, row_id, col_id, weight, rows, cols, M, N, peak, total, moment,
     D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, RELATION: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over one more block of columns."""
-    y_block = x_block
-    if D <= WIDTH:
-        y_block = _block(y, cols, N, 0, D, WIDTH)
-    logits = factor * _products(x, x_block, y, y_block, rows, cols, M, N, D, ROWS, COLS, WIDTH, PRECISION)
-    kept = _kept(row_group, col_group, row_id, col_id, rows, cols, M, N, RELATION, ROWS, COLS)
-    logits = tl.where(kept, logits, -1e30)  # finite, so that its product with a mass of zero is zero
+    # The dropped value is finite, so that its product with a mass of zero is zero.
+    logits, _ = _kept_logits(
+        x, x_block, y, factor, row_group, col_group, row_id, col_id, rows, cols, M, N, -1e30,
+        D, RELATION, PRECISION, ROWS, COLS, WIDTH,
+    )  # fmt: skip
     environment = tl.arange(0, EP)[None, :]
     for e in tl.static_range(E):
         own = environment == e
@@ -120,13 +134,7 @@ def forward(
         x_block = _block(x, rows, M, 0, D, WIDTH)
     for first in range(split * per_split, tl.minimum((split + 1) * per_split, N), COLS):
         cols = first + tl.arange(0, COLS)
-        if RELATION == "eq":
-            if _meet(row_group, col_group, rows, cols, M, N):
-                peak, total, moment = _forward_step(
-                    x, x_block, y, factor, row_group, col_group, row_id, col_id, weight, rows, cols, M, N,
-                    peak, total, moment, D, E, EP, RELATION, PRECISION, ROWS, COLS, WIDTH,
-                )  # fmt: skip
-        else:
+        if RELATION != "eq" or _meet(row_group, col_group, rows, cols, M, N):
             peak, total, moment = _forward_step(
                 x, x_block, y, factor, row_group, col_group, row_id, col_id, weight, rows, cols, M, N,
                 peak, total, moment, D, E, EP, RELATION, PRECISION, ROWS, COLS, WIDTH,
@@ -157,13 +165,11 @@ def _backward_step(
     PRECISION: tl.constexpr, BY_OWN: tl.constexpr, BY_OTHER: tl.constexpr, FEATURES: tl.constexpr,
     WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    other_block = own_block
-    if D <= WIDTH:
-        other_block = _block(other, cols, N, 0, D, WIDTH)
-    logits = factor * _products(own, own_block, other, other_block, rows, cols, M, N, D, ROWS, COLS, WIDTH, PRECISION)
-    kept = _kept(own_group, other_group, own_id, other_id, rows, cols, M, N, RELATION, ROWS, COLS)
     # A dropped logit may be NaN or infinite. This value has a softmax of zero, and no product with it overflows.
-    logits = tl.where(kept, logits, -1e20)
+    logits, other_block = _kept_logits(
+        own, own_block, other, factor, own_group, other_group, own_id, other_id, rows, cols, M, N, -1e20,
+        D, RELATION, PRECISION, ROWS, COLS, WIDTH,
+    )  # fmt: skip
     has_row, has_col = rows < M, cols < N
     environment = tl.arange(0, EP)[None, :]
     total = tl.zeros((ROWS, COLS), tl.float32)
@@ -227,15 +233,7 @@ def backward(
     weights = tl.zeros((ROWS, EP), tl.float32)
     for first in range(split * per_split, tl.minimum((split + 1) * per_split, N), COLS):
         cols = first + tl.arange(0, COLS)
-        if RELATION == "eq":
-            if _meet(own_group, other_group, rows, cols, M, N):
-                features, weights = _backward_step(
-                    own, own_block, other, factor, own_group, other_group, own_id, other_id, own_weight, other_weight,
-                    own_lse, own_constant, own_steep, other_lse, other_constant, other_steep, normalizer,
-                    rows, cols, M, N, features, weights,
-                    D, PADDED, E, EP, RELATION, PRECISION, BY_OWN, BY_OTHER, FEATURES, WEIGHTS, ROWS, COLS, WIDTH,
-                )  # fmt: skip
-        else:
+        if RELATION != "eq" or _meet(own_group, other_group, rows, cols, M, N):
             features, weights = _backward_step(
                 own, own_block, other, factor, own_group, other_group, own_id, other_id, own_weight, other_weight,
                 own_lse, own_constant, own_steep, other_lse, other_constant, other_steep, normalizer,
