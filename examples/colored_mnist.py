@@ -6,8 +6,6 @@ A digit i has colour i in 99.5% of the images, and any colour in the others. A s
 ``Environments`` ranks the images of the other classes by how similar their features are to a class. By plain
 similarity, the nearer half holds the *digits* that look like it. By adjusted similarity, every digit is split evenly,
 and the nearer half holds the images of the class's *colour* (EqInv, Fig. 5).
-
-``--data`` is where MNIST lies or is downloaded to. Where that fails, scikit-learn's digits take its place.
 """
 
 import argparse

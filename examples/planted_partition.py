@@ -8,8 +8,6 @@ divides the images in two groups that the features take for alike. The first par
 as it dominates the features. From then on the loss must be the same in both groups, so the next partitions have to
 follow something else. The table has the agreement of each partition with the tint and with the classes (adjusted Rand
 index: 1 is the same, 0 is chance); the picture shows samples of each group.
-
-``digits`` are scikit-learn's, red and blue; ``photographs`` are those in --data, with a warm or a cold tint.
 """
 
 import argparse

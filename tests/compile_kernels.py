@@ -4,8 +4,6 @@ A process of its own, for where the environment variable TRITON_INTERPRET is set
 ``python -m tests.compile_kernels 90``.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -342,43 +342,7 @@ def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
     assert options["distill"].lr / options["distill"].batch_size == pytest.approx(0.1 / 160)
 
 
-def test_settings_of_other_models_and_methods(recipe, data, monkeypatch):
-    """EqInv, supplementary B, for vision transformers; MoCo-v2's and SimSiam's own; flags change the parts."""
-    monkeypatch.setattr(recipe.images, "read", lambda options, split: None)
-    chosen = ["--preset", "vipriors10", "--data", str(data)]
-    options = recipe.options_of("all", [*chosen, "--model", "vit_base_patch16_224"])
-    three = options["finetune"]
-    assert (three.lr, three.weight_decay, three.batch_size, three.warmup_epochs) == (5e-4, 0.05, 256, 5)
-    assert (three.drop_path, three.weight) == (0.1, 2)
-    assert options["distill"].method == "logits"
-    for method, rate, width in (("mocov2", 0.03, 128), ("simsiam", 0.05, 2048)):
-        one = recipe.options_of("pretrain", [*chosen, "--method", method])["pretrain"]
-        assert (one.optimizer, one.lr, one.batch_size, one.output_dim) == ("sgd", rate, 256, width)
-        assert recipe.options_of("pretrain", [*chosen, "--method", method, "--lr", "0.5"])["pretrain"].lr == 0.5
-    assert recipe.options_of("all", [*chosen, "--pretrain-method", "mocov2"])["pretrain"].optimizer == "sgd"
-
-
 # ---------------------------------------------------------------------------------------------------------- the pieces
-
-
-def test_rates_fall_towards_the_first_block(recipe, data):
-    """0.65 times the rate of the block behind it, of the head all of it; each parameter once."""
-    finetune = import_module("vipriors.finetune")
-    options = options_of(recipe, "finetune", data, VIT)
-    objective = finetune.Objective(options, 4)
-    optimizer = finetune.by_layers(objective, options)
-    scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
-    assert len(scales) == sum(len(group["params"]) for group in optimizer.param_groups)
-    assert scales.keys() == {id(p) for p in objective.parameters()}
-    depth = len(objective.model.blocks)
-    for name, p in objective.named_parameters():
-        block = re.match(r"model\.blocks\.(\d+)", name)
-        early = re.match(r"model\.(patch_embed|cls|pos|reg)", name)
-        last = name.startswith("model.norm")  # with the last block, in timm
-        behind = depth - int(block[1]) if block else depth + 1 if early else int(last)
-        assert scales[id(p)] == pytest.approx(0.65**behind), name
-    drops = [m.drop_prob for m in objective.modules() if type(m).__name__ == "DropPath"]
-    assert max(drops) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])

@@ -3,9 +3,8 @@
     EQUIREG_DATA=folder python examples/evidence            # trains what is missing, then writes the page
     python examples/evidence --page-only                    # writes it anew from docs/results.json
 
-``folder`` holds cifar10/, tiny-vipriors64/ and pacs64/. The runs are in runs/evidence/<scale>, a folder each; a stopped
-one goes on where it was. The page is docs/results.md, with a picture for each question; docs/results.json holds the
-figures of all runs. What is compared, and with which settings, is in experiments.yaml.
+``folder`` holds cifar10/, tiny-vipriors64/ and pacs64/. A stopped run continues from its folder in runs/evidence. The
+page is docs/results.md, with figures from docs/results.json. experiments.yaml says what is compared.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """The fifteen corruptions of ImageNet-C on images in memory; this file alone can be copied beside a script.
 
 Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR 2019),
-in the implementation of imagecorruptions-imaug (``pip install "equireg[report]"``). Its constants are those of
-ImageNet-C, for 224 pixels, and the images are corrupted at their own size: on images of 32 or 64 pixels error rates
-compare between models here, not with CIFAR-10-C or Tiny ImageNet-C, which have constants of their own.
+in the implementation of imagecorruptions-imaug, with the constants for 224 pixels: on smaller images error rates
+compare between models here, not with CIFAR-10-C or Tiny ImageNet-C.
 """
 
 import numpy as np

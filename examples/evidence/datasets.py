@@ -1,7 +1,5 @@
 """Every data set of the experiments as one uint8 tensor of images, with labels and, where they are known, contexts."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +19,7 @@ class Images(NamedTuple):
     labels: Tensor  # [N]
     contexts: Tensor | None = None  # [N]: a domain, a colour
 
-    def evenly(self, count: int) -> Images:
+    def evenly(self, count: int) -> "Images":
         """So many of them at even distances, as they are sorted by class."""
         places = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long()
         return Images(self.pixels[places], self.labels[places])

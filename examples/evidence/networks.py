@@ -18,8 +18,6 @@ from vipriors.run_folder import warm_cosine
 from vipriors.training import train
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
-if not torch.cuda.is_available():  # at these sizes its backward pass takes as long as all the rest of a step
-    timm.layers.set_fused_attn(False)
 
 
 def create(s: Settings) -> nn.Module:

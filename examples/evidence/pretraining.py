@@ -1,8 +1,4 @@
-"""The self-supervised base methods, on lightly's heads and losses, and the one line that each regularizer adds to its.
-
-Each objective takes a batch of uint8 pixels, makes its views on the device, and returns the loss. What is measured is
-its ``backbone``, which gives features [B, D] of pixels, and in this the ``layer`` of its ``network``.
-"""
+"""The self-supervised base methods, on lightly's heads and losses, and the one line that each regularizer adds."""
 
 import copy
 from pathlib import Path

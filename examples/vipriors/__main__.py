@@ -10,9 +10,8 @@ runs its steps one after the other, each into a folder of --out with its options
     distill         a student of the fine-tuned model
     test            flips, crops and the ensemble; predictions and the challenge's submission file
 
-Each is a command too: vipriors finetune --epochs 10; for all the flags carry the step's name: --finetune-epochs 10.
---preset vipriors10 (or 20, 50) takes the papers' values, tiny10 (or 20, 50) some for 64 pixels and a CPU. A killed run
-goes on with --resume. Several processes: accelerate launch, or torchrun. To take it elsewhere, copy this folder.
+Each is a command too: vipriors finetune --epochs 10; flags of "all" carry the step's name: --finetune-epochs 10. A
+killed run goes on with --resume. Several processes: accelerate launch or torchrun. To use it elsewhere, copy it.
 """
 
 import argparse

@@ -2,9 +2,8 @@
 
     loss = F.cross_entropy(head(irm.mask(f)), y) + irm(f, y, idx)
 
-Two views of each image are one batch, the classifier's weights are normalised, and the rate falls to a tenth at 60% and
-at 80% of the epochs (Wang et al., ECCV 2022, Sections 4 and 5.2). A vision transformer is trained by AdamW, with a rate
-that is lower for earlier blocks (supplementary B).
+Two views of each image are one batch, the classifier's weights are normalised, and the rate is divided by ten at 60%
+and 80% of the epochs (Wang et al., ECCV 2022). A ViT has AdamW, with lower rates for earlier blocks (supplementary B).
 """
 
 from argparse import Namespace

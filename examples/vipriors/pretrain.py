@@ -4,9 +4,8 @@
     loss = loss + ssl(b2) + weight * ser(map1, map2, g1, g2)     # SER: b2, a part of the batch, is turned, not cropped
     loss = loss + weight * head(e1, e2, targets)                 # reconstruction: from one half of the last map
 
-The images of ``train`` and ``val`` are taken, without their labels (EqInv, supplementary B). SER reads the map of a
-ResNet's stage, or of the blocks of a vision transformer that come before its class token. For reconstruction the first
-view is transformed into a third one, as the second is a crop of its own; the method has the other half of the features.
+It learns from ``train`` and ``val`` without labels (EqInv, supplementary B). SER reads the map of a ResNet's stage, or
+of the blocks of a ViT before its class token. Reconstruction transforms the first view into a third one.
 """
 
 import copy

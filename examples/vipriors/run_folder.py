@@ -22,11 +22,7 @@ Results = dict[str, Any]
 
 
 def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, Results], Results]) -> Results:
-    """The results of ``work(folder, settings)``, or those on the disk where the step was done before.
-
-    The settings are the options that count and ``made_of``, such as hashes of what it takes; where, with ``--resume``,
-    the folder was made with others, a TrainingError names them.
-    """
+    """The results of ``work(folder, settings)``, or those on the disk where it was done with the same settings."""
     folder, main = options.out / step, PartialState().is_main_process
     settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_RESULT} | made_of
     if options.resume and (folder / OPTIONS).exists():
@@ -48,10 +44,7 @@ def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, 
 def fit(
     options: Namespace, folder: Path, settings: Results, objective: nn.Module, batches: Any, rate: Any, **more: Any
 ) -> bool:
-    """Train as the options say; True in the process that measures. ``batches.images`` are the samples.
-
-    The optimizer is one in ``more``, or AdamW, with weight decay on matrices alone, or SGD with momentum.
-    """
+    """Train as the options say; True in the process that measures. ``batches.images`` are the samples."""
     if more.get("optimizer") is None:
         adamw = getattr(options, "optimizer", "sgd") == "adamw"
         how = {"lr": options.lr, "weight_decay": options.weight_decay, "filter_bias_and_bn": adamw}

@@ -4,8 +4,6 @@ What it finds goes to docs/benchmarks.json, and from there to the tables of docs
 With names only those run, and the others keep what was measured before. Run from the root of the repository.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import traceback

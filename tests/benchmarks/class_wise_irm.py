@@ -1,7 +1,5 @@
 """A class-wise IRM step, against loops over the classes that build the table of environments anew for each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Building environments, against the loop over classes with its matrix of similarities for each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

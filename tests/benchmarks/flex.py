@@ -4,8 +4,6 @@ Attention that is asked for its log-sum-exp alone: the values are zeros, as narr
 are computed from the indices, so that a block that is kept whole costs nothing; they are made once, before the clock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

@@ -1,7 +1,5 @@
 """The floor below a streamed similarity loss: its matrix products and nothing else."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from equireg.similarity import times_transposed

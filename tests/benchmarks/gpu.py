@@ -4,8 +4,6 @@ How much of the GPU a version uses is counted against the fastest product of two
 dtype. Last the memory in the shape of the SER loss, up to where the dense form fails.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from typing import Any

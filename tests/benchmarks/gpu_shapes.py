@@ -3,8 +3,6 @@
 That of the SER loss learns the features, that of the search for a partition (IP-IRM) the weights of the columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Group actions on a batch of token maps and of images, with their gradient, against loops over the images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

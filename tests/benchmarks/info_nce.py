@@ -1,7 +1,5 @@
 """NT-Xent of two views (SimCLR's loss), forward and backward, against dense forms and the libraries that offer it."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any

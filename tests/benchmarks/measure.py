@@ -4,8 +4,6 @@ A row is a dict: its ``work`` and ``version``, where the work comes in sizes its
 was measured (``seconds``, ``megabytes``, ``flops``, ...), or ``not_measured`` with the reason.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json

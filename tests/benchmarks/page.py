@@ -1,7 +1,5 @@
 """The tables of docs/benchmarks.md, made from the record; they stand between two marks, the prose around them stays."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any

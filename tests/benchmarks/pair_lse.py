@@ -1,7 +1,5 @@
 """``pair_lse`` in the shape of the soft equivariance loss, against the dense matrix in eager PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -4,8 +4,6 @@
 in their features.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Seconds and peak memory against the size of the work, both axes logarithmic, from the record."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any

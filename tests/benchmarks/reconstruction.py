@@ -1,7 +1,5 @@
 """What image reconstruction adds to a step of ViT-S/16 at 224, and its views against loops over the images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import timm

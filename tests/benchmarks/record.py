@@ -1,7 +1,5 @@
 """What was measured, kept as JSON: for each benchmark and device its rows, with machine, versions and date."""
 
-from __future__ import annotations
-
 import json
 import platform
 from importlib import metadata

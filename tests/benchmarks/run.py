@@ -1,7 +1,5 @@
 """One benchmark, in a process of its own: what ran before leaves its mark on the allocator."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import importlib
 import multiprocessing

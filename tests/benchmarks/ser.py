@@ -1,7 +1,5 @@
 """The loss of soft equivariance in its own shape, against the dense matrix in eager PyTorch and compiled."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Counted by PyTorch on the meta device: no number is computed, every product is counted, forward and backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

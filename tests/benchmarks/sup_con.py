@@ -4,8 +4,6 @@ With all negatives in Env#1 and all positives in the denominator the risk of Env
 classes are equally large, the mean over the classes is that over the samples.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 

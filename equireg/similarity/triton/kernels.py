@@ -134,7 +134,13 @@ def forward(
         x_block = _block(x, rows, M, 0, D, WIDTH)
     for first in range(split * per_split, tl.minimum((split + 1) * per_split, N), COLS):
         cols = first + tl.arange(0, COLS)
-        if RELATION != "eq" or _meet(row_group, col_group, rows, cols, M, N):
+        if RELATION == "eq":  # Triton of PyTorch 2.6 evaluates both sides of an "or"
+            if _meet(row_group, col_group, rows, cols, M, N):
+                peak, total, moment = _forward_step(
+                    x, x_block, y, factor, row_group, col_group, row_id, col_id, weight, rows, cols, M, N,
+                    peak, total, moment, D, E, EP, RELATION, PRECISION, ROWS, COLS, WIDTH,
+                )  # fmt: skip
+        else:
             peak, total, moment = _forward_step(
                 x, x_block, y, factor, row_group, col_group, row_id, col_id, weight, rows, cols, M, N,
                 peak, total, moment, D, E, EP, RELATION, PRECISION, ROWS, COLS, WIDTH,
@@ -233,13 +239,17 @@ def backward(
     weights = tl.zeros((ROWS, EP), tl.float32)
     for first in range(split * per_split, tl.minimum((split + 1) * per_split, N), COLS):
         cols = first + tl.arange(0, COLS)
-        if RELATION != "eq" or _meet(own_group, other_group, rows, cols, M, N):
-            features, weights = _backward_step(
-                own, own_block, other, factor, own_group, other_group, own_id, other_id, own_weight, other_weight,
-                own_lse, own_constant, own_steep, other_lse, other_constant, other_steep, normalizer,
-                rows, cols, M, N, features, weights,
-                D, PADDED, E, EP, RELATION, PRECISION, BY_OWN, BY_OTHER, FEATURES, WEIGHTS, ROWS, COLS, WIDTH,
-            )  # fmt: skip
+        if RELATION == "eq":
+            if _meet(own_group, other_group, rows, cols, M, N):
+                features, weights = _backward_step(own, own_block, other, factor, own_group, other_group, own_id,
+                    other_id, own_weight, other_weight, own_lse, own_constant, own_steep, other_lse, other_constant,
+                    other_steep, normalizer, rows, cols, M, N, features, weights, D, PADDED, E, EP, RELATION, PRECISION,
+                    BY_OWN, BY_OTHER, FEATURES, WEIGHTS, ROWS, COLS, WIDTH)  # fmt: skip
+        else:
+            features, weights = _backward_step(own, own_block, other, factor, own_group, other_group, own_id,
+                other_id, own_weight, other_weight, own_lse, own_constant, own_steep, other_lse, other_constant,
+                other_steep, normalizer, rows, cols, M, N, features, weights, D, PADDED, E, EP, RELATION, PRECISION,
+                BY_OWN, BY_OTHER, FEATURES, WEIGHTS, ROWS, COLS, WIDTH)  # fmt: skip
     split = split.to(tl.int64)
     if FEATURES:
         inner = tl.arange(0, PADDED)[None, :]
