@@ -108,7 +108,7 @@ def test_an_example_is_one_short_file(name):
 
 def test_quickstarts_weights_beat_cross_entropy_and_their_control(run_alone):
     """On validation images of one seed, by half of what they gain on average; nothing is lost where the bias holds."""
-    output = run_alone("quickstart.py", "--seeds 1 --epochs 20 --split validation")
+    output = run_alone("quickstart.py", "--seeds 1 --epochs 12 --split validation")
     rows = {line[:32].strip(): re.findall(r"([\d.]+) ± [\d.]+", line) for line in output.splitlines()}
     aligned, conflicting = ({name: float(cells[i]) for name, cells in rows.items() if cells} for i in (0, 1))
     assert conflicting["+ weights"] > conflicting["cross entropy"] + 10

@@ -129,7 +129,7 @@ def test_the_quickstart_runs_against_the_wheel(installed, tmp_path):
     for package in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(package, reason="needs the examples extra")
     (tmp_path / "quickstart.py").write_bytes((ROOT / "examples/quickstart.py").read_bytes())
-    output = run(installed, "quickstart.py", "--seeds", "1", "--epochs", "2", folder=tmp_path)
+    output = run(installed, "quickstart.py", "--seeds", "1", "--epochs", "1", folder=tmp_path)
     assert "+ ClassWiseIRM" in output
     assert (tmp_path / "runs/quickstart/accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

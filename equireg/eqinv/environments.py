@@ -152,7 +152,7 @@ class Environments(nn.Module):
             z = standardized(most.cpu(), labels.cpu(), num_classes).float().to(labels.device)
             environments.scores.index_copy_(0, where, z.view(torch.int32))
             environments.contexts.index_copy_(0, where, context.int())
-        environments._ranked_by = (features, where, adjust)
+        environments._fitted, environments._ranked_by = True, (features, where, adjust)
         return environments
 
     def similar(self, classes: Tensor, indices: Tensor) -> Tensor:
@@ -353,7 +353,7 @@ class Environments(nn.Module):
         """Take what another of the same sizes has, in place."""
         for name, buffer in other.named_buffers():
             getattr(self, name).copy_(buffer)
-        self._fitted, self._ranked_by, self._weights = False, other._ranked_by, {}
+        self._fitted, self._ranked_by, self._weights = other.fitted, other._ranked_by, {}
 
     def _placed(self, check: Arguments, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Dataset indices [B] and the labels fitted there, of samples that took part in the split."""
@@ -397,4 +397,4 @@ class Environments(nn.Module):
             state_dict = state_dict | {prefix + name: part for name, part in empty.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "labels" in state_dict:
-            self._fitted, self._ranked_by, self._weights = False, None, {}
+            self._fitted, self._ranked_by, self._weights = bool((self.labels >= 0).any()), None, {}
