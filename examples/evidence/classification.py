@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from evidence.datasets import READERS, Images
-from evidence.experiments import PRETRAINED, Settings
+from evidence.datasets import Images, images_of
+from evidence.experiments import Settings
 from evidence.measures import told
 from evidence.networks import create, encode, fit
 from evidence.views import crops
@@ -76,12 +76,6 @@ def weights_of(features: Tensor, images: Images, s: Settings) -> Tensor:
     return shuffled(weights, images.labels) if s["weights"] == "shuffled" else weights
 
 
-def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
-    own = dict(s["data"])
-    read, root = READERS[own.pop("reader")], data / own.pop("folder", "")
-    return read(root, split, s["image_size"], draw=seed if s["draw"] else None, **own)
-
-
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[Objective, Images]:
     """The objective, on first weights that all arms have of one seed, and the training images.
 
@@ -92,7 +86,7 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
     seed_everything(seed, "weights")
     objective = Objective(s, int(images.labels.max()) + 1, len(images.labels))
     if s["encoder"]:
-        saved = runs.joinpath(*PRETRAINED, str(seed), "encoder.pt")
+        saved = runs / s["encoder"] / "off" / "0" / "encoder.pt"
         objective.network.load_state_dict(torch.load(saved, weights_only=True))
     if s["environments"] or s["weights"]:
         encoder = objective.backbone

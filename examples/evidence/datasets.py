@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from evidence.experiments import Settings
 from quickstart import COLORS
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -26,14 +27,15 @@ class Images(NamedTuple):
 
 
 @cache
-def folders(root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "") -> Images:
+def folders(root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "",
+            bias: float | None = 0.95) -> Images:
     """The images of a folder; in training so many ``shots`` of each class, the first ones or drawn by a seed.
 
     With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
     are spread evenly over all domains.
     """
     if layout == "domains":
-        files = read_domains(root, split, bias=0.95, held_out=0.3, shots=shots or None, seed=draw or 0)
+        files = read_domains(root, split, bias=bias, held_out=0.3, shots=shots or None, seed=draw or 0)
     else:
         files = read_split(root, split)
         files = k_shot(files, shots, seed=draw) if split == "train" and shots else files
@@ -60,3 +62,11 @@ def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: 
 
 
 READERS = {"folders": folders, "digits": digits}
+
+
+def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
+    """Those of a split, or of several that are joined by ``+``; what is drawn follows from the seed where ``draw``."""
+    own = dict(s["data"])
+    read, root = READERS[own.pop("reader")], data / own.pop("folder", "")
+    found = [read(root, part, s["image_size"], draw=seed if s["draw"] else None, **own) for part in split.split("+")]
+    return Images(torch.cat([part.pixels for part in found]), torch.cat([part.labels for part in found]), found[0].contexts)

@@ -8,8 +8,8 @@ import yaml
 Settings = dict[str, Any]
 PLAN: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("experiments.yaml").read_text())
 GROUPS: dict[str, Any] = PLAN["groups"]
+ENCODERS = dict.fromkeys(own for group in GROUPS.values() if (own := group["settings"].get("encoder")))
 TUNING_SEED = 100  # of no seed that is reported
-PRETRAINED = ("ipirm", "off")  # what classifiers start from
 
 
 def settings_of(scale: str, group: str, arm: str, chosen: Settings) -> Settings:
@@ -17,11 +17,14 @@ def settings_of(scale: str, group: str, arm: str, chosen: Settings) -> Settings:
     sizes, own = PLAN["scales"][scale], GROUPS[group]["arms"][arm]
     found = {**GROUPS[group]["settings"], **sizes.get("all", {}), **sizes.get(group, {}), **own, **chosen}
     if found.get("encoder"):
-        found["encoder"] = settings_of(scale, *PRETRAINED, {})
+        found["pretraining"] = settings_of(scale, found["encoder"], "off", {})
     return {name: value for name, value in found.items() if name not in ("try", "like", "seeds")}
 
 
-def seeds_of(scale: str) -> int:
+def seeds_of(scale: str, group: str = "") -> int:
+    """One of an encoder that others start from, whatever their seed."""
+    if group in ENCODERS:
+        return 1
     return PLAN["scales"][scale].get("all", {}).get("seeds", PLAN["measures"]["seeds"])
 
 

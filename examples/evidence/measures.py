@@ -32,14 +32,16 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
             x = encode(objective.backbone, few.pixels)
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(x, few.labels)
             accuracy[f"{name}, {shots} per class"] = 100 * probe.score(test, held_out.labels)
-            if folder == s["data"]:
+            if folder == s["data"]["folder"]:
                 robust = probe  # the last one has the most labels
         accuracy[f"{name}, k-NN"] = 100 * equireg.knn_accuracy(x, few.labels, test, held_out.labels)
 
     def accuracy_of(images: Images) -> float:
         return 100 * robust.score(encode(objective.backbone, images.pixels), images.labels)
 
-    more = told(objective, accuracy_of, s, data / s["data"]) if split == "test" else {}  # accuracy chooses settings
+    more = {}
+    if s["told"] and split == "test":  # accuracy chooses settings
+        more = told(objective, accuracy_of, s, data / s["data"]["folder"])
     return {"accuracy": accuracy, **more}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from evidence.datasets import Images
 from evidence.experiments import Settings
 from quickstart import WIDTH, small_cnn
@@ -28,6 +29,8 @@ def create(s: Settings) -> nn.Module:
     sizes = {name: s[name] for name in ("depth", "patch_size") if name in s}
     if sizes:  # a vision transformer
         sizes |= {"img_size": s["image_size"], "dynamic_img_size": True, "global_pool": s["pool"], "fc_norm": False}
+    if "channels" in s:  # a residual network
+        sizes["channels"] = s["channels"]
     return timm.create_model(s["model"], num_classes=0, **sizes).to(memory_format=torch.channels_last)
 
 
@@ -53,7 +56,8 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
         return images.pixels[indices], images.labels[indices], torch.tensor(indices), step / (s["epochs"] * per_epoch)
 
     rate = (steps_down if s["schedule"] == "steps" else warm_cosine)(Namespace(**s))
-    how = {"learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s, "resume": True}
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=s["precision"])
+    how = {"accelerator": accelerator, "learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s, "resume": True}
     if hasattr(objective, "before_epoch"):
         how["before_epoch"] = partial(objective.before_epoch, images=images)
     train(objective, make_batch, optimizer, folder=folder, **sizes, **how)

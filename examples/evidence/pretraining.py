@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from evidence.datasets import Images, folders
+from evidence.datasets import Images, images_of
 from evidence.experiments import Settings
 from evidence.measures import measure
 from evidence.networks import create, encode
@@ -130,7 +130,7 @@ METHODS = {"mocov3": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}
 
 
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[nn.Module, Images]:
-    images = folders(data / s["data"], "train", s["image_size"]).evenly(s["samples"])
+    images = images_of(s, data, s["split"], seed).evenly(s["samples"])
     seed_everything(seed, "weights")
     return METHODS[s["method"]](s, len(images.labels)), images
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from evidence import classification, pretraining
-from evidence.experiments import GROUPS, PRETRAINED, TUNING_SEED, Settings, seeds_of, settings_of, tried
+from evidence.experiments import ENCODERS, GROUPS, TUNING_SEED, Settings, seeds_of, settings_of, tried
 from evidence.networks import fit
 from tqdm.auto import tqdm
 from vipriors.training import differences, write_file
@@ -72,7 +72,8 @@ def execute(job: Job) -> None:
 
 def run_all(place: Place, groups: list[str], processes: int) -> None:
     """First settings are chosen on validation images, then every arm is trained with every seed."""
-    first = [group for group in groups if not GROUPS[group]["settings"].get("encoder")]
+    needed = {GROUPS[group]["settings"].get("encoder") for group in groups}
+    first = [group for group in GROUPS if group in ENCODERS and (group in needed or group in groups)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for part in (first, [group for group in groups if group not in first]):
             for jobs, title in ((tuning, "on validation images"), (final, "on test images")):
@@ -80,13 +81,13 @@ def run_all(place: Place, groups: list[str], processes: int) -> None:
 
 
 def tuning(place: Place, group: str) -> list[Job]:
-    """One run for each value of a setting; and the encoder that others start from."""
-    arms = {arm: tried(group, arm) or [{}] * ((group, arm) == PRETRAINED) for arm in GROUPS[group]["arms"]}
-    return [Job(place, group, arm, TUNING_SEED, "val", chosen) for arm, values in arms.items() for chosen in values]
+    """One run for each value of a setting."""
+    arms = GROUPS[group]["arms"]
+    return [Job(place, group, arm, TUNING_SEED, "val", chosen) for arm in arms for chosen in tried(group, arm)]
 
 
 def final(place: Place, group: str) -> list[Job]:
-    chosen, seeds = choose(place, group), range(seeds_of(place.scale))
+    chosen, seeds = choose(place, group), range(seeds_of(place.scale, group))
     return [Job(place, group, arm, seed, "test", chosen[arm]) for seed in seeds for arm in GROUPS[group]["arms"]]
 
 
