@@ -27,15 +27,14 @@ class Images(NamedTuple):
 
 
 @cache
-def folders(root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "",
-            bias: float | None = 0.95) -> Images:
+def folders(root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "") -> Images:
     """The images of a folder; in training so many ``shots`` of each class, the first ones or drawn by a seed.
 
     With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
     are spread evenly over all domains.
     """
     if layout == "domains":
-        files = read_domains(root, split, bias=bias, held_out=0.3, shots=shots or None, seed=draw or 0)
+        files = read_domains(root, split, bias=0.95, held_out=0.3, shots=shots or None, seed=draw or 0)
     else:
         files = read_split(root, split)
         files = k_shot(files, shots, seed=draw) if split == "train" and shots else files
