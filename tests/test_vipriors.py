@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from equireg import Environments
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPE = EXAMPLES / "vipriors"
 for package in ("accelerate", "timm", "lightly", "matplotlib"):
@@ -75,6 +77,7 @@ def whole(recipe, data, tmp_path_factory):
     """A folder that ``all`` left, with everything that pretraining can have."""
     out = tmp_path_factory.mktemp("whole")
     parts = {"pretrain_method": "mocov2", "pretrain_ser": 0.5, "pretrain_reconstruction": 1}
+    parts |= {"finetune_objective": "released", "finetune_rand_augment": 9, "finetune_sample_weights": "auto"}
     recipe.main(["all", *flags(RESNET, data=data, out=out, **parts)])
     return out, ["all", *flags(RESNET, data=data, **parts)]
 
@@ -219,7 +222,7 @@ def test_a_stale_step_is_not_taken_for_done(recipe, again, capsys):
 
 
 def test_without_earlier_steps_it_is_trained_from_scratch(recipe, whole, tmp_path):
-    recipe.main([*whole[1], "--out", str(tmp_path), "--steps", "finetune", "--finetune-epochs", "1"])
+    recipe.main([*whole[1], "--out", str(tmp_path), "--steps", "finetune", "--finetune-sample-weights", "0"])
     options = read(tmp_path / "finetune" / "options.json")
     assert (options["encoder"], options["environments"]) == (None, None)
 
@@ -293,6 +296,11 @@ def test_help_shows_every_flag_with_its_default(recipe, capsys):
         (["all", "--shots", "6", "--model", "test_vit", "--distill-method", "ofd"], "stages of a ResNet, got --model"),
         (["all", "--shots", "6", "--model", "test_wit"], "--model must be the name of a model in timm, got 'test_wit'"),
         (["all", "--shots", "9"], "shots must be at most 8"),
+        (["finetune", "--penalty-from", "1.5"], "--penalty-from must be in 0 .. 1, got 1.5"),
+        (["finetune", "--contrast-weight", "nan"], "--contrast-weight must be in 0 .. inf, got nan"),
+        (["finetune", "--rand-augment", "31"], "--rand-augment must be in 0 .. 30, got 31"),
+        (["finetune", "--sample-weights", "high"], "--sample-weights must be a number or auto, got 'high'"),
+        (["finetune", "--shots", "6", "--sample-weights", "1"], "run Step 2 (environments) first, or leave"),
         (["all", "--data", "nowhere"], "nowhere"),
         (["all", "--data", "empty"], "empty"),
     ],
@@ -324,9 +332,9 @@ def test_an_unreadable_image_is_one_line(workers, recipe, data, tmp_path):
     assert "\n" not in refusal.value.code
 
 
-@pytest.mark.parametrize(("shots", "penalty"), [(10, 2), (20, 10), (50, 100)])
-def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
-    """EqInv, Section 5.2 and supplementary B; IP-IRM, Section 4.2."""
+@pytest.mark.parametrize("shots", [10, 20, 50])
+def test_presets_are_the_papers(shots, recipe, data, monkeypatch):
+    """EqInv, Section 5.2; IP-IRM, Section 4.2; λ as in the commands of EqInv's authors with RandAugment."""
     monkeypatch.setattr(recipe.images, "read", lambda options, split: None)  # not so many of a class here
     options = recipe.options_of("all", ["--preset", f"vipriors{shots}", "--data", str(data)])
     assert {(o.model, o.image_size, o.shots) for o in options.values()} == {("resnet50", 224, shots)}
@@ -334,7 +342,8 @@ def test_presets_are_the_papers(shots, penalty, recipe, data, monkeypatch):
     assert (one.epochs, one.queue_size, one.ratio) == (800, 16384, 0.01)
     assert (one.lr, one.output_dim, one.weight, one.update_every) == (1e-3, 128, 0.2, 50)
     assert (three.epochs, three.lr, three.batch_size, three.weight_decay) == (50, 0.05, 128, 1e-4)
-    assert (three.weight, three.penalty) == (penalty, "rex")
+    assert (three.objective, three.penalty, three.weight, three.rand_augment) == ("paper", "rex", 10, 9)
+    assert (three.contrast_weight, three.scale, three.penalty_from, three.sample_weights) == (1, 10, 0.2, "0")
     rate = import_module("vipriors.finetune").steps_down(three)
     rates = [rate(10 * epoch, 500) for epoch in (0, 29, 30, 39, 40, 49)]
     assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
@@ -375,31 +384,139 @@ def test_what_each_regularizer_reaches(backbone, recipe, data):
     assert torch.equal(objective.encoder(first), features[:, : features.shape[1] // 2])
 
 
+def risk(z, labels, anchors, negatives, own):
+    """Mean of -log of the share of each positive among itself (``own``) or all positives, and the negatives."""
+    z, losses = torch.nn.functional.normalize(z, dim=1), []
+    for i in anchors:
+        s = z @ z[i] / 0.1
+        positives = [p for p in range(len(z)) if labels[p] == labels[i] and p != i]
+        below = s[[a for a in negatives if labels[a] != labels[i]]].exp().sum()
+        shares = [s[p].exp() / ((s[p] if own else s[positives]).exp().sum() + below) for p in positives]
+        losses.append(-torch.stack(shares).log().mean())
+    return torch.stack(losses).mean()
+
+
+def risks(z, labels, indices, environments, own):
+    """Of each class in its two environments, [K, 2]."""
+    rows = []
+    for k in labels.unique().tolist():
+        anchors = (labels == k).nonzero().flatten().tolist()
+        parts = [torch.isin(indices, part).nonzero().flatten().tolist() for part in environments.members(k)]
+        rows.append(torch.stack([risk(z, labels, anchors, negatives, own) for negatives in parts]))
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("backbone", [RESNET, VIT], ids=["resnet", "vit"])
-@pytest.mark.parametrize("penalty", ["off", "rex"])
-def test_fine_tuning_is_the_papers_loss(penalty, backbone, recipe, data):
-    """Cross entropy of the masked features, and EqInv's on the features themselves; all comes back from a file."""
-    finetune, distillation = import_module("vipriors.finetune"), import_module("vipriors.distillation")
-    images, create = import_module("vipriors.images"), import_module("vipriors.backbone").create
-    options = options_of(recipe, "finetune", data, backbone, penalty=penalty)
-    train = images.read(options, "train")
-    objective = finetune.Objective(options, 4).eval()
-    views, labels, indices = images.Augmented(options, train, views=2)(0, [0, 1, 6, 7, 12, 13])
-    assert torch.equal(labels, torch.tensor([0, 0, 1, 1, 2, 2] * 2))
-    assert torch.equal(indices, torch.tensor([0, 1, 6, 7, 12, 13] * 2))
-    loss, parts = objective(views, labels, indices)
-    backbone_alone = create(options).eval()
-    backbone_alone.load_state_dict(objective.model.state_dict(), strict=False)
-    features = backbone_alone(views)
-    mask, head = objective.model.get_classifier()
-    masked = features * mask.weight.sigmoid() if penalty == "rex" else features
-    expected = torch.nn.functional.cross_entropy(masked @ head.weight.T + head.bias, labels)
-    torch.testing.assert_close(parts["classification"], expected)
-    extra = objective.irm(features, labels) if penalty == "rex" else 0
-    torch.testing.assert_close(loss, expected + extra)
-    logits, pooled, _ = distillation.outputs(objective.model, views)
-    torch.testing.assert_close(logits, objective.model(views))
-    torch.testing.assert_close(pooled, features)
+@pytest.mark.parametrize(
+    ("objective", "penalty", "scale", "sharpness"),
+    [
+        ("paper", "rex", 10, 0),
+        ("paper", "rex", 0, 1.5),
+        ("paper", "off", 10, 1.5),
+        ("paper", "off", 0, 0),
+        ("released", "rex", 10, 1.5),
+        ("released", "off", 10, 0),
+    ],
+)
+def test_fine_tuning_is_the_published_loss(objective, penalty, scale, sharpness, backbone, recipe, data, tmp_path):
+    """Loss and gradients against loops: cross entropy of one pair of views, EqInv of the other, λ from 20% on."""
+    finetune, images = import_module("vipriors.finetune"), import_module("vipriors.images")
+    how = {"objective": objective, "penalty": penalty, "scale": scale, "sample_weights": sharpness}
+    options = options_of(recipe, "finetune", data, backbone, weight=3, contrast_weight=0.1, rand_augment=9, **how)
+    features = torch.randn(24, 8, generator=torch.Generator().manual_seed(3))
+    environments = Environments.split(features, torch.arange(4).repeat_interleave(6))
+    torch.save(environments.state_dict(), tmp_path / "environments.pt")
+    whole = finetune.Objective(options, 4, environments=tmp_path / "environments.pt").eval()
+    batch = finetune.Views(options, images.read(options, "train"))(0, places := [0, 1, 6, 7, 12, 13, 18, 20])
+    classified, compared, labels, indices, _ = batch
+    assert indices.tolist() == places * 2
+    assert torch.equal(labels, indices // 6)
+    model, (before, linear) = whole.model, whole.model.get_classifier()
+    assert hasattr(linear, "parametrizations") == (objective == "paper")
+
+    def features_of(views):
+        return model.forward_head(model.forward_features(views), pre_logits=True)
+
+    def seen(features):
+        features = features * before.weight.sigmoid() if penalty == "rex" else features
+        return scale * features / features.norm(dim=1, keepdim=True) if scale else features
+
+    logits = seen(features_of(classified)) @ linear.weight.T + linear.bias
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    classification = (environments.weights(indices, sharpness=float(sharpness)) * losses).mean()
+    contrast = variance = torch.zeros(())
+    if penalty == "rex":
+        f, g = features_of(compared), whole.irm.projection
+        if objective == "paper":
+            contrast = risks(g(seen(f)), labels, indices, environments, own=True).sum(1).mean()
+            variance = risks(g(seen(f.detach())), labels, indices, environments, own=True).var(1).mean()
+        else:
+            contrast = 0.1 / 0.07 * risk(g(seen(f)), labels, range(16), range(16), own=False)
+            variance = risks(seen(f.detach()), labels, indices, environments, own=False).var(1).mean()
+        assert 3 * variance > 1e-4 * contrast > 0
+    for progress, weight in ((0.19, 0), (0.2, 3)):
+        expected = classification + 0.1 * contrast + weight * variance
+        loss, parts = whole(*batch[:4], progress)
+        torch.testing.assert_close(parts["classification"], classification)
+        torch.testing.assert_close(loss, expected)
+        parameters = [p for p in whole.parameters() if p.requires_grad]
+        for found, right in zip(
+            *(torch.autograd.grad(v, parameters, retain_graph=True, materialize_grads=True) for v in (loss, expected))
+        ):
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-5)
+    outputs = import_module("vipriors.distillation").outputs(model, classified)
+    torch.testing.assert_close(outputs[0], model(classified))
+    torch.testing.assert_close(outputs[1], features_of(classified))
+
+
+def test_rand_augment_is_for_cross_entropy_alone(recipe, data, monkeypatch):
+    """Told by one that leaves nothing of an image."""
+    finetune, images, magnitudes = import_module("vipriors.finetune"), import_module("vipriors.images"), set()
+
+    def blank(magnitude):
+        magnitudes.add(magnitude)
+        return finetune.v2.Lambda(lambda image: image.point(lambda pixel: 0))
+
+    monkeypatch.setattr(finetune.v2, "RandAugment", blank)
+    for strong, penalty in ((0, "off"), (0, "rex"), (5, "off"), (5, "rex")):
+        options = options_of(recipe, "finetune", data, RESNET, penalty=penalty, rand_augment=strong, epochs=5)
+        views = finetune.Views(options, images.read(options, "train"))
+        classified, compared, *_, progress = views(3, [0, 7])  # the 4th of 15 steps
+        assert classified.shape == (4, 3, 32, 32)
+        assert bool((classified.std((2, 3)) < 1e-5).all()) == bool(strong)
+        assert (compared is None) == ((strong, penalty) != (5, "rex"))
+        assert compared is None or bool((compared.std((2, 3)) > 0.01).all())
+        assert progress == options.penalty_from == 0.2
+    assert magnitudes == {5}
+
+
+def test_both_arms_begin_with_one_classifier(recipe, data):
+    """So that only EqInv is between them."""
+    finetune, weights = import_module("vipriors.finetune"), []
+    for penalty in ("off", "rex"):
+        torch.manual_seed(0)
+        objective = finetune.Objective(options_of(recipe, "finetune", data, RESNET, penalty=penalty), 4)
+        weights.append(objective.model.get_classifier()[1].weight)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("objective", "penalty", "scale"), [("paper", "off", 10), ("paper", "rex", 0), ("released", "rex", 7)]
+)
+def test_a_fine_tuned_model_comes_back(objective, penalty, scale, recipe, data, tmp_path):
+    """As its folder tells, whatever the flags of the step that takes it."""
+    finetune, folder = import_module("vipriors.finetune"), tmp_path / "finetune"
+    how = {"objective": objective, "penalty": penalty, "scale": scale}
+    model = finetune.Objective(options_of(recipe, "finetune", data, RESNET, **how), 4).model.eval()
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "model.pt")
+    (folder / "options.json").write_text(json.dumps(how))
+    options = options_of(recipe, "test", data, {**RESNET, "out": tmp_path})
+    views = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(finetune.fine_tuned(options, 4)(views), model(views))
+    (folder / "options.json").write_text(json.dumps(how | {"scale": None}))
+    with pytest.raises(recipe.TrainingError, match="does not tell how its classifier was made"):
+        finetune.fine_tuned(options, 4)
 
 
 @pytest.mark.parametrize("method", ["features", "ofd", "crd"])

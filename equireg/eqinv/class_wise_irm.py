@@ -56,8 +56,8 @@ class ClassWiseIRM(nn.Module):
         num_classes: how many there are, C.
         weight: λ, at least 0; can be set later (``irm.weight = 100.0`` from some epoch on). Choose it on validation
             images. The paper contradicts itself: its supplementary B prints 2, 10 and 100 for 10, 20 and 50 images
-            per class, and in the same sentence that λ should fall with more samples; its Fig. 6a finds 10 best at 20
-            images; the released command uses 100 at 10 images.
+            per class, and beside it that the demand falls with more samples; its Fig. 6a finds 10 best at 20 images;
+            the released commands have 100 at 10 images, and with RandAugment 10 at all three.
         penalty: ``"rex"`` or ``"irmv1"``.
         temperature: of the cosine similarities, above 0.
         denominator: as in :func:`class_wise_risks`.
@@ -177,8 +177,8 @@ class ClassWiseIRM(nn.Module):
 
         SupCon runs over the whole batch (both views) and trains φ. :math:`\ell'` are the risks of the masked features
         themselves, with all positives in the denominator, and do not train φ. The mask normalises, with scale 10: the
-        head is a plain linear layer on ``irm.mask(features)``. The released command sets λ to 0 for the first ten of
-        fifty epochs.
+        head is a plain linear layer on ``irm.mask(features)``. The released commands set λ to 0 for the first ten of
+        fifty epochs, and then to 100 (10 images per class), or to 10 with RandAugment (10, 20 and 50 images).
         """
         irm = cls(
             num_features,

@@ -2,10 +2,13 @@
 
     loss = F.cross_entropy(head(irm.mask(f)), y) + irm(f, y, idx)
 
-Two views of each image are one batch, the classifier's weights are normalised, and the rate is divided by ten at 60%
-and 80% of the epochs (Wang et al., ECCV 2022). A ViT has AdamW, with lower rates for earlier blocks (supplementary B).
+Two views of each image are one batch, and the rate is divided by ten at 60% and 80% of the epochs (Wang et al., ECCV
+2022). A ViT has AdamW, with lower rates for earlier blocks (supplementary B). The classifier's weights are normalised,
+as in the paper, or plain, as released by its authors; with a penalty or without, its features have the length 10, as
+released.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -16,27 +19,92 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.transforms import v2
 
-from equireg import ClassWiseIRM, Environments, FeatureMask
+from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles
 from vipriors.backbone import accuracy, create, encoder_of, frozen_features, is_vit
 from vipriors.images import Augmented, measured, names_hash, read
 from vipriors.run_folder import fit, hash_of, load, made_with, once, save, warm_cosine
 from vipriors.training import TrainingError, seed_everything
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
+    "objective": ("paper", "EqInv's: that of the paper, or of its authors' code", ("paper", "released")),
     "penalty": ("rex", "off: cross entropy alone", ("off", "rex", "irmv1")),
-    "weight": (10.0, "of the penalty; EqInv, supplementary B: 2, 10, 100 for 10, 20, 50 images of a class"),
+    "weight": (
+        10.0,
+        "λ, of the penalty, to be chosen on validation images, for EqInv contradicts itself: supplementary B prints "
+        "2, 10, 100 for 10, 20, 50 images of a class, and that the demand falls with more; 10 is best at 20 in its "
+        "Fig. 6a; its authors' commands have 100 at 10, and with RandAugment 10 at all three",
+    ),
+    "penalty_from": (0.2, "share of the training before the penalty; λ is 0 until then"),
+    "contrast_weight": (
+        1.0,
+        "times the published weight of the contrast, to be chosen on validation images: with two images of a class in "
+        "a batch it mostly pushes; with 10 images of a class, SupCon cost two points at 1 and gained 0.4 at 0.1",
+    ),
+    "scale": (10.0, "length of the features that the classifier sees, with a penalty or without; 0: as they are"),
+    "rand_augment": (0, "magnitude of RandAugment, 0 to 30, on views for cross entropy alone; 0: without"),
+    "sample_weights": ("0", "sharpness of the weights of Step 2 in cross entropy, a number or auto; 0: all alike"),
     "drop_path": (0.0, "share of the residual branches of a vision transformer that are dropped"),
 }
+HEAD = ("objective", "penalty", "scale")  # what decides the layers of the classifier
+LARGEST = {"weight": math.inf, "penalty_from": 1, "contrast_weight": math.inf, "scale": math.inf, "rand_augment": 30}
 
 
-def classifier(options: Namespace, penalty: str, num_classes: int, encoder: Path | None = None) -> nn.Module:
-    """The model; its classifier is the mask, where there is a penalty, and a layer of normalised weights."""
-    model = create(options, encoder)
-    mask = nn.Identity() if penalty == "off" else FeatureMask(model.num_features)
-    head = nn.Sequential(mask, weight_norm(nn.Linear(model.num_features, num_classes)))
-    setattr(model, model.pretrained_cfg["classifier"], head)
+def check(options: Namespace) -> None:
+    for name, most in LARGEST.items():
+        if not 0 <= (value := getattr(options, name)) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be in 0 .. {most}, got {value}")
+    sharpness_of(options)
+
+
+def sharpness_of(options: Namespace) -> float | str:
+    """Of the weights of samples; 0 is none."""
+    try:
+        return "auto" if options.sample_weights == "auto" else float(options.sample_weights)
+    except ValueError as error:
+        raise ValueError(f"--sample-weights must be a number or auto, got {options.sample_weights!r}") from error
+
+
+class Normalized(nn.Module):
+    """Features of a given length: what ``FeatureMask(scale=)`` does, without a mask."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.normalize(features, dim=-1, eps=1e-6)
+
+
+def classifier(options: Namespace, how: dict[str, Any], num_classes: int, encoder: Path | None = None) -> nn.Module:
+    """The model, whose classifier is the mask, where there is a penalty, and a linear layer, as ``HEAD`` says."""
+    model, scale = create(options, encoder), how["scale"] or None
+    linear = nn.Linear(model.num_features, num_classes)  # drawn before the mask: alike with a penalty and without
+    linear = linear if how["objective"] == "released" else weight_norm(linear)
+    if how["penalty"] == "off":
+        before: nn.Module = Normalized(scale) if scale else nn.Identity()
+    else:
+        before = FeatureMask(model.num_features, scale=scale)
+    setattr(model, model.pretrained_cfg["classifier"], nn.Sequential(before, linear))
     return model
+
+
+class Views:
+    """Makes a batch: two views of each image for cross entropy, and two for EqInv, or None where they are the same."""
+
+    def __init__(self, options: Namespace, images: ImageFiles):
+        self.images, self.steps = images, len(images) // options.batch_size * options.epochs
+        strong = [v2.RandAugment(magnitude=options.rand_augment)] if options.rand_augment else []
+        self.classified, self.compared = Augmented(options, images, views=2, before=strong), None
+        if strong and options.penalty != "off":
+            self.compared = Augmented(options, images, views=2)
+
+    def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        """Both, labels, places in the dataset, and the share of the training that is over."""
+        classified, labels, places = self.classified(step, indices)
+        compared = None if self.compared is None else self.compared(step, indices)[0]
+        return classified, compared, labels, places, step / self.steps
 
 
 class Objective(nn.Module):
@@ -44,20 +112,36 @@ class Objective(nn.Module):
 
     def __init__(self, options: Namespace, classes: int, encoder: Path | None = None, environments: Path | None = None):
         super().__init__()
-        self.model, self.irm = classifier(options, options.penalty, classes, encoder), None
+        self.options, self.irm, weights = options, None, None
+        self.model = classifier(options, vars(options), classes, encoder)
         if options.penalty != "off":
-            how = {"weight": options.weight, "penalty": options.penalty, "gather_distributed": True}
-            self.irm = ClassWiseIRM(self.model.num_features, classes, **how)
-            self.irm.mask = self.model.get_classifier()[0]
-            if environments is not None:
-                self.irm.environments = Environments()
-                self.irm.environments.load_state_dict(load(environments))
+            make = ClassWiseIRM.released if options.objective == "released" else ClassWiseIRM
+            self.irm = make(self.model.num_features, classes, weight=options.weight, gather_distributed=True)
+            self.irm.mask, self.irm.penalty = self.model.get_classifier()[0], options.penalty
+            self.irm.risk_weight *= options.contrast_weight
+        if environments is not None:
+            found = Environments()
+            found.load_state_dict(load(environments))
+            if self.irm is not None:
+                self.irm.environments = found
+            if sharpness := sharpness_of(options):
+                weights = found.weights(sharpness=sharpness)
+        self.register_buffer("weights", weights)
 
-    def forward(self, views: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        f = self.model.forward_head(self.model.forward_features(views), pre_logits=True).float()
-        loss = F.cross_entropy(self.model.get_classifier()(f).float(), labels)
+    def features(self, views: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(views), pre_logits=True).float()
+
+    def forward(
+        self, classified: Tensor, compared: Tensor | None, labels: Tensor, indices: Tensor, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a batch of ``Views``. λ follows from ``progress`` alone, so that a killed run goes on alike."""
+        f = self.features(classified)
+        losses = F.cross_entropy(self.model.get_classifier()(f).float(), labels, reduction="none")
+        loss = (losses if self.weights is None else self.weights[indices] * losses).mean()
         parts = {"classification": loss}
         if self.irm is not None:
+            self.irm.weight = self.options.weight if progress >= self.options.penalty_from else 0.0
+            f = f if compared is None else self.features(compared)
             parts["irm"] = self.irm(f, labels, None if self.irm.environments is None else indices)
             loss = loss + parts["irm"]
         return loss, parts
@@ -68,15 +152,20 @@ def fine_tuned(options: Namespace, num_classes: int) -> nn.Module:
     path = options.out / "finetune" / "model.pt"
     if not path.exists():
         raise TrainingError(f"{path}: no such file; run Step 3 (finetune) first")
-    model = classifier(options, made_with(path.parent, "penalty"), num_classes)
+    how = {name: made_with(path.parent, name) for name in HEAD}
+    if None in how.values():
+        raise TrainingError(f"{path.parent} does not tell how its classifier was made; run Step 3 (finetune) again")
+    model = classifier(options, how, num_classes)
     model.load_state_dict(load(path))
     return model.eval().requires_grad_(False)
 
 
 def environments_of(options: Namespace, encoder: Path | None) -> Path | None:
     """Those of Step 2, of the same encoder; None, and they are found in each batch, where there are none."""
-    path = options.out / "environments" / "environments.pt"
-    if options.penalty == "off" or not path.exists():
+    path, weighted = options.out / "environments" / "environments.pt", bool(sharpness_of(options))
+    if not path.exists() and weighted:
+        raise TrainingError(f"{path}: no such file; run Step 2 (environments) first, or leave --sample-weights out")
+    if not path.exists() or (options.penalty == "off" and not weighted):
         return None
     if made_with(path.parent, "encoder") != hash_of(encoder):
         raise TrainingError(f"{path} was made with another encoder than {encoder}; run Step 2 (environments) again")
@@ -106,7 +195,7 @@ def run(options: Namespace) -> dict[str, Any]:
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seed_everything(options.seed)
         objective = Objective(options, len(images.classes), encoder, environments)
-        vit, batches = is_vit(options.model), Augmented(options, images, views=2)
+        vit, batches = is_vit(options.model), Views(options, images)
         rate, optimizer = (warm_cosine if vit else steps_down)(options), by_layers(objective, options) if vit else None
         if not fit(options, folder, settings, objective, batches, rate, optimizer=optimizer):
             return {}
