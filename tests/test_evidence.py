@@ -137,15 +137,10 @@ def test_a_stopped_training_ends_in_the_same_bits(jobs, group, tmp_path, monkeyp
     assert all(torch.equal(one[key], other[key]) for key in one | other if torch.is_tensor(one[key]))
 
 
-def test_a_frozen_backbone_stays_as_it_is_and_released_is_data(jobs, tmp_path):
-    """Also the statistics of its batch norms; the contrast of the released objective joins before its penalty."""
-    job = jobs["vipriors-20", "on"]._replace(group="pacs-frozen", arm="released", chosen={"weight": 7.0})
+def test_released_objective_is_data(jobs, tmp_path):
+    """Its contrast joins before its penalty."""
+    job = jobs["vipriors-20", "on"]._replace(arm="released", chosen={"weight": 7.0})
     objective, part = evidence_runs.KINDS["classification"].prepare(job.settings(), *job.place[1:], tmp_path, 0)
-    before = {name: value.clone() for name, value in objective.state_dict().items() if torch.is_tensor(value)}
-    fit(objective, part, job.settings(), tmp_path, 0)
-    changed = {name for name, value in before.items() if not torch.equal(value, objective.state_dict()[name])}
-    assert {"head.weight", "irm.projection.0.weight"} <= changed
-    assert not any(name.startswith(("backbone.", "network.", "irm.environments")) for name in changed)
     irm = objective.irm
     assert (irm.denominator, irm.contrast, irm.penalty_on, irm.mask.scale) == ("all", "batch", "features", 10.0)
     for progress, weight in ((0.19, 0.0), (0.2, 7.0)):
