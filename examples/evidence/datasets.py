@@ -6,35 +6,51 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from evidence.corruptions import corrupted
 from evidence.experiments import Settings
 from quickstart import COLORS
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 from vipriors.images import read_split
 
 from equireg import k_shot, read_domains
 
 
 class Images(NamedTuple):
-    pixels: Tensor  # uint8 [N, 3, S, S]
+    pixels: Tensor  # uint8 [N, 3, S, S]; where the backbone is frozen, its features [N, D] in their place
     labels: Tensor  # [N]
-    contexts: Tensor | None = None  # [N]: a domain, a colour
+    contexts: Tensor | None = None  # [N]: a domain, a colour, a kind of corruption
 
     def evenly(self, count: int) -> "Images":
         """So many of them at even distances, as they are sorted by class."""
-        places = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long()
-        return Images(self.pixels[places], self.labels[places])
+        return self.at(torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long())
+
+    def at(self, rows: Tensor) -> "Images":
+        """Those at indices, or where a mask is true."""
+        return Images(*(None if part is None else part[rows] for part in self))
+
+    def conflicting(self, training: "Images") -> Tensor | None:
+        """bool [N], those in another context than most training images of their class; None where none has one."""
+        if training.contexts is None:
+            return None
+        table = torch.zeros(int(training.labels.max()) + 1, int(training.contexts.max()) + 1)
+        table.index_put_((training.labels, training.contexts), torch.ones(()), accumulate=True)
+        most, own = table.max(1)
+        return self.contexts != own[self.labels] if (most > 0.5 * table.sum(1)).all() else None
 
 
 @cache
-def folders(root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "") -> Images:
+def folders(
+    root: Path, split: str, size: int, draw: int | None = None, shots: int = 0, layout: str = "", bias: float = 0.95
+) -> Images:
     """The images of a folder; in training so many ``shots`` of each class, the first ones or drawn by a seed.
 
-    With the layout "domains", as PACS, each class is mostly in a domain of its own in training, and held-out images
-    are spread evenly over all domains.
+    With the layout "domains", as PACS, the share ``bias`` of each class is from a domain of its own in training, and
+    held-out images are spread evenly over all domains.
     """
     if layout == "domains":
-        files = read_domains(root, split, bias=0.95, held_out=0.3, shots=shots or None, seed=draw or 0)
+        files = read_domains(root, split, bias=bias, held_out=0.3, shots=shots or None, seed=draw or 0)
     else:
         files = read_split(root, split)
         files = k_shot(files, shots, seed=draw) if split == "train" and shots else files
@@ -60,7 +76,31 @@ def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: 
     return Images(pixels.round().to(torch.uint8), labels, colors)
 
 
-READERS = {"folders": folders, "digits": digits}
+# Ten that differ much from each other, none of them slow; number c is that of class c.
+TEN_KINDS = ("gaussian_noise", "impulse_noise", "motion_blur", "snow", "fog", "brightness", "contrast",
+             "elastic_transform", "pixelate", "jpeg_compression")  # fmt: skip
+
+
+@cache
+def corrupted_folders(
+    root: Path, split: str, size: int, *, draw: int | None, conflicting: float, severity: int, shots: int = 0
+) -> Images:
+    """Images of ten classes of 32 pixels, corrupted before they are enlarged; the kind is their context.
+
+    In training each class is under a kind of its own but for the share ``conflicting``, which is under another's; held
+    out, each kind is drawn alike.
+    """
+    images, generator = folders(root, split, 32, draw=draw, shots=shots), torch.Generator().manual_seed(draw or 0)
+    labels, count = images.labels, (len(images.labels),)
+    steps = torch.randint(1, 10, count, generator=generator) * (torch.rand(count, generator=generator) < conflicting)
+    kinds = (labels + steps) % 10 if split == "train" else torch.randint(10, count, generator=generator)
+    pixels = images.pixels.clone()
+    for number in kinds.unique().tolist():
+        pixels[kinds == number] = corrupted(pixels[kinds == number], TEN_KINDS[number], severity, seed=draw or 0)
+    return Images(resize(pixels, [size, size], interpolation=3), labels, kinds)
+
+
+READERS = {"folders": folders, "digits": digits, "corrupted": corrupted_folders}
 
 
 def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
@@ -68,4 +108,6 @@ def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:
     own = dict(s["data"])
     read, root = READERS[own.pop("reader")], data / own.pop("folder", "")
     found = [read(root, part, s["image_size"], draw=seed if s["draw"] else None, **own) for part in split.split("+")]
-    return Images(torch.cat([part.pixels for part in found]), torch.cat([part.labels for part in found]), found[0].contexts)
+    if len(found) == 1:
+        return found[0]
+    return Images(torch.cat([part.pixels for part in found]), torch.cat([part.labels for part in found]))

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from evidence.datasets import Images
 from evidence.experiments import Settings
+from evidence.frozen import WIDTH as FROZEN_WIDTH
 from quickstart import WIDTH, small_cnn
 from torch import Tensor, nn
 from vipriors.finetune import steps_down
@@ -22,6 +23,10 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, moment
 
 
 def create(s: Settings) -> nn.Module:
+    if s.get("frozen"):
+        network = nn.Identity()
+        network.num_features = s["axes"] or FROZEN_WIDTH
+        return network
     if s["model"] == "digits":
         network = small_cnn()
         network.num_features = WIDTH
@@ -34,11 +39,16 @@ def create(s: Settings) -> nn.Module:
     return timm.create_model(s["model"], num_classes=0, **sizes).to(memory_format=torch.channels_last)
 
 
+def unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels in 0 .. 1; features, in their place, as they are."""
+    return pixels / 255 if pixels.dtype == torch.uint8 else pixels
+
+
 @torch.no_grad()
 def encode(features: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     """[N, D] of uint8 pixels by a module or its method, computed where that is, returned on the CPU."""
     device = next(getattr(features, "__self__", features).parameters()).device
-    return torch.cat([features(part.to(device) / 255).float().cpu() for part in pixels.split(250)])
+    return torch.cat([features(unit(part.to(device))).float().cpu() for part in pixels.split(250)])
 
 
 def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: int) -> float:
@@ -57,8 +67,8 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
 
     rate = (steps_down if s["schedule"] == "steps" else warm_cosine)(Namespace(**s))
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=s["precision"])
-    how = {"accelerator": accelerator, "learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s, "resume": True}
+    how = {"accelerator": accelerator, "learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s}
     if hasattr(objective, "before_epoch"):
         how["before_epoch"] = partial(objective.before_epoch, images=images)
-    train(objective, make_batch, optimizer, folder=folder, **sizes, **how)
+    train(objective, make_batch, optimizer, folder=folder, resume=True, **sizes, **how)
     return (time.perf_counter() - start) / max(1, len(done))

@@ -6,7 +6,7 @@ The prose is in ``page.md``, where ``{eqinv}`` and its like stand for what is wr
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 from operator import itemgetter
@@ -87,7 +87,8 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
                 settings = next(iter(runs[arm].values()))["chosen"] if arm in runs else {}
                 chosen += [f"{title} {name}: {setting} {value:g}".strip() for setting, value in settings.items()]
         drawn["accuracy, points"] |= accuracy
-        blocks += ["Accuracy, %:", table(accuracy, arms, 1), *tables]
+        share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
+        blocks += ["Accuracy, %:", table(accuracy, arms, 1, share), *tables]
         blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != "off"))
         times = next((found["step_seconds"][group] for group in groups if group in found["step_seconds"]), {})
         if ratios := [f"{arms[arm]} {times[arm] / times['off']:.2f}" for arm in arms if arm in times and arm != "off"]:
@@ -102,6 +103,8 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
 
 def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
     found = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
+    if "overall" in run:  # the first is that on images in contexts of other classes
+        found[f"{title}, all images"] = run["overall"]["test"]
     if "corrupted" in run:
         found[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
     return found
@@ -125,8 +128,16 @@ def by_measure(runs: dict[str, Any], arms: dict[str, str], read: Callable[[Any],
     return {measure: {name: paired(row[name], row[base]) for name in row} for measure, row in rows.items()}
 
 
-def table(rows: Rows, arms: dict[str, str], digits: int) -> str:
-    return markdown(["", *arms.values()], [[measure, *cells(row, arms, digits)] for measure, row in rows.items()])
+def table(rows: Rows, arms: dict[str, str], digits: int, share: Sequence[str] = ()) -> str:
+    """With a last column for the share of the way to a ceiling, where two names are given and the ceiling is higher."""
+    head, lines = ["", *arms.values()], [[measure, *cells(row, arms, digits)] for measure, row in rows.items()]
+    if len(share) == 2:
+        head.append(f"{share[0]}: share of the way")
+        for line, row in zip(lines, rows.values()):
+            arm, ceiling = map(row.get, share)
+            there = arm and ceiling and ceiling.verdict == HIGHER
+            line.append(f"{number(100 * arm.difference / ceiling.difference, 0)}%" if there else "")
+    return markdown(head, lines)
 
 
 def corruption_table(runs: dict[str, Any]) -> str:

@@ -135,7 +135,9 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
     return METHODS[s["method"]](s, len(images.labels)), images
 
 
-def results(objective: nn.Module, s: Settings, data: Path, folder: Path, split: str, seed: int) -> dict[str, Any]:
+def results(
+    objective: nn.Module, s: Settings, data: Path, runs: Path, folder: Path, split: str, seed: int
+) -> dict[str, Any]:
     """The measures of the backbone, whose network is saved as ``encoder.pt``."""
     torch.save(objective.eval().network.state_dict(), folder / "encoder.pt")
     return measure(objective, s, data, split, seed)

@@ -62,9 +62,11 @@ def execute(job: Job) -> None:
     with open(folder / "output.txt", "a") as output, contextlib.redirect_stderr(output):
         kind = KINDS[s["kind"]]
         objective, images = kind.prepare(s, job.place.data, job.place.runs, folder, seed)
+        prepared = time.perf_counter() - start
         step = fit(objective, images, s, folder, seed)
-        found = kind.results(objective, s, job.place.data, folder, job.split, seed)
-    found |= {"settings": s, "chosen": job.chosen, "step_seconds": step, "seconds": time.perf_counter() - start}
+        found = kind.results(objective, s, job.place.data, job.place.runs, folder, job.split, seed)
+    found |= {"settings": s, "chosen": job.chosen, "step_seconds": step, "prepare_seconds": prepared}
+    found["seconds"] = time.perf_counter() - start
     write_file(folder / "found.json", (json.dumps(found, indent=1) + "\n").encode())
     for checkpoint in folder.rglob("checkpoint-*.pt"):
         checkpoint.unlink()
