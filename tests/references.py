@@ -59,11 +59,23 @@ def adjusted_similarity(features, labels, num_classes, adjust=True):
     return scores
 
 
-def context_weights(scores, labels, sharpness, cap):
-    """Weights and contexts of all samples, from their similarities [C, N]: one sample and one class after the other."""
+def similarity_to_own_class(features, labels):
+    """Of each sample the mean cosine with all of its class, itself too."""
+    x, y = features.double(), labels.tolist()
+    of_class = [[m for m in range(len(y)) if y[m] == k] for k in y]
+    return [sum(_cosine(x[n], x[m]) for m in own) / len(own) for n, own in enumerate(of_class)]
+
+
+def context_weights(scores, labels, sharpness, cap, own=None):
+    """Weights and contexts of all samples, from their similarities [C, N]: one sample and one class after the other.
+
+    By the margin, if similarities to the ``own`` class [N] are given.
+    """
     y = labels.tolist()
     highest = [max(float(s) for s in scores[:, n]) for n in range(len(y))]
     contexts = [next(k for k in range(len(scores)) if float(scores[k, n]) == highest[n]) for n in range(len(y))]
+    if own is not None:
+        highest = [score - mine for score, mine in zip(highest, own)]
     weights = [0.0] * len(y)
     for k in set(y):
         members = [n for n in range(len(y)) if y[n] == k]

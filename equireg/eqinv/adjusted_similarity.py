@@ -145,6 +145,12 @@ class Scores:
         own = torch.arange(classes.start, classes.stop, device=self.labels.device)[:, None] == self.labels
         return scores.masked_fill_(own, -math.inf)
 
+    @torch.no_grad()
+    def to_own_class(self) -> Tensor:
+        """Similarity of each sample to the mean of its own class, [N]."""
+        parts = [(self._normalized(rows) * self.means[self.labels[rows]]).sum(1) for rows in self.sample_blocks]
+        return torch.cat(parts)
+
     def _normalized(self, rows: slice) -> Tensor:
         return normalized(self.features[rows])
 

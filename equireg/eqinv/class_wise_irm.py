@@ -214,6 +214,7 @@ class ClassWiseIRM(nn.Module):
         num_samples: int | None = None,
         adjust: Adjust = True,
         whiten: int | None = None,
+        score: str = "similarity",
         progress: bool = True,
     ) -> ClassWiseIRM:
         """Find the environments of a dataset, from its features or from a loader and an encoder.
@@ -226,7 +227,7 @@ class ClassWiseIRM(nn.Module):
             encoder: images [B, ...] to features [B, D]. Run in eval mode without gradient, and left as it was.
             num_samples: length of the dataset where it is more than the samples given here.
             adjust: as in :func:`adjusted_similarity`.
-            whiten: as in :meth:`Environments.split`.
+            whiten, score: as in :meth:`Environments.split`.
             progress: whether ``encoder`` runs with a progress bar, where tqdm is installed.
 
         Returns:
@@ -247,6 +248,7 @@ class ClassWiseIRM(nn.Module):
             progress=progress,
             adjust=adjust,
             whiten=whiten,
+            score=score,
         ).to(self.mask.weight.device)
         if self.environments is not None and self.environments.num_samples == environments.num_samples:
             self.environments.become(environments)  # in place: who holds these buffers sees the change

@@ -4,6 +4,7 @@ The ranking by adjusted similarity finds the samples in another class's context;
 weight does not. From :func:`adjusted_similarity`, for sample n of class y,
 
     a(n) = max over k ≠ y of s(k, n)                                     its context: the arg max
+           or, by the margin, less < x_n, p_y >
     z(n) = (a(n) − mean of a over class y) / std of a over class y
     w(n) = exp(t · min(z(n), c)), divided by its mean over class y       sharpness t, cap c
 
@@ -62,9 +63,9 @@ def class_mean(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
-    """t in 0 .. 1: how far the excess kurtosis, a mean over the classes of four samples or more, is beyond chance.
+    """t in 0 .. 1.5: how far the excess kurtosis, a mean over the classes of four samples or more, is beyond chance.
 
-    Chance is what :func:`chance_kurtosis` gives, and two standard errors of the mean above it, which for n normally
+    It is 1.5 from an excess of 1 on, as sharp as was best wherever the bias was strong. Chance is what :func:`chance_kurtosis` gives, and two standard errors of the mean above it, which for n normally
     spread samples are those of sqrt(24 / n).
     """
     there = sizes >= 4
@@ -72,7 +73,7 @@ def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
         return 0.0
     error = (24 / sizes[there]).sum().sqrt() / there.sum()
     beyond = shape.excess_kurtosis[there].mean() - chance_kurtosis(int((sizes > 0).sum()) - 1) - 2 * error
-    return float(beyond.clamp(0, 1))
+    return 1.5 * float(beyond.clamp(0, 1))
 
 
 def chance_kurtosis(others: int) -> float:

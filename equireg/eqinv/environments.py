@@ -94,6 +94,7 @@ class Environments(nn.Module):
         num_samples: int | None = None,
         adjust: Adjust = True,
         whiten: int | None = None,
+        score: str = "similarity",
     ) -> Environments:
         r"""Split the samples of a dataset for every class.
 
@@ -109,6 +110,8 @@ class Environments(nn.Module):
             adjust: as in :func:`adjusted_similarity`.
             whiten: project the features on so many principal axes of unit variance first; None takes them as they are.
                 Worth it with two or three classes and wide features: 16 to 64 axes.
+            score: what :meth:`weights` rank by. ``"similarity"`` to another class; ``"margin"`` takes off that to the own
+                class: sharper where there is a bias, costlier where there is none, so with ``sharpness="auto"``.
 
         Returns:
             The environments. The features are kept by reference, not copied, to rank :meth:`members`: do not change
@@ -126,6 +129,7 @@ class Environments(nn.Module):
             (tensor([2]), tensor([3]))
         """
         check = Arguments("Environments.split")
+        check.option("score", score, ("similarity", "margin"))
         features = features.detach() if isinstance(features, Tensor) else features
         labels, num_classes = check_samples(check, features, labels, num_classes, adjust)
         if len(labels) == 0:
@@ -149,6 +153,7 @@ class Environments(nn.Module):
             context = torch.where(highest > most, place + classes.start, context)
             most = torch.maximum(most, highest)
         if int((similarities.sizes > 0).sum()) > 1:
+            most = most - similarities.to_own_class() if score == "margin" else most
             z = standardized(most.cpu(), labels.cpu(), num_classes).float().to(labels.device)
             environments.scores.index_copy_(0, where, z.view(torch.int32))
             environments.contexts.index_copy_(0, where, context.int())
@@ -221,8 +226,8 @@ class Environments(nn.Module):
     def weights(self, indices: Tensor | None = None, *, sharpness: float | str = 1.0, cap: float = 2.5) -> Tensor:
         r"""Weights that make up for what is rare: the samples of each class that are in another class's context.
 
-        With :math:`a(n) = \max_{k \ne y_n} s(k, n)` of :func:`adjusted_similarity`, and its mean and standard deviation
-        over the class of the sample,
+        With :math:`a(n) = \max_{k \ne y_n} s(k, n)` of :func:`adjusted_similarity` (of a split by ``score="margin"`` less
+        :math:`\langle x_n, p_{y_n} \rangle`), and its mean and standard deviation over the class of the sample,
 
         .. math::
             z(n) = \frac{a(n) - \text{mean}\, a}{\text{std}\, a}, \qquad
@@ -234,7 +239,7 @@ class Environments(nn.Module):
         Args:
             indices: dataset indices [B] of samples that took part in the split; None for all N.
             sharpness: t, at least 0; 0 gives 1 everywhere. ``"auto"`` takes it from the shape of the scores: 0 where
-                they look as in data without bias, up to 1 (:attr:`EnvironmentsReport.sharpness`).
+                they look as in data without bias, up to 1.5 (:attr:`EnvironmentsReport.sharpness`).
             cap: c, above 0. Without it one sample could outweigh a hundred.
 
         Returns:
@@ -305,7 +310,6 @@ class Environments(nn.Module):
             num_samples: how many to draw in an epoch; by default as many as took part.
             sharpness, cap: as of :meth:`weights`.
             generator: of the draws.
-
         """
         check = Arguments("Environments.sampler")
         took_part = (self.labels >= 0).nonzero().squeeze(1)

@@ -25,16 +25,17 @@ def biased(seed=0, per_class=200, classes=4, conflicting=0.05, width=16):
 
 
 @pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("score", ["similarity", "margin"])
 @pytest.mark.parametrize("adjust", [True, "median", False])
 @pytest.mark.parametrize(("sharpness", "cap"), [(1.0, 2.5), (0.4, 1.0), (0.0, 2.5)])
-def test_weights_and_contexts_equal_the_loop(sharpness, cap, adjust, indexed):
+def test_weights_and_contexts_equal_the_loop(sharpness, cap, adjust, score, indexed):
     features, labels = torch.randn(40, 6, dtype=torch.float64), torch.randint(4, (40,))
     indices = torch.randperm(60)[:40] if indexed else torch.arange(40)
-    environments = Environments.split(
-        features, labels, 4, indices=indices if indexed else None, num_samples=60 if indexed else None, adjust=adjust
-    )
+    where = {"indices": indices, "num_samples": 60} if indexed else {}
+    environments = Environments.split(features, labels, 4, adjust=adjust, score=score, **where)
     scores = references.adjusted_similarity(features, labels, 4, adjust)
-    expected, contexts = references.context_weights(scores, labels, sharpness, cap)
+    own = references.similarity_to_own_class(features, labels) if score == "margin" else None
+    expected, contexts = references.context_weights(scores, labels, sharpness, cap, own)
     weights = environments.weights(indices, sharpness=sharpness, cap=cap)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
