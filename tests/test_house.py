@@ -1,9 +1,11 @@
 """The house stands: arrows go down, names are listed once, and no step prints, asserts or waits."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+import typing
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -17,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 GROUND = {"similarity", "distributed", "grid", "invariance", "features", "image_transforms"}
 GROUND |= {"_agreement", "_checks", "_progress"}
 OUTSIDE = {"torch", "einops", "tqdm", "torchvision", "PIL", "triton", "matplotlib"} | set(sys.stdlib_module_names)
-OUTSIDE |= {"typing_extensions"}  # for type checkers alone; torch depends on it
+OUTSIDE |= {"typing_extensions"}  # torch depends on it
 NEIGHBOURS = {"probes": {"backbones"}}  # the one arrow between rooms: a probe reads token maps
 
 
@@ -102,6 +104,17 @@ def test_public_names_are_there_and_documented_with_an_example():
             "PartitionReport",
         }:  # results, and methods
             assert ">>>" in thing.__doc__, f"{name} has no example"
+
+
+def test_annotations_can_be_read_at_run_time():
+    """``typing.get_type_hints`` of every public function and method, as tools that document or validate call it."""
+    for name in equireg.__all__:
+        public = getattr(equireg, name)
+        typing.get_type_hints(public)
+        for method in vars(public).values() if isinstance(public, type) else ():
+            if inspect.isfunction(method):
+                typing.get_type_hints(method)
+    assert typing.get_type_hints(equireg.read_vipriors)["reading"] is not None
 
 
 def test_examples_import_public_names_only():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack  # torch depends on it
 
 from equireg._checks import Arguments
 from equireg.data.drawn import drawn_cells, drawn_order
@@ -11,9 +12,6 @@ from equireg.data.folders import Folder, refuse_emptied
 from equireg.data.image_files import ImageFiles, Reading, ReadOptions
 
 __all__ = ["read_domains"]
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def read_domains(

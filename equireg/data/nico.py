@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack  # torch depends on it
 
 from equireg._checks import Arguments
 from equireg.data.drawn import drawn_cells
@@ -14,9 +15,6 @@ from equireg.data.image_files import ImageFiles, Reading, ReadOptions, refuse_ma
 from equireg.data.nico_contexts import context_name, training_orders
 
 __all__ = ["read_nico"]
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _SETTINGS = ("adjusting", "long-tailed", "zero-shot", "orthogonal")
 _SPLITS = ("train", "val", "test")

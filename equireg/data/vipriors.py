@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack  # torch depends on it
 
 from equireg._checks import Arguments
 from equireg.data.folders import Folder, class_names, refuse_emptied
@@ -13,9 +14,6 @@ from equireg.data.image_files import ImageFiles, Reading, ReadOptions
 from equireg.data.k_shot import k_shot
 
 __all__ = ["read_image_folder", "read_vipriors"]
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def read_image_folder(

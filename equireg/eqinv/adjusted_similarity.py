@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from equireg._checks import Arguments
-from equireg.similarity import accumulation_dtype, normalized, times_transposed
+from equireg.similarity import accumulation_dtype, inverse_length, times_transposed
 
 __all__ = ["adjusted_similarity"]
 
 Adjust = bool | str
 _ADJUSTMENTS = (True, False, "median")
-# Entries in the largest buffer of a stream: 128 MB of fp32.
-_BLOCK_ENTRIES = 2**25
+# Entries in the largest buffer of a stream, 256 MB of fp32: the features are read once for each time it fills.
+_BLOCK_ENTRIES = 2**26
 
 
 def adjusted_similarity(features: Tensor, labels: Tensor, num_classes: int, *, adjust: Adjust = True) -> Tensor:
@@ -76,8 +76,7 @@ def check_samples(
         place = int(wrong.nonzero()[0])
         rule = f"in 0 .. {num_classes - 1} (num_classes)"
         check.fail("labels", rule, f"{int(labels[place])} at position {place}")
-    for start in range(0, len(features), 4096):  # in blocks: a mask of all features would be a quarter of their size
-        check.finite("features", features[start : start + 4096])
+    check.finite("features", features)
     return labels, num_classes
 
 
@@ -112,13 +111,17 @@ class Scores:
         self.features, self.labels, self.adjust = features, labels, adjust
         self.dtype = accumulation_dtype(features.dtype)
         self.sample_blocks = [slice(i, i + 4096) for i in range(0, len(features), 4096)]
-        classes = torch.arange(num_classes, device=labels.device)
-        self.means = torch.zeros(num_classes, features.shape[1], dtype=self.dtype, device=features.device)
+        self.means = features.new_zeros(num_classes, features.shape[1], dtype=self.dtype)
+        # Written again for each block: fresh memory from the system would cost more than what is computed in it.
+        self.x, self.own_means = features.new_empty(2, min(4096, len(features)), features.shape[1], dtype=self.dtype)
+        self.inverse = self.x.new_empty(len(features), 1)
         for rows in self.sample_blocks:
+            self.inverse[rows] = inverse_length(features[rows])
+            x = self._normalized(rows)
             # A product with one-hot labels: sums in a fixed order on every device.
-            of_class = (classes[:, None] == labels[rows]).to(self.dtype)
+            of_class = self.means.new_zeros(num_classes, len(x)).scatter_(0, labels[None, rows], 1)
             with torch.autocast(features.device.type, enabled=False):
-                self.means += times_transposed(of_class, self._normalized(rows).T)
+                self.means += times_transposed(of_class, x.T)
         self.sizes = labels.bincount(minlength=num_classes)
         self.means /= self.sizes.clamp(min=1)[:, None]
 
@@ -137,13 +140,14 @@ class Scores:
         for rows in self.sample_blocks:
             x = self._normalized(rows)
             if self.adjust is True:
-                x -= self.means[self.labels[rows]]
+                x -= torch.index_select(self.means, 0, self.labels[rows], out=self.own_means[: len(x)])
             with torch.autocast(x.device.type, enabled=False):
                 scores[:, rows] = times_transposed(anchors, x)
         if self.adjust == "median":
             self._subtract_medians(scores)
-        own = torch.arange(classes.start, classes.stop, device=self.labels.device)[:, None] == self.labels
-        return scores.masked_fill_(own, -math.inf)
+        own = ((self.labels >= classes.start) & (self.labels < classes.stop)).nonzero().squeeze(1)
+        scores[self.labels[own] - classes.start, own] = -math.inf
+        return scores
 
     @torch.no_grad()
     def to_own_class(self) -> Tensor:
@@ -152,7 +156,8 @@ class Scores:
         return torch.cat(parts)
 
     def _normalized(self, rows: slice) -> Tensor:
-        return normalized(self.features[rows])
+        features = self.features[rows]
+        return torch.mul(features, self.inverse[rows], out=self.x[: len(features)])
 
     def _subtract_medians(self, scores: Tensor) -> None:
         for k in self.labels.unique().tolist():

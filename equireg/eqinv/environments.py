@@ -15,7 +15,7 @@ from torch.utils.data import WeightedRandomSampler
 from equireg._checks import Arguments, values_visible
 from equireg.eqinv.adjusted_similarity import Adjust, Scores, check_indices, check_samples
 from equireg.eqinv.context_weights import class_weights, standardized
-from equireg.eqinv.halves import bit_of, first_half, packed
+from equireg.eqinv.halves import bit_of, write_first_half
 from equireg.eqinv.report import EnvironmentsReport
 from equireg.eqinv.whitening import whitened
 
@@ -139,15 +139,12 @@ class Environments(nn.Module):
         features = features if whiten is None else whitened(check, features, whiten)
         environments = cls(num_classes, num_samples).to(labels.device)
         environments.labels.index_copy_(0, where, labels)
-        num_bytes = environments.bits.shape[1]
         similarities = Scores(features, labels, num_classes, adjust)
+        half = (len(labels) - similarities.sizes + 1) // 2
         most = torch.full((len(labels),), -math.inf, dtype=similarities.dtype, device=labels.device)
         context = torch.full_like(labels, -1)
         for classes, scores in similarities.blocks():
-            first = first_half(scores, order)
-            chosen = first.new_zeros(len(scores), num_bytes * 8)
-            chosen.index_copy_(1, where, first)
-            environments.bits[classes] = packed(chosen)
+            write_first_half(environments.bits[classes], scores, half[classes], where, order)
             there = similarities.sizes[classes] > 0  # a class without samples is nobody's context
             highest, place = scores.masked_fill_(~there[:, None], -math.inf).max(0)
             context = torch.where(highest > most, place + classes.start, context)

@@ -27,31 +27,38 @@ def similar_in_batch(features: Tensor, labels: Tensor) -> Tensor:
     return (rank < (same.logical_not().sum(1, keepdim=True) + 1) // 2) | same
 
 
-def first_half(scores: Tensor, order: Tensor | None) -> Tensor:
-    """The higher half, rounded up, of each row's entries that are not -inf; the first in ``order`` among equals."""
-    half = ((scores != -math.inf).sum(1) + 1) // 2
-    threshold = scores.new_full((len(scores),), math.inf)
-    for size in half.unique().tolist():  # one size where the classes are of one size
-        if size > 0:
-            rows = half == size
-            threshold[rows] = scores[rows].kthvalue(scores.shape[1] - size + 1).values
-    first = scores > threshold[:, None]
-    equal = scores == threshold[:, None]
-    room = half - first.sum(1)
-    crowded = (equal.sum(1) > room).nonzero().squeeze(1)  # more equals than places: the earlier ones
+def write_first_half(bits: Tensor, scores: Tensor, half: Tensor, where: Tensor, order: Tensor | None) -> None:
+    """``first_half`` of scores [C, N] as one bit a sample into ``bits`` [C, n], for sample i at place ``where[i]``."""
+    few = max(1, 2**21 // scores.shape[1])  # classes at a time, so that they stay in the cache
+    for into, of_few, half_of_few in zip(bits.split(few), scores.split(few), half.split(few)):
+        chosen = torch.zeros(len(into), 8 * into.shape[1], dtype=torch.bool, device=into.device)
+        into.copy_(packed(chosen.index_copy_(1, where, first_half(of_few, half_of_few, order))))
+
+
+def first_half(scores: Tensor, half: Tensor, order: Tensor | None) -> Tensor:
+    """The ``half`` [C] highest scores of each row, the first in ``order`` among equals; bool [C, N]."""
+    # kthvalue takes one place for all rows, so each row is filled up with infinities until its threshold is there.
+    most = int(half.max()) + 1
+    filled = torch.arange(most - int(half.min()), device=scores.device) < most - half[:, None]
+    longer = torch.cat([scores, torch.where(filled, math.inf, -math.inf)], 1)
+    threshold = longer.kthvalue(longer.shape[1] - most + 1).values
+    first = scores >= threshold[:, None]
+    crowded = (first.sum(1) > half).nonzero().squeeze(1)  # more equals than places: the earlier ones
     if len(crowded):
-        queue = equal[crowded] if order is None else equal[crowded][:, order]
-        admitted = queue & (queue.cumsum(1, dtype=torch.int32) <= room[crowded, None])
+        equal = scores[crowded] == threshold[crowded, None]
+        room = half[crowded] - (first[crowded] & ~equal).sum(1)
+        queue = equal if order is None else equal[:, order]
+        admitted = queue & (queue.cumsum(1, dtype=torch.int32) <= room[:, None])
         if order is not None:
             admitted = torch.empty_like(admitted).index_copy_(1, order, admitted)
-        equal[crowded] = admitted
-    return first | equal
+        first[crowded] &= admitted | ~equal
+    return first
 
 
 def packed(bits: Tensor) -> Tensor:
     """bool [C, 8 n] to uint8 [C, n], the first bit lowest."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    eights = rearrange(bits.to(torch.uint8), "classes (byte place) -> classes byte place", place=8)
+    eights = rearrange(bits.view(torch.uint8), "classes (byte place) -> classes byte place", place=8)
     return (eights << places).sum(-1, dtype=torch.uint8)
 
 

@@ -3,7 +3,16 @@
 from equireg.similarity.dense import accumulation_dtype
 from equireg.similarity.fused.split_lse import split_lse
 from equireg.similarity.log_sum_exp import mean_contrast, pair_lse
-from equireg.similarity.normalization import normalized
+from equireg.similarity.normalization import inverse_length, normalized
 from equireg.similarity.products import gram, times_transposed
 
-__all__ = ["accumulation_dtype", "gram", "mean_contrast", "normalized", "pair_lse", "split_lse", "times_transposed"]
+__all__ = [
+    "accumulation_dtype",
+    "gram",
+    "inverse_length",
+    "mean_contrast",
+    "normalized",
+    "pair_lse",
+    "split_lse",
+    "times_transposed",
+]

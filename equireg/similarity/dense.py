@@ -103,7 +103,8 @@ def _row_lse(logits: Tensor, keep: Tensor, weight: Tensor | None) -> tuple[Tenso
     # A dropped pair gets the exponent 0, which is fast and cannot overflow.
     exponent = (logits - peak).mul_(kept)
     if weight is not None:  # a pair of weight zero still has a gradient, and may lie far above the peak
-        kept, exponent = kept * weight, exponent.clamp(max=exponent_limit(logits.dtype))
+        limit = exponent_limit(logits.dtype)
+        kept, exponent = kept * weight, torch.where(exponent > limit, limit, exponent)  # clamp hides NaN's gradient
     mass = exponent.exp_() * kept  # [E, M, N]
     # An empty row divides by one, so that no gradient passes through 0 / 0.
     total = mass.sum(-1, keepdim=True).masked_fill(empty, 1)

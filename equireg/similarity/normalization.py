@@ -24,11 +24,7 @@ def normalized(x: Tensor, source: torch.dtype | None = None) -> Tensor:
     A vector shorter than 1e-6 (1e-3 in fp16) is divided by that number instead, so zero stays zero and gradients stay
     bounded. ``source`` is the dtype that the gradient is finally cast to, if it is not that of ``x``.
     """
-    # The usual epsilon of 1e-12 rounds to zero in fp16, so a blank patch would give NaN; with 1e-6 its gradient could
-    # reach 1e6, and fp16 ends at 65,504.
-    eps = 1e-3 if torch.float16 in (x.dtype, source) else 1e-6
-    # Contiguous, so that products of the result give the same bits whatever the strides.
-    x = x.to(accumulation_dtype(x.dtype)).contiguous()
+    x, eps = _prepared(x, source)
     if torch.compiler.is_compiling() or x.numel() <= _ENTRIES:  # small inputs do not repay an operator's cost
         return _formula(x, eps)
     refuse_forward_mode(x)
@@ -36,9 +32,26 @@ def normalized(x: Tensor, source: torch.dtype | None = None) -> Tensor:
     return y
 
 
+def inverse_length(x: Tensor) -> Tensor:
+    """The factor [..., 1] that ``normalized`` scales by, in fp32 or fp64: the products have the same bits."""
+    return _inverse_length(*_prepared(x, None))
+
+
+def _prepared(x: Tensor, source: torch.dtype | None) -> tuple[Tensor, float]:
+    # The usual epsilon of 1e-12 rounds to zero in fp16, so a blank patch would give NaN; with 1e-6 its gradient could
+    # reach 1e6, and fp16 ends at 65,504.
+    eps = 1e-3 if torch.float16 in (x.dtype, source) else 1e-6
+    # Contiguous, so that products of the result give the same bits whatever the strides.
+    return x.to(accumulation_dtype(x.dtype)).contiguous(), eps
+
+
+def _inverse_length(x: Tensor, eps: float) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.clamp_min(eps).reciprocal()
+
+
 def _formula(x: Tensor, eps: float) -> Tensor:
-    y: Tensor = x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps).reciprocal()
-    return y
+    return x * _inverse_length(x, eps)
 
 
 @torch.library.custom_op("equireg::normalized", mutates_args=(), schema="(Tensor x, float eps) -> Tensor")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from equireg import Environments
+from equireg.similarity import times_transposed
 from tests.benchmarks.measure import Row, Settings, compare, peak_megabytes
 
 LARGE = (50_000, 1_000, 2_048)  # samples, classes, width
@@ -27,6 +28,15 @@ def loop_over_classes(features, labels, num_classes):
         half = (len(ranked) + 1) // 2
         split.append((ranked[:half], ranked[half:]))
     return split
+
+
+def bare_products(features, labels, num_classes):
+    """What a split cannot do without: sums over classes, as a product with one-hot labels, and the similarities."""
+    means = features.new_zeros(num_classes, features.shape[1])
+    for x, y in zip(features.split(4096), labels.split(4096)):
+        means += times_transposed(F.one_hot(y, num_classes).T.to(x.dtype), x.T)
+    for x in features.split(4096):
+        times_transposed(means, x)
 
 
 def large(settings: Settings) -> tuple[int, int, int]:
@@ -63,8 +73,12 @@ def benchmark(settings: Settings) -> Iterator[Row]:
     labels = torch.arange(samples, device=settings.device) % classes
     yield from compare(
         f"Environments, {samples:,} samples, {classes:,} classes, D = {width:,}",
-        {"Environments.split": lambda: Environments.split(features, labels, classes)},
+        {
+            "the bare products": lambda: bare_products(features, labels, classes),
+            "Environments.split": lambda: Environments.split(features, labels, classes),
+            "its report": Environments.split(features, labels, classes).report,
+        },
         settings,
-        repeats=1,
-        memory=lambda name: peak_megabytes(__name__, name, settings),
+        repeats=3,
+        memory=lambda name: peak_megabytes(__name__, name, settings) if name == "Environments.split" else None,
     )

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equireg import Environments, adjusted_similarity
-from equireg.eqinv.halves import similar_in_batch
+from equireg.eqinv.halves import first_half, similar_in_batch
 from tests import references
 
 ADJUSTMENTS = [True, "median", False]
@@ -62,6 +62,21 @@ def test_some_ties_only_at_the_middle():
     features = torch.cat([torch.tensor([[1.0, 0.0]]), features])
     environments = Environments.split(features, torch.tensor([0] + [1] * 7), adjust=False)
     assert [part.tolist() for part in environments.members(0)] == [[1, 6, 2, 4], [5, 7, 3]]
+
+
+@given(seed=st.integers(0, 2**31), samples=st.integers(1, 30), levels=st.integers(1, 40), indexed=st.booleans())
+def test_first_half_is_that_of_a_sort(seed, samples, levels, indexed):
+    """Few levels make many equals, of which a stable sort takes the earlier; each class has a size of its own."""
+    torch.manual_seed(seed)
+    labels = torch.randint(5, (samples,)).clamp(max=torch.randint(5, ()))
+    own = labels == torch.arange(5)[:, None]
+    scores = torch.randint(levels, (5, samples)).double().masked_fill(own, -math.inf)
+    half = (samples - own.sum(1) + 1) // 2
+    order = torch.randperm(samples) if indexed else torch.arange(samples)
+    expected = torch.zeros_like(own)
+    for k in range(5):
+        expected[k, order[scores[k, order].argsort(descending=True, stable=True)][: half[k]]] = True
+    assert torch.equal(first_half(scores, half, order if indexed else None), expected)
 
 
 def test_empty_and_single_classes_and_one_sample():  # E1

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equireg.similarity import normalization, normalized
+from equireg.similarity import inverse_length, normalization, normalized
 
 
 @pytest.fixture(params=[0, 10, 2**17], autouse=True)
@@ -20,6 +20,13 @@ def test_equals_the_quotient(shape):
     results = [(y, *torch.autograd.grad(y, x, gradient)) for y in (normalized(x), F.normalize(x, dim=-1))]
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_factor_apart_gives_the_same_bits(dtype):
+    x = torch.randn(65, 130, dtype=dtype)
+    x[3] *= 1e-7
+    assert torch.equal(torch.mul(x, inverse_length(x)), normalized(x))
 
 
 @pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-3)])
