@@ -65,8 +65,9 @@ def class_mean(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
     """t in 0 .. 1.5: how far the excess kurtosis, a mean over the classes of four samples or more, is beyond chance.
 
-    It is 1.5 from an excess of 1 on, as sharp as was best wherever the bias was strong. Chance is what :func:`chance_kurtosis` gives, and two standard errors of the mean above it, which for n normally
-    spread samples are those of sqrt(24 / n).
+    It is 1.5 from an excess of 1 on, as sharp as was best wherever the bias was strong. Chance is what
+    :func:`chance_kurtosis` gives, and two standard errors of the mean above it, which for n normally spread samples are
+    those of sqrt(24 / n).
     """
     there = sizes >= 4
     if not there.any():

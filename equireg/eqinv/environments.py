@@ -110,8 +110,8 @@ class Environments(nn.Module):
             adjust: as in :func:`adjusted_similarity`.
             whiten: project the features on so many principal axes of unit variance first; None takes them as they are.
                 Worth it with two or three classes and wide features: 16 to 64 axes.
-            score: what :meth:`weights` rank by. ``"similarity"`` to another class; ``"margin"`` takes off that to the own
-                class: sharper where there is a bias, costlier where there is none, so with ``sharpness="auto"``.
+            score: what :meth:`weights` rank by: ``"similarity"`` to another class, or ``"margin"``, less that to its
+                own; sharper where there is a bias, costlier where there is none, so with ``sharpness="auto"``.
 
         Returns:
             The environments. The features are kept by reference, not copied, to rank :meth:`members`: do not change
@@ -223,7 +223,7 @@ class Environments(nn.Module):
     def weights(self, indices: Tensor | None = None, *, sharpness: float | str = 1.0, cap: float = 2.5) -> Tensor:
         r"""Weights that make up for what is rare: the samples of each class that are in another class's context.
 
-        With :math:`a(n) = \max_{k \ne y_n} s(k, n)` of :func:`adjusted_similarity` (of a split by ``score="margin"`` less
+        With :math:`a(n) = \max_{k \ne y_n} s(k, n)` of :func:`adjusted_similarity` (with ``score="margin"``, less
         :math:`\langle x_n, p_{y_n} \rangle`), and its mean and standard deviation over the class of the sample,
 
         .. math::
@@ -256,10 +256,9 @@ class Environments(nn.Module):
             (0, tensor([1]))
         """
         check = Arguments("Environments.weights")
-        if isinstance(sharpness, str):
-            if sharpness != "auto":
-                check.fail("sharpness", "'auto' or a number", repr(sharpness))
-        else:
+        if isinstance(sharpness, str) and sharpness != "auto":
+            check.fail("sharpness", "'auto' or a number", repr(sharpness))
+        if not isinstance(sharpness, str):
             check.not_negative("sharpness", sharpness)
         check.positive("cap", cap)
         if indices is not None:

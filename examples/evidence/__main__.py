@@ -42,33 +42,42 @@ def main() -> None:
     saved = options.docs / "results.json"
     try:
         if not options.page_only:
-            saved.write_text(json.dumps(train(options), indent=1) + "\n")
+            known = json.loads(saved.read_text()) if saved.exists() else {}
+            saved.write_text(json.dumps(train(options, known), indent=1) + "\n")
         print(write_page(json.loads(saved.read_text()), options.docs))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
-    """What is missing; the results of all finished groups."""
+def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
+    """What is missing; the results of all groups that are finished here, and of others, of the same arms, as known."""
     import torch
     from evidence.runs import Place, collect, run_all
 
     place = Place(options.scale, options.data.resolve(), options.runs.resolve() / options.scale)
     run_all(place, options.only, options.processes)
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    steps: dict[str, dict[str, float]] = {}
-    for group, arms in (found := collect(place)).items():
-        steps[group] = {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in arms.items()}
-    seconds = [json.loads(path.read_text())["seconds"] for path in place.runs.rglob("found.json")]
+    found, today = collect(place), datetime.date.today().isoformat()
+    results: dict[str, dict[str, Any]] = {"runs": {}, "dates": {}, "step_seconds": {}}
+    for group, plan in GROUPS.items():
+        if group in found:
+            steps = {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in found[group].items()}
+            fresh = {"runs": found[group], "dates": today, "step_seconds": steps}
+        elif known.get("runs", {}).get(group, {"": {}}).keys() <= plan["arms"].keys():
+            fresh = {name: known[name][group] for name in results if group in known[name]}
+        else:
+            continue
+        for name, value in fresh.items():
+            results[name][group] = value
+    runs = results["runs"]
+    seconds = [run["seconds"] for arms in runs.values() for seeds in arms.values() for run in seeds.values()]
     return {
         "scale": options.scale,
         "seeds": seeds_of(options.scale),
         "machine": f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})",
         "torch": torch.__version__.split("+")[0],
-        "date": datetime.date.today().isoformat(),
         "hours": sum(seconds) / 3600,
-        "step_seconds": steps,
-        "runs": found,
+        **results,
     }
 
 

@@ -70,7 +70,8 @@ class Objective(nn.Module):
         self.backbone.train(self.anchor is None)
         views = unit(pixels)
         if self.s["crop_scale"]:  # two views of each image
-            views = torch.cat([crops(views, self.s["image_size"], self.s["crop_scale"]) for _ in range(2)])
+            size = self.s.get("crop_size", self.s["image_size"])
+            views = torch.cat([crops(views, size, self.s["crop_scale"]) for _ in range(2)])
             labels, indices = labels.repeat(2), indices.repeat(2)
         f = self.backbone(views)
         losses = F.cross_entropy(self.classify(f), labels, reduction="none")
@@ -89,7 +90,8 @@ def weights_of(features: Tensor | None, images: Images, s: Settings, logits: Ten
         return balanced(images.labels, images.contexts)
     if s["weights"] == "errors":
         return jtt_weights(logits, images.labels, s["factor"])
-    weights = Environments.split(features, images.labels).weights(sharpness=s["sharpness"])
+    environments = Environments.split(features, images.labels, score=s.get("score", "similarity"))
+    weights = environments.weights(sharpness=s["sharpness"])
     return shuffled(weights, images.labels) if s["weights"] == "shuffled" else weights
 
 

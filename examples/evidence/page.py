@@ -51,6 +51,10 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     """``results.md`` and ``results-<question>.png`` in ``folder``."""
     blocks = {question: answer(found, question, folder) for question in PLAN["questions"]}
     blocks["corrupted"] = corruption_table(found["runs"])
+    dates = {day: [group for group, own in found["dates"].items() if own == day] for day in found["dates"].values()}
+    newest = max(dates)
+    earlier = "; ".join(f"{', '.join(dates[day])} on {day}" for day in sorted(dates) if day != newest)
+    blocks["date"] = newest + (f" ({earlier})" if earlier else "")
     blocks["machine"] = re.sub(r"([\\`*_{}\[\]()#!|$~^:<>&])", r"\\\1", found["machine"])
     text = Path(__file__).with_name("page.md").read_text().format_map({**found, **blocks})
     path = folder / "results.md"
@@ -71,7 +75,8 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     drawn: dict[str, Rows] = {"accuracy, points": {}, "equivariance and R²": {}}
     for comparison in PLAN["questions"][question]:
         groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
-        arms = {"off": comparison["base"], **comparison["arms"]}
+        base = comparison.get("from", "off")
+        arms = {base: comparison["base"], **comparison["arms"]}
         arms = {arm: name for arm, name in arms.items() if any(arm in runs for runs in groups.values())}
         if len(arms) < 2:
             continue
@@ -89,9 +94,9 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
         drawn["accuracy, points"] |= accuracy
         share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
         blocks += ["Accuracy, %:", table(accuracy, arms, 1, share), *tables]
-        blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != "off"))
+        blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != base))
         times = next((found["step_seconds"][group] for group in groups if group in found["step_seconds"]), {})
-        if ratios := [f"{arms[arm]} {times[arm] / times['off']:.2f}" for arm in arms if arm in times and arm != "off"]:
+        if ratios := [f"{arms[arm]} {times[arm] / times[base]:.2f}" for arm in arms if arm in times and arm != base]:
             blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
         if chosen:
             blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
@@ -124,7 +129,7 @@ def by_measure(runs: dict[str, Any], arms: dict[str, str], read: Callable[[Any],
     for arm, seed in product(arms, seeds):
         for measure, value in read(runs[arm][seed]).items():
             rows.setdefault(measure, {}).setdefault(arms[arm], []).append(value)
-    base = arms["off"]
+    base = next(iter(arms.values()))
     return {measure: {name: paired(row[name], row[base]) for name in row} for measure, row in rows.items()}
 
 
@@ -158,8 +163,9 @@ def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
 
 def cells(row: dict[str, Result], arms: dict[str, str], digits: int) -> list[str]:
     """Means, and in brackets the interval of the difference from the base; bold where that has no 0."""
-    found = [number(row[arms["off"]].mean, digits)]
-    for result in (row.get(name) for arm, name in arms.items() if arm != "off"):
+    base, *others = arms.values()
+    found = [number(row[base].mean, digits)]
+    for result in map(row.get, others):
         text = ""
         if result:
             difference, low, high = (number(value, digits, "+") for value in result[1:])
