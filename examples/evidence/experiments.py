@@ -18,7 +18,7 @@ def settings_of(scale: str, group: str, arm: str, chosen: Settings) -> Settings:
     found = {**GROUPS[group]["settings"], **sizes.get("all", {}), **sizes.get(group, {}), **own, **chosen}
     if found.get("encoder"):
         found["pretraining"] = settings_of(scale, found["encoder"], "off", {})
-    return {name: value for name, value in found.items() if name not in ("try", "like", "seeds")}
+    return {name: value for name, value in found.items() if name not in ("try", "like", "seeds", "tuned_on")}
 
 
 def seeds_of(scale: str, group: str = "") -> int:

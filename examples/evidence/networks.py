@@ -28,7 +28,7 @@ def create(s: Settings) -> nn.Module:
         network.num_features = s["axes"] or FROZEN_WIDTH
         return network
     if s["model"] == "digits":
-        network = small_cnn()
+        network = small_cnn().to(memory_format=torch.channels_last)
         network.num_features = WIDTH
         return network
     sizes = {name: s[name] for name in ("depth", "patch_size") if name in s}

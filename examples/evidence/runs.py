@@ -83,9 +83,11 @@ def run_all(place: Place, groups: list[str], processes: int) -> None:
 
 
 def tuning(place: Place, group: str) -> list[Job]:
-    """One run for each value of a setting."""
-    arms = GROUPS[group]["arms"]
-    return [Job(place, group, arm, TUNING_SEED, "val", chosen) for arm in arms for chosen in tried(group, arm)]
+    """For each value of a setting one run, or several with seeds of their own."""
+    arms, seeds = GROUPS[group]["arms"], range(TUNING_SEED, TUNING_SEED + GROUPS[group]["settings"]["tuned_on"])
+    return [
+        Job(place, group, arm, seed, "val", chosen) for arm in arms for chosen in tried(group, arm) for seed in seeds
+    ]
 
 
 def final(place: Place, group: str) -> list[Job]:
@@ -95,13 +97,13 @@ def final(place: Place, group: str) -> list[Job]:
 
 def choose(place: Place, group: str) -> dict[str, Settings]:
     """The values with the highest mean accuracy on validation images, for each arm."""
-    best: dict[str, tuple[float, Settings]] = {}
+    values: dict[str, dict[str, list[float]]] = {}
     for job in tuning(place, group):
         accuracy = job.found()["accuracy"]
-        value = accuracy.get("val", mean(accuracy.values()))
-        if job.arm not in best or value > best[job.arm][0]:
-            best[job.arm] = value, job.chosen
-    return {arm: best.get(own.get("like", arm), (0.0, {}))[1] for arm, own in GROUPS[group]["arms"].items()}
+        of_arm = values.setdefault(job.arm, {}).setdefault(json.dumps(job.chosen), [])
+        of_arm.append(accuracy.get("val", mean(accuracy.values())))
+    best = {arm: json.loads(max(tried, key=lambda chosen: mean(tried[chosen]))) for arm, tried in values.items()}
+    return {arm: best.get(own.get("like", arm), {}) for arm, own in GROUPS[group]["arms"].items()}
 
 
 def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
