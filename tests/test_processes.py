@@ -199,6 +199,7 @@ def test_misfits_are_the_same_error_everywhere(tmp_path):  # D1, D3
 
 def different_calls(rank):
     """Calls that every process could answer alone, and that do not fit together."""
+    torch.manual_seed(0)  # masks that are alike
     draw = torch.Generator().manual_seed(0)
     z1, z2 = torch.randn(2, 6, 5, generator=draw)
     learned, indices, labels = z1.clone().requires_grad_(), torch.arange(6), torch.arange(6) % 2
@@ -248,6 +249,31 @@ def test_calls_that_do_not_fit_together(tmp_path):  # D1, D3
     assert first == second
     for fact, message in first:
         assert f": {fact} must be alike in every process, got rank 0: " in message
+
+
+def outside(rank, seeded):
+    """Steps of a mask that DistributedDataParallel does not wrap, from the same start or not."""
+    torch.manual_seed(0 if seeded else rank)
+    irm, head = ClassWiseIRM(5, 2, projection=nn.Identity()), nn.Linear(5, 2)
+    inside = nn.parallel.DistributedDataParallel(nn.ModuleList([ClassWiseIRM(5, 2)]))
+    torch.manual_seed(rank)
+    features, labels = torch.randn(6, 5), torch.arange(6) % 2
+    for step in range(4):
+        inside.module[0](features, labels)
+        try:
+            loss = head(irm.mask(features)).square().sum() + irm(features, labels)
+        except ValueError as raised:
+            return step, str(raised)
+        loss.backward()
+        torch.optim.SGD(irm.parameters(), lr=0.1).step()
+    return None
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_mask_outside_ddp_is_refused(seeded, tmp_path):
+    for step, message in in_processes(2, outside, tmp_path, seeded):
+        assert step == seeded
+        assert "wrap it in DistributedDataParallel together with the backbone" in message
 
 
 def compiled(rank):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equireg._agreement import Facts
+from equireg._agreement import Agreement, Facts, checksum, world_size
 from equireg._checks import Arguments
 from equireg.eqinv.class_risks import check_batch
 from equireg.similarity import accumulation_dtype
@@ -23,7 +23,7 @@ def checked_batch(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | 
     """Labels and indices as int64."""
     check = Arguments("ClassWiseIRM")
     check.sizes["D"] = irm.num_features
-    check.device, check.device_of = irm.mask.weight.device, "the loss module"
+    check.device, check.device_of = irm.mask.weight.device, "the loss module (irm.to(device) moves it)"
     labels = check_batch(check, "features", features, labels)
     check.below("labels", labels, irm.num_classes, "num_classes")
     if indices is not None:
@@ -38,6 +38,28 @@ def checked_batch(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | 
     if alone and any(isinstance(module, nn.BatchNorm1d) for module in irm.projection.modules()):
         check.fail("features", "of at least 2 samples, for the projection's BatchNorm", list(features.shape))
     return labels, indices
+
+
+def check_projection(check: Arguments, projection: nn.Module | None, num_features: int) -> None:
+    """Where it begins with a linear layer, which is of so many features."""
+    while isinstance(projection, nn.Sequential) and len(projection):
+        projection = projection[0]
+    if isinstance(projection, nn.Linear) and projection.in_features not in (num_features, 0):  # 0: lazy
+        check.fail("projection", f"of {num_features} features (num_features)", f"one of {projection.in_features}")
+
+
+def check_mask_alike(irm: Any) -> None:
+    """Outside DistributedDataParallel each process would train a mask of its own, from another start or another batch.
+
+    Looked at in the first two calls that train, in which all processes have to take part.
+    """
+    if torch.compiler.is_compiling() or not (irm.training and torch.is_grad_enabled()) or irm._seen_alike == 2:
+        return
+    group = irm.processes.group
+    with Agreement("ClassWiseIRM", world_size(group), group) as facts:
+        digits = irm.mask.weight.detach().float().view(torch.int32)
+        facts["the mask (wrap it in DistributedDataParallel together with the backbone)"] = partial(checksum, digits)
+    irm._seen_alike += 1
 
 
 def facts_of(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | None) -> Facts:

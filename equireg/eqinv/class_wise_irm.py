@@ -20,7 +20,7 @@ from equireg._agreement import Checksum
 from equireg._checks import Arguments, values_visible
 from equireg.distributed import Group, Processes
 from equireg.eqinv.adjusted_similarity import Adjust
-from equireg.eqinv.batch import checked_batch, facts_of, zero_of
+from equireg.eqinv.batch import check_mask_alike, check_projection, checked_batch, facts_of, zero_of
 from equireg.eqinv.class_risks import Batch, Compared, compare, risk_of, slope_of, sup_con_of
 from equireg.eqinv.environments import Environments
 from equireg.eqinv.feature_mask import FeatureMask
@@ -97,7 +97,8 @@ class ClassWiseIRM(nn.Module):
 
     Raises:
         TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range,
-            and labels other than those fitted at the same index; ``indices`` given before the environments are fitted.
+            and labels other than those fitted at the same index; ``indices`` given before the environments are fitted;
+            masks that differ between processes, looked at in the first two calls that train.
 
     Example:
         >>> import torch
@@ -148,16 +149,18 @@ class ClassWiseIRM(nn.Module):
             check.count("num_samples", num_samples)
         if projection is not None and not isinstance(projection, nn.Module):
             check.fail_type("projection", "an nn.Module or None", type(projection).__name__)
+        check_projection(check, projection, num_features)
         self.num_features, self.num_classes = num_features, num_classes
         self.weight, self.penalty = weight, penalty
         self.temperature, self.denominator, self.detach = temperature, denominator, detach
         self.contrast, self.penalty_on, self.risk_weight = contrast, penalty_on, risk_weight
         self.sample_weights = sample_weights
         self.processes, self.checksum = Processes("ClassWiseIRM", gather_distributed), Checksum()
-        self._warned = False
+        self._warned, self._seen_alike = False, 0
         self.mask = FeatureMask(num_features)
         self.projection = projection if projection is not None else _projection(num_features)
         self.register_module("environments", None if num_samples is None else Environments(num_classes, num_samples))
+        self.register_load_state_dict_post_hook(_form_weights)  # type: ignore[no-untyped-call]
 
     @classmethod
     def released(
@@ -254,9 +257,7 @@ class ClassWiseIRM(nn.Module):
             self.environments.become(environments)  # in place: who holds these buffers sees the change
         else:
             self.environments = environments
-        if self.sample_weights:
-            # Computed now, and not in the first step, which may be compiled.
-            self.environments.weights(self.environments.labels[:0])
+        _form_weights(self)
         return self
 
     def fold_into(self, head: nn.Module) -> nn.Module:
@@ -297,6 +298,7 @@ class ClassWiseIRM(nn.Module):
         self, features: Tensor, labels: Tensor, indices: Tensor | None
     ) -> tuple[Tensor, tuple[Compared, Tensor, Tensor] | None]:
         """The loss; the comparison of the batch, and by sample the risks [B, 2] and penalties [B] of its class."""
+        check_mask_alike(self)
         with self.processes.alike() as facts:
             labels, indices = checked_batch(self, features, labels, indices)
             if self.processes.size > 1:
@@ -366,6 +368,12 @@ class ClassWiseIRM(nn.Module):
         elif bits is not None and self.environments is None:
             self.environments = Environments().to(self.mask.weight.device)  # takes its sizes from what it loads
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _form_weights(irm: ClassWiseIRM, *_: Any) -> None:
+    """Once, after fitting or loading, and not in a step: a compiled one could not keep them."""
+    if irm.sample_weights and irm.environments is not None and irm.environments.fitted:
+        irm.environments.weights(irm.environments.labels[:0])
 
 
 def _projection(num_features: int) -> nn.Module:

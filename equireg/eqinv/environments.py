@@ -265,7 +265,7 @@ class Environments(nn.Module):
             check.device, check.device_of = self.bits.device, "the environments"
             indices, _ = self._placed(check, indices)
         everyone = self._weights.get((sharpness, cap))
-        if everyone is None or everyone.device != self.labels.device:
+        if everyone is None:
             everyone = self._all_weights(check, sharpness, cap)
             if not torch.compiler.is_compiling():  # a compiled step would be compiled again for what it leaves behind
                 self._weights[sharpness, cap] = everyone
@@ -311,8 +311,7 @@ class Environments(nn.Module):
         took_part = (self.labels >= 0).nonzero().squeeze(1)
         weights = torch.zeros(self.num_samples, dtype=torch.float64)
         weights[took_part.cpu()] = self.weights(took_part, sharpness=sharpness, cap=cap).cpu().double()
-        if num_samples is None:
-            num_samples = len(took_part)
+        num_samples = len(took_part) if num_samples is None else num_samples
         check.count("num_samples", num_samples)
         return WeightedRandomSampler(weights, num_samples, generator=generator)  # type: ignore[arg-type]
 
@@ -381,7 +380,12 @@ class Environments(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickles and copies carry the environments, not the features of a whole dataset.
-        return {**self.__dict__, "_ranked_by": None, "_weights": {}}
+        return {**self.__dict__, "_ranked_by": None}
+
+    def _apply(self, *args: Any, **options: Any) -> Environments:
+        super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        self._weights = {key: weights.to(self.labels.device) for key, weights in self._weights.items()}
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # The sizes are those of the dataset that was saved; an empty object takes them, a filled one must agree.

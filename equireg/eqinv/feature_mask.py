@@ -44,6 +44,7 @@ class FeatureMask(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         check = Arguments("FeatureMask")
+        check.device, check.device_of = self.weight.device, "the mask (irm.to(device) moves it)"
         check.floats("features", features)
         if features.shape[-1:] != self.weight.shape:
             check.fail("features", f"[..., {len(self.weight)}]", list(features.shape))

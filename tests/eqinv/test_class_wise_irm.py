@@ -195,6 +195,13 @@ REFUSED = [
     (call(labels=torch.zeros(5).long()), ValueError, r"labels must be \[B\] = \[6\], got \[5\]"),
     (call(indices=torch.zeros(7).long()), ValueError, r"indices must be \[B\] = \[6\], got \[7\]"),
     (lambda: ClassWiseIRM(4, 2)(ONES, SIX % 2, SIX), ValueError, r"None before fit_environments, got \[6\]"),
+    (
+        lambda: ClassWiseIRM(4, 2, projection=nn.Sequential(nn.Sequential(nn.Linear(7, 3)))),
+        ValueError,
+        r"projection must be of 4 features \(num_features\), got one of 7",
+    ),
+    (lambda: ClassWiseIRM(4, 2)(torch.ones(6, 4, device="meta"), SIX), ValueError, r"irm.to\(device\) .* got meta"),
+    (lambda: ClassWiseIRM(4, 2).mask(torch.ones(6, 4, device="meta")), ValueError, r"irm.to\(device\) .* got meta"),
     (lambda: module(sample_weights=True)()(ONES, SIX % 2), ValueError, "indices must be given with sample_weights"),
     (risks(similar=torch.ones(4, 4)), TypeError, "similar must be a bool tensor, got torch.float32"),
     (risks(temperature=torch.ones(2)), ValueError, r"temperature must be a number or .* got \[2\]"),

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -246,3 +247,28 @@ def test_what_is_refused():
         Environments(4, 50).context()
     with pytest.raises(ValueError, match="whiten must be at most 16, the rank of the features, got 17"):
         Environments.split(features, labels, whiten=17)
+
+
+@pytest.mark.parametrize("renew", ["load", "copy", "pickle"])
+def test_a_compiled_step_forms_no_weights_after_resuming(renew, monkeypatch):
+    features, labels, _ = biased()
+    saved = ClassWiseIRM(features.shape[1], 4, sample_weights=True).fit_environments(features, labels)
+    if renew == "load":
+        irm = ClassWiseIRM(features.shape[1], 4, sample_weights=True)
+        irm.load_state_dict(saved.state_dict())
+    else:
+        irm = copy.deepcopy(saved) if renew == "copy" else pickle.loads(pickle.dumps(saved))  # noqa: S301
+    monkeypatch.setattr(Environments, "_all_weights", None)  # would raise
+    batch = torch.arange(20)
+    torch._dynamo.reset()
+    compiled = torch.compile(irm, backend="eager", fullgraph=True)
+    assert compiled(features[batch], labels[batch], batch).isfinite()
+
+
+def test_weights_move_with_the_environments():
+    features, labels, _ = biased()
+    environments = Environments.split(features, labels)
+    indices = torch.arange(5)
+    environments.weights(indices)
+    assert environments.half().weights(indices).dtype == torch.float32
+    assert environments.to("meta").weights(indices.to("meta")).device.type == "meta"
