@@ -60,8 +60,7 @@ class Environments(nn.Module):
         # As whole numbers, so that neither ``.half()`` nor timm's moving average of the model changes them.
         self.register_buffer("scores", torch.zeros(num_samples, dtype=torch.int32))
         self._fitted = False
-        # Rows of features, their dataset indices and ``adjust``, by reference and outside the state: what ``members``
-        # are sorted by. A stored order would be 30 times the bits.
+        # Features, their indices and ``adjust``, by reference, to sort ``members``: an order is 30 times the bits.
         self._ranked_by: tuple[Tensor, Tensor, Adjust] | None = None
         self._weights: dict[tuple[float | str, float], Tensor] = {}
 
@@ -177,10 +176,9 @@ class Environments(nn.Module):
             tensor([[ True,  True, False]])
         """
         check = Arguments("Environments.similar")
-        check.device, check.device_of = self.bits.device, "the environments"
+        indices, labels = self._placed(check, indices)
         classes = check.integers("classes", classes, "A")
         check.below("classes", classes, self.num_classes, "num_classes")
-        indices, labels = self._placed(check, indices)
         place = classes[:, None] * self.bits.shape[1] + indices // 8  # three times faster than indexing by both
         byte = self.bits.flatten().index_select(0, place.flatten()).view(place.shape)
         return bit_of(byte, indices) | (classes[:, None] == labels)
@@ -262,7 +260,6 @@ class Environments(nn.Module):
             check.not_negative("sharpness", sharpness)
         check.positive("cap", cap)
         if indices is not None:
-            check.device, check.device_of = self.bits.device, "the environments"
             indices, _ = self._placed(check, indices)
         everyone = self._weights.get((sharpness, cap))
         if everyone is None:
@@ -286,7 +283,6 @@ class Environments(nn.Module):
             int64 [B] or [N]: the arg max over k ≠ y of :func:`adjusted_similarity`. Raises as :meth:`weights`.
         """
         check = Arguments("Environments.context")
-        check.device, check.device_of = self.bits.device, "the environments"
         self._check_contexts(check)
         return self.contexts.long() if indices is None else self.contexts[self._placed(check, indices)[0]].long()
 
@@ -356,6 +352,7 @@ class Environments(nn.Module):
 
     def _placed(self, check: Arguments, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Dataset indices [B] and the labels fitted there, of samples that took part in the split."""
+        check.device, check.device_of = self.bits.device, "the environments"
         indices = check.integers("indices", indices, "B")
         check.below("indices", indices, self.num_samples, "num_samples")
         labels = self.labels[indices]
@@ -388,17 +385,15 @@ class Environments(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if prefix + "bits" in state_dict and prefix + "scores" not in state_dict:
+            # Saved before there were weights: the environments are there, their contexts are not.
+            none = torch.full_like(state_dict[prefix + "labels"], -1, dtype=torch.int32)
+            state_dict = state_dict | {prefix + "contexts": none, prefix + "scores": torch.zeros_like(none)}
         # The sizes are those of the dataset that was saved; an empty object takes them, a filled one must agree.
         for name in ("bits", "labels", "contexts", "scores"):
             saved, mine = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and mine.numel() == 0:
                 setattr(self, name, torch.empty_like(saved, device=mine.device))
-        if prefix + "bits" in state_dict and prefix + "scores" not in state_dict:
-            # Saved before there were weights: the environments are there, their contexts are not.
-            saved = state_dict[prefix + "labels"]
-            empty = {"contexts": torch.full_like(saved, -1, dtype=torch.int32), "scores": torch.zeros_like(saved).int()}
-            self.contexts, self.scores = (torch.empty_like(part, device=self.labels.device) for part in empty.values())
-            state_dict = state_dict | {prefix + name: part for name, part in empty.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "labels" in state_dict:
             self._fitted, self._ranked_by, self._weights = bool((self.labels >= 0).any()), None, {}
