@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equireg._checks import Arguments, values_visible
-from equireg.image_transforms import gaussian_blur, jitter_colors, rigid_motion
+from equireg.image_transforms import gaussian_blur, in_blocks, jitter_colors, rigid_motion
 
 __all__ = ["IntermediateViews"]
 
@@ -23,7 +23,6 @@ _PARAMETERS = {
     "blur": ("sigma",),
 }
 _COMPOSED = {"se2": ("rotation", "translation"), "all": tuple(_PARAMETERS)}
-_BLOCK = 2**21  # pixels, over all channels
 _FACTORS = ("brightness", "contrast", "saturation")  # 1 changes nothing; for all others, 0 does
 
 
@@ -223,10 +222,7 @@ class IntermediateViews:
                 change = partial(gaussian_blur, radius=self.kernel_size // 2)
             elif "rotation" in parts:
                 change = partial(rigid_motion, padding=self.padding)
-            # On a CPU, blocks of large images keep intermediate results in the cache: twice as fast.
-            size = max(1, _BLOCK // images[0].numel()) if images.device.type == "cpu" and len(images) else len(images)
-            blocks = zip(images[first:].split(size), *(value.split(size) for value in values))
-            images = torch.cat([images[:first], *(change(*block) for block in blocks)])
+            images = torch.cat([images[:first], in_blocks(change, images[first:], *values)])
         return images
 
     def _check_images(self, images: Tensor) -> Arguments:
