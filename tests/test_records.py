@@ -54,6 +54,7 @@ NO_LOSSES = {
     "TokenTap",
     "WithIndex",
     "adjusted_similarity",
+    "dense_probe",
     "ensemble",
     "equivariance_score",
     "extract_features",
