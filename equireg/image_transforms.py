@@ -1,7 +1,7 @@
 """Motion, colour changes and blur of a batch of images, with parameters for each image.
 
 They do what torchvision's functional transforms do to one image, without a loop over images. They compute in float32
-(float64 for float64), and return an image with identity parameters bit for bit.
+(float64 for float64), and return an image with identity parameters bit for bit, ``projected`` to rounding.
 """
 
 from __future__ import annotations
@@ -47,6 +47,26 @@ def rigid_motion(images: Tensor, angle: Tensor, dx: Tensor, dy: Tensor, *, paddi
     with _without_autocast(x):
         moved = F.grid_sample(x, source, mode="bilinear", padding_mode=padding, align_corners=False)
     return _unless((angle == 0) & (dx == 0) & (dy == 0), images, moved)
+
+
+def projected(images: Tensor, matrices: Tensor, *, padding: str, size: tuple[int, int] | None = None) -> Tensor:
+    """Images that show at each place p what the given images show at M p, by bilinear sampling.
+
+    Args:
+        images: [N, C, H, W]
+        matrices: the homographies M, [N, 3, 3], of places (x, y, 1) in pixels from the images' upper left corner; the
+            middle of the first pixel is at (0.5, 0.5)
+        padding: what lies outside of the frame, as for ``rigid_motion``
+        size: height and width of the result; None keeps the images'
+    """
+    (height, width), x = size or images.shape[2:], _wide(images)
+    down, right = (torch.arange(side, device=x.device, dtype=x.dtype) + 0.5 for side in (height, width))
+    places = F.pad(torch.stack(torch.meshgrid(right, down, indexing="xy"), -1), (0, 1), value=1)
+    with _without_autocast(x):
+        seen = (places.flatten(0, 1) @ matrices.to(x.dtype).transpose(1, 2)).unflatten(1, (height, width))
+        scale = torch.tensor([2 / images.shape[3], 2 / images.shape[2]], device=x.device, dtype=x.dtype)
+        grid = seen[..., :2] / seen[..., 2:] * scale - 1
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False).to(images.dtype)
 
 
 def jitter_colors(

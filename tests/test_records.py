@@ -62,6 +62,7 @@ NO_LOSSES = {
     "extract_view_features",
     "fit_ensemble_weights",
     "group_accuracy",
+    "homography_probe",
     "k_shot",
     "knn_accuracy",
     "linear_probe",
