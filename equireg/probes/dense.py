@@ -47,7 +47,7 @@ def dense_probe(
 
     .. math::
         \text{mIoU}(g) = \frac{1}{|C|} \sum_{c \in C} \frac{|P_c \cap M_c|}{|P_c \cup M_c|}, \qquad
-        P = \arg\max \text{resize}(W f(\rho_g(x))), \quad M = \rho_g(m)
+        P = \text{argmax}(\text{resize}(W f(\rho_g(x)))), \quad M = \rho_g(m)
 
     with the pixels :math:`P_c` predicted to be of class c, and :math:`M_c` those of class c, over all images;
     :math:`C` are the classes that occur in the masks. Scores of tokens are resized to pixels bilinearly.
