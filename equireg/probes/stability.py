@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from equireg._checks import Arguments, values_visible
+from equireg._checks import Arguments
 from equireg._progress import progress_bar
 from equireg.features import check_callable, frozen
 from equireg.image_transforms import gaussian_blur, in_blocks, projected
@@ -153,7 +153,5 @@ def _checked(batch: Any) -> tuple[Tensor, Tensor]:
         check.fail_type("loader", "a loader of (images, labels)", type(batch).__name__)
     images = check.features("images of loader", batch[0], "B C H W")
     labels = check.integers("labels of loader", batch[1], "B")
-    if values_visible(images) and images.numel() and not (images.min() >= 0 and images.max() <= 1):
-        got = f"{float(images.min()):g} .. {float(images.max()):g}"
-        check.fail("images of loader", "in 0 .. 1: the model normalises them", got)
+    check.pixels("images of loader", images, "in 0 .. 1: the model normalises them")
     return images, labels

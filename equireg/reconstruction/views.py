@@ -233,10 +233,7 @@ class IntermediateViews:
         if "color" in self.parts:
             if images.shape[1] != 3:
                 check.fail("images", "[B, 3, H, W] for colours", list(images.shape))
-            if values_visible(images) and images.numel():
-                low, high = (float(bound) for bound in images.detach().aminmax())
-                if not (low >= -0.5 and high <= 1.5):  # a resized image may overshoot a little
-                    check.fail("images", "in 0 .. 1 for colours", f"{low:g} .. {high:g}")
+            check.pixels("images", images, "in 0 .. 1 for colours")
         return check
 
     def __repr__(self) -> str:
