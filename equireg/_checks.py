@@ -121,6 +121,13 @@ class Arguments:
             if wrong.any():
                 self.fail(name, "finite and at least 0", float(tensor.detach()[wrong][0]))
 
+    def pixels(self, name: str, images: Tensor, rule: str = "in 0 .. 1") -> None:
+        """Images in 0 .. 1, or by half beyond, as resizing overshoots; read only where that is free."""
+        if values_visible(images) and images.numel():
+            low, high = (float(bound) for bound in images.detach().aminmax())
+            if not (low >= -0.5 and high <= 1.5):
+                self.fail(name, rule, f"{low:g} .. {high:g}")
+
     def alike(self, **features: tuple[Tensor, str]) -> None:
         """Tensors of floating point numbers, each with its shape, of the dtype of the first."""
         (first, (like, _)), *_ = features.items()

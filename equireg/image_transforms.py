@@ -1,16 +1,30 @@
 """Motion, colour changes and blur of a batch of images, with parameters for each image.
 
 They do what torchvision's functional transforms do to one image, without a loop over images. They compute in float32
-(float64 for float64), and return an image with identity parameters bit for bit.
+(float64 for float64), and return an image with identity parameters bit for bit, ``projected`` to rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_BLOCK = 2**19  # numbers: 2 MB in float32
+
+
+def in_blocks(change: Callable[..., Tensor], images: Tensor, *values: Tensor) -> Tensor:
+    """``change(images, *values)``, where each value holds a row for each image.
+
+    On a CPU one block after the other, so that intermediate results stay in the cache: twice as fast.
+    """
+    size = max(1, _BLOCK // max(images[:1].numel(), 1)) if images.device.type == "cpu" else len(images)
+    if len(images) <= size:
+        return change(images, *values) if len(images) else images
+    return torch.cat([change(*block) for block in zip(images.split(size), *(value.split(size) for value in values))])
 
 
 def rigid_motion(images: Tensor, angle: Tensor, dx: Tensor, dy: Tensor, *, padding: str) -> Tensor:
@@ -30,60 +44,101 @@ def rigid_motion(images: Tensor, angle: Tensor, dx: Tensor, dy: Tensor, *, paddi
     down = torch.arange(height, device=x.device, dtype=x.dtype).view(-1, 1) + (1 - height) / 2
     down = down - dy.to(x.dtype).view(-1, 1, 1)
     source = torch.stack(((cos * right - sin * down) * (2 / width), (sin * right + cos * down) * (2 / height)), -1)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         moved = F.grid_sample(x, source, mode="bilinear", padding_mode=padding, align_corners=False)
     return _unless((angle == 0) & (dx == 0) & (dy == 0), images, moved)
 
 
-def jitter_colors(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, in this order, as torchvision's ``adjust_*`` define them.
+def projected(images: Tensor, matrices: Tensor, *, padding: str, size: tuple[int, int] | None = None) -> Tensor:
+    """Images that show at each place p what the given images show at M p, by bilinear sampling.
+
+    Args:
+        images: [N, C, H, W]
+        matrices: the homographies M, [N, 3, 3], of places (x, y, 1) in pixels from the images' upper left corner; the
+            middle of the first pixel is at (0.5, 0.5)
+        padding: what lies outside of the frame, as for ``rigid_motion``
+        size: height and width of the result; None keeps the images'
+    """
+    (height, width), x = size or images.shape[2:], _wide(images)
+    down, right = (torch.arange(side, device=x.device, dtype=x.dtype) + 0.5 for side in (height, width))
+    places = F.pad(torch.stack(torch.meshgrid(right, down, indexing="xy"), -1), (0, 1), value=1)
+    with _without_autocast(x):
+        seen = (places.flatten(0, 1) @ matrices.to(x.dtype).transpose(1, 2)).unflatten(1, (height, width))
+        scale = torch.tensor([2 / images.shape[3], 2 / images.shape[2]], device=x.device, dtype=x.dtype)
+        grid = seen[..., :2] / seen[..., 2:] * scale - 1
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False).to(images.dtype)
+
+
+def jitter_colors(
+    images: Tensor,
+    brightness: Tensor,
+    contrast: Tensor,
+    saturation: Tensor,
+    hue: Tensor,
+    order: Tensor | None = None,
+    *,
+    hue_at: int = 3,
+) -> Tensor:
+    """Brightness, contrast, saturation and hue, as torchvision's ``adjust_*`` define them, in this order or another.
 
     Args:
         images: [N, 3, H, W] in 0 .. 1
         brightness, contrast, saturation: factors from 0, [N]; 1 changes nothing
         hue: shift of the hue as a share of its circle, -0.5 .. 0.5, [N]; 0 changes nothing
+        order: of the first three, as 0, 1 and 2, for each image, [N, 3]; None keeps them as they are
+        hue_at: how many of these three come before the hue, 0 .. 3
     """
     x = _wide(images).clamp(0, 1)
-    x = _blend(x, torch.zeros_like(x[:1, :1, :1, :1]), brightness)
-    x = _blend(x, _gray(x).mean((1, 2, 3), keepdim=True), contrast)
-    x = _blend(x, _gray(x), saturation)
-    x = _unless(hue == 0, x, _shift_hue(x, hue.to(x.dtype)))
+    factors = torch.stack((brightness, contrast, saturation), 1)
+    order = torch.arange(3, device=factors.device).expand_as(factors) if order is None else order
+    steps = list(zip(order.unbind(1), factors.gather(1, order).unbind(1)))
+    for place in range(4):
+        if place == hue_at:
+            x = _unless(hue == 0, x, _shift_hue(x, hue.to(x.dtype)))
+        if place < 3:
+            (kind, factor), gray = steps[place], gray_of(x)
+            # Towards black, towards the image's mean gray, or towards each pixel's gray.
+            mean = gray.mean((1, 2, 3)) * (kind == 1)
+            other = mean.view(-1, 1, 1, 1) + gray * (kind == 2).view(-1, 1, 1, 1)
+            x = torch.lerp(other, x, factor.to(x.dtype).view(-1, 1, 1, 1)).clamp(0, 1)
     return _unless((brightness == 1) & (contrast == 1) & (saturation == 1) & (hue == 0), images, x)
 
 
+def gray_of(x: Tensor) -> Tensor:
+    """Luminance of [N, 3, H, W], as one channel, by torchvision's weights."""
+    gray: Tensor = 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+    return gray
+
+
 def gaussian_blur(images: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
-    """Gaussian blur with mirrored edges, by one matrix product for each side and image.
+    """Gaussian blur with mirrored edges, along one side and then along the other.
 
     Args:
         images: [N, C, H, W]
         sigma: standard deviation in pixels from 0, [N]; 0 changes nothing
         radius: where the kernel is cut, in pixels; on a shorter side, as far as mirroring goes.
     """
-    x = _wide(images)
-    down, across = (_blur_matrix(side, sigma.to(x.dtype), radius).transpose(1, 2) for side in x.shape[2:])
-    with torch.autocast(x.device.type, enabled=False):
-        sideways = (x.flatten(1, 2) @ across).view_as(x).transpose(2, 3)
-        blurred: Tensor = (sideways.flatten(1, 2) @ down).view_as(sideways).transpose(2, 3)
-    return _unless(sigma == 0, images, blurred)
+    (count, channels), x = images.shape[:2], _wide(images)
+    down, across = (min(radius, side - 1) for side in x.shape[2:])
+    maps = F.pad(x, (across, across, down, down), mode="reflect").flatten(0, 1)[None]
+    with _without_autocast(x):  # each map is a channel, with a kernel of its own
+        for radius, side in ((down, 2), (across, 3)):
+            kernel = _gaussian(radius, sigma.to(x.dtype)).repeat_interleave(channels, 0)
+            maps = F.conv2d(maps, kernel[:, None, None].transpose(side, 3), groups=count * channels)
+    return _unless(sigma == 0, images, maps.view_as(images))
 
 
 def _wide(images: Tensor) -> Tensor:
     return images if images.dtype == torch.float64 else images.float()
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # meta tensors know none
+
+
 def _unless(still: Tensor, images: Tensor, changed: Tensor) -> Tensor:
     """``changed`` in the images' dtype, and the image itself where ``still``."""
     return torch.where(still.view(-1, 1, 1, 1), images, changed.to(images.dtype))
-
-
-def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    factor = factor.to(x.dtype).view(-1, 1, 1, 1)
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
-
-
-def _gray(x: Tensor) -> Tensor:
-    gray: Tensor = 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
-    return gray
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -102,19 +157,9 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     return shifted
 
 
-def _blur_matrix(side: int, sigma: Tensor, radius: int) -> Tensor:
-    """[N, side, side]; row i holds the weights of all places in place i."""
-    radius = min(radius, side - 1)
-    place = torch.arange(side, device=sigma.device, dtype=sigma.dtype)
+def _gaussian(radius: int, sigma: Tensor) -> Tensor:
+    """Weights of the places -radius .. radius for each σ, [N, 2·radius + 1]."""
+    place = torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)
     # A σ of 0 would be 0/0; one this small is a single 1 in the middle.
-    spread = (2 * sigma.square()).clamp(min=1e-12).view(-1, 1, 1)
-
-    def kernel(offset: Tensor) -> Tensor:
-        return torch.exp(-offset.square() / spread) * (offset.abs() <= radius)
-
-    total = kernel(torch.arange(-radius, radius + 1, device=sigma.device, dtype=sigma.dtype)).sum(-1, keepdim=True)
-    row, column = place.view(-1, 1), place.view(1, -1)
-    before = kernel(row + column) * (column > 0)  # place j mirrored at the first place
-    after = kernel(2 * (side - 1) - row - column) * (column < side - 1)
-    matrix: Tensor = (kernel(row - column) + before + after) / total
-    return matrix
+    weights = torch.exp(-place.square() / (2 * sigma.square()).clamp(min=1e-12)[:, None])
+    return weights / weights.sum(1, keepdim=True)

@@ -102,6 +102,7 @@ def test_public_names_are_there_and_documented_with_an_example():
             "EnvironmentsReport",
             "GroupAccuracy",
             "PartitionReport",
+            "Stability",
         }:  # results, and methods
             assert ">>>" in thing.__doc__, f"{name} has no example"
 

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour and linear classifiers on frozen features."""
+"""k-nearest-neighbour, linear and small non-linear classifiers on frozen features."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments
-from equireg.probes._features import standardized
+from equireg.probes._features import enough_for_epochs, seeded, standardized
+from equireg.probes._mlp import fit_mlp, mlp
 from equireg.similarity import normalized
 
 __all__ = ["knn_accuracy", "linear_probe"]
@@ -75,6 +76,10 @@ def linear_probe(
     *,
     weight_decay: float = 1e-3,
     max_iterations: int = 200,
+    hidden_dim: int | None = None,
+    epochs: int = 100,
+    seed: int = 0,
+    progress: bool = True,
 ) -> float:
     r"""Accuracy of a linear classifier on frozen features: logistic regression.
 
@@ -82,38 +87,68 @@ def linear_probe(
     minimised by L-BFGS on all of them at once. The problem is convex, so the result depends on no learning rate and no
     seed. Without weight decay, convergence may take more iterations.
 
+    With ``hidden_dim`` it is a non-linear probe, as in soft equivariance regularization, Table 3: an MLP of three
+    layers with ReLU, fitted to the cross entropy by AdamW; the epoch that is best on a tenth of the samples is kept.
+
     Args:
         train_features: [N, D], floating point.
         train_labels: whole numbers [N], from 0.
         features: [M, D], of the samples to classify.
         labels: whole numbers [M], their classes.
-        weight_decay: w, at least 0.
+        weight_decay: w, at least 0; of an MLP, that of AdamW.
         max_iterations: of L-BFGS.
+        hidden_dim: width of the two hidden layers; None for the linear classifier.
+        epochs: passes over the samples, of an MLP.
+        seed: decides the initial weights of an MLP and the order of its samples; the global random state does not
+            change.
+        progress: whether an MLP shows a bar, where tqdm is installed.
 
     Returns:
         The share of right answers, 0 to 1.
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices, a negative label, no samples, features that are not
-            finite.
+            finite, fewer than 20 training samples for an MLP.
 
     Example:
         >>> x, y = torch.randn(60, 5), torch.arange(60) % 3
         >>> x[:, 0] += 10 * y  # the classes lie apart
         >>> linear_probe(x, y, x, y)
         1.0
+        >>> sign = (x[:, 1] * x[:, 2] > 0).long()  # no line tells these classes
+        >>> linear_probe(x, sign, x, sign) < linear_probe(x, sign, x, sign, hidden_dim=64, progress=False)
+        True
     """
     check = Arguments("linear_probe")
     classes = _check_samples(check, train_features, train_labels, features, labels)
     check.not_negative("weight_decay", weight_decay)
     check.count("max_iterations", max_iterations)
+    check.count("epochs", epochs)
+    generator = seeded(check, seed)
     check.finite("train_features", train_features)
     check.finite("features", features)
+    if hidden_dim is not None:
+        check.count("hidden_dim", hidden_dim)
+        enough_for_epochs(check, "train_features", len(train_features), len(train_features))
     x, x_test = standardized(train_features, features)
+    if hidden_dim is None:
+        weight, bias = logistic_regression(x, train_labels.long(), classes, weight_decay, max_iterations)
+        return float((F.linear(x_test, weight, bias).argmax(1) == labels).float().mean())
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        rows, y = torch.randperm(len(x), generator=generator), train_labels.long().clone()
+        layers = fit_mlp(
+            x, y, rows, classes, F.cross_entropy, hidden_dim, epochs, weight_decay, generator, progress=progress
+        )
+        return float((mlp(x_test, layers).argmax(1) == labels).float().mean())
 
+
+def logistic_regression(
+    x: Tensor, targets: Tensor, classes: int, weight_decay: float, max_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Weight [C, D] and bias [C] of the least cross entropy with classes [N], or with weights of classes [N, C]."""
     # The line search needs full precision, even if the encoder ran under autocast.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        y = train_labels.long().clone()
+        y = targets.clone()
         weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
         bias = torch.zeros(classes, device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
@@ -125,8 +160,7 @@ def linear_probe(
             return loss
 
         optimizer.step(objective)  # type: ignore[arg-type]
-        answers = F.linear(x_test, weight, bias).argmax(1)
-    return float((answers == labels).float().mean())
+    return weight.detach(), bias.detach()
 
 
 def _check_samples(

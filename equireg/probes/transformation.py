@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ from equireg._checks import Arguments
 from equireg._progress import progress_bar
 from equireg.backbones.token_tap import TokenTap
 from equireg.features import check_callable, frozen, images_of
-from equireg.probes._features import standardized
+from equireg.probes._features import enough_for_epochs, seeded, split_rows, standardized
+from equireg.probes._mlp import fit_mlp, mlp
 from equireg.probes.classification import linear_probe
 
 __all__ = ["transformation_accuracy", "transformation_r2"]
@@ -78,13 +77,9 @@ def transformation_r2(
     for name, count in (("hidden_dim", hidden_dim), ("epochs", epochs)):
         check.count(name, count)
     check.not_negative("weight_decay", weight_decay)
-    check.count("seed", seed, least=0)
-    if seed >= 2**63:
-        check.fail("seed", "below 2**63", seed)
-    generator = torch.Generator().manual_seed(seed)
-    train, test = _split(check, "features1", len(features1), held_out, generator)
-    if len(train) < 20:  # a tenth of them choose the epoch
-        check.fail("features1", "of at least 20 rows for training", f"{len(train)} of {len(features1)}")
+    generator = seeded(check, seed)
+    train, test = split_rows(check, "features1", len(features1), held_out, generator)
+    enough_for_epochs(check, "features1", len(train), len(features1))
     for name, given in (("features1", features1), ("parameters", parameters)):
         if given.shape[1] == 0:
             check.fail(name, "of at least one column", list(given.shape))
@@ -98,8 +93,10 @@ def transformation_r2(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(features1.device.type, enabled=False):
         both = torch.cat([features1, features2], 1)
         (_, x), (_, t) = (standardized(part[train], part) for part in (both, parameters))
-        layers = _regressor(x, t, train, hidden_dim, epochs, weight_decay, generator, progress)
-        residual = (t[test] - _mlp(x[test], layers)).double().square().sum(0)
+        layers = fit_mlp(
+            x, t, train, t.shape[1], F.mse_loss, hidden_dim, epochs, weight_decay, generator, progress=progress
+        )
+        residual = (t[test] - mlp(x[test], layers)).double().square().sum(0)
     return (1 - residual / (t[test] - t[test].mean(0)).double().square().sum(0)).float().cpu()
 
 
@@ -111,9 +108,10 @@ def transformation_accuracy(
     *,
     transformation: str = "rotation",
     held_out: float = 0.2,
+    hidden_dim: int | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Accuracy of a linear classifier that predicts quarter turns, or flips, from frozen features of each layer.
+    """Accuracy of a classifier that predicts quarter turns, or flips, from frozen features of each layer.
 
     Each image is encoded under every transformation. Features are the means of a layer's tokens (soft equivariance
     regularization, Table 7), and the classifier is ``linear_probe``'s. All versions of an image fall on one side of the
@@ -125,6 +123,7 @@ def transformation_accuracy(
         layers: names of submodules, as for ``TokenTap``; None takes the model's own output [B, D], as "output".
         transformation: "rotation" by 0, 90, 180 and 270 degrees, of square images; or "flip", left to right or not.
         held_out: share of the images to measure on, above 0 and below 1.
+        hidden_dim: None for the linear classifier, or the width of ``linear_probe``'s MLP.
         progress: whether to show a bar, where tqdm is installed.
 
     Returns:
@@ -164,70 +163,17 @@ def transformation_accuracy(
         check.fail("loader", "of at least one batch", "none")
     features = {name: torch.cat(parts, 1) for name, parts in found.items()}
     kinds, count = next(iter(features.values())).shape[:2]
-    train, test = _split(check, "loader", count, held_out, torch.Generator().manual_seed(0))
+    train, test = split_rows(check, "loader", count, held_out, torch.Generator().manual_seed(0))
 
     def labelled(of_layer: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         return of_layer[:, images].flatten(0, 1), torch.arange(kinds).repeat_interleave(len(images))
 
     return {
-        name: linear_probe(*labelled(of_layer, train), *labelled(of_layer, test))
-        for name, of_layer in progress_bar(features.items(), "linear probes", shown=progress)
+        name: linear_probe(
+            *labelled(of_layer, train), *labelled(of_layer, test), hidden_dim=hidden_dim, progress=progress
+        )
+        for name, of_layer in progress_bar(features.items(), "probes of layers", shown=progress)
     }
-
-
-def _regressor(
-    x: Tensor,
-    t: Tensor,
-    rows: Tensor,
-    hidden_dim: int,
-    epochs: int,
-    weight_decay: float,
-    generator: torch.Generator,
-    progress: bool,
-) -> list[Tensor]:
-    """Fit an MLP from x to t on some of their rows; return its weights, then its biases."""
-    chosen, fitted = rows[: len(rows) // 10], rows[len(rows) // 10 :]
-    sizes = [x.shape[1], hidden_dim, hidden_dim, t.shape[1]]
-    weights = [math.sqrt(2 / a) * torch.randn(b, a, generator=generator) for a, b in pairwise(sizes)]
-    layers = [layer.to(x.device).requires_grad_() for layer in (*weights, *map(torch.zeros, sizes[1:]))]
-    batch_size = min(256, max(8, len(fitted) // 20))  # few rows need as many steps
-    optimizer = torch.optim.AdamW(layers, lr=1e-3, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(fitted) / batch_size))
-    least, best = math.inf, layers
-    for _ in progress_bar(range(epochs), "regression of the parameters", shown=progress):
-        for part in fitted[torch.randperm(len(fitted), generator=generator)].split(batch_size):
-            with torch.enable_grad():
-                loss = F.mse_loss(_mlp(x[part], layers), t[part])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        error = float(F.mse_loss(_mlp(x[chosen], layers), t[chosen]))
-        if error < least:
-            least, best = error, [layer.detach().clone() for layer in layers]
-    return best
-
-
-def _mlp(x: Tensor, layers: list[Tensor]) -> Tensor:
-    """Apply an MLP, given as its weights and then as many biases."""
-    half = len(layers) // 2
-    for depth, (weight, bias) in enumerate(zip(layers[:half], layers[half:])):
-        x = F.linear(x if depth == 0 else x.relu(), weight, bias)
-    return x
-
-
-def _split(
-    check: Arguments, name: str, count: int, held_out: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Rows for training, and those held out."""
-    check.number("held_out", held_out)
-    if not 0 < held_out < 1:
-        check.fail("held_out", "above 0 and below 1", held_out)
-    size = round(held_out * count)
-    if size < 2 or count - size < 2:
-        check.fail(name, f"of enough rows to hold out a share of {held_out}, and to train on the rest", count)
-    order = torch.randperm(count, generator=generator)
-    return order[size:], order[:size]
 
 
 def _versions(check: Arguments, images: Tensor, transformation: str) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equireg._checks import Arguments, values_visible
-from equireg.image_transforms import gaussian_blur, jitter_colors, rigid_motion
+from equireg.image_transforms import gaussian_blur, in_blocks, jitter_colors, rigid_motion
 
 __all__ = ["IntermediateViews"]
 
@@ -23,7 +23,6 @@ _PARAMETERS = {
     "blur": ("sigma",),
 }
 _COMPOSED = {"se2": ("rotation", "translation"), "all": tuple(_PARAMETERS)}
-_BLOCK = 2**21  # pixels, over all channels
 _FACTORS = ("brightness", "contrast", "saturation")  # 1 changes nothing; for all others, 0 does
 
 
@@ -223,10 +222,7 @@ class IntermediateViews:
                 change = partial(gaussian_blur, radius=self.kernel_size // 2)
             elif "rotation" in parts:
                 change = partial(rigid_motion, padding=self.padding)
-            # On a CPU, blocks of large images keep intermediate results in the cache: twice as fast.
-            size = max(1, _BLOCK // images[0].numel()) if images.device.type == "cpu" and len(images) else len(images)
-            blocks = zip(images[first:].split(size), *(value.split(size) for value in values))
-            images = torch.cat([images[:first], *(change(*block) for block in blocks)])
+            images = torch.cat([images[:first], in_blocks(change, images[first:], *values)])
         return images
 
     def _check_images(self, images: Tensor) -> Arguments:
@@ -237,10 +233,7 @@ class IntermediateViews:
         if "color" in self.parts:
             if images.shape[1] != 3:
                 check.fail("images", "[B, 3, H, W] for colours", list(images.shape))
-            if values_visible(images) and images.numel():
-                low, high = (float(bound) for bound in images.detach().aminmax())
-                if not (low >= -0.5 and high <= 1.5):  # a resized image may overshoot a little
-                    check.fail("images", "in 0 .. 1 for colours", f"{low:g} .. {high:g}")
+            check.pixels("images", images, "in 0 .. 1 for colours")
         return check
 
     def __repr__(self) -> str:

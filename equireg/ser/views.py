@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equireg._checks import Arguments, values_visible
+from equireg._checks import Arguments
 from equireg.grid import Grid, GridTransform
+from equireg.ser.photometric import BatchPolicy, Photometric, mocov3_photometric
 
-__all__ = ["EquivariantViews", "mocov3_photometric", "split_batch"]
-
-Photometric = Callable[[Tensor], Tensor]
+__all__ = ["EquivariantViews", "split_batch"]
 
 
 class EquivariantViews:
@@ -29,7 +28,8 @@ class EquivariantViews:
         patch_size: side of the model's patches in pixels.
         photometric: a random change of the colours of one image [C, H, W] that moves no pixels, such as a
             ``torchvision.transforms.v2`` pipeline; or a pair of them, one for each view. None takes
-            ``mocov3_photometric(image_size)``; ``torch.nn.Identity()`` changes nothing.
+            ``mocov3_photometric(image_size)``, which changes the whole batch at once, each image by parameters of its
+            own; any other is called once for each image. ``torch.nn.Identity()`` changes nothing.
         scale: lowest and highest factor of the area.
         ratio: lowest and highest factor of width over height, of the scaling and of the crop's box.
         crop: lowest and highest area of a random box of the image, of which both views are then made; None takes the
@@ -96,24 +96,24 @@ class EquivariantViews:
     ) -> tuple[Tensor, Tensor, GridTransform, GridTransform]:
         """Views ``x1``, ``x2`` [B, C, H, W], each with its own size, and the elements ``g1``, ``g2`` that made them.
 
+        The views are floating point, on the device of the images.
+
         Args:
-            images: [B, C, height, width] of ``image_size``, floating point in 0 .. 1.
+            images: [B, C, height, width] of ``image_size``, floating point in 0 .. 1, or uint8 in 0 .. 255.
             generator: source of all random numbers, on CPU; the global one does not change. None draws from the global
                 one.
 
         Raises:
-            TypeError, ValueError: images that are not floating point or not of ``image_size``.
+            TypeError, ValueError: images that are neither floating point nor uint8, not of ``image_size``, or not in 0
+                .. 1; overshoots of up to half a range, as by resizing, are clamped. Ranges are checked on CPU.
         """
         check = Arguments("EquivariantViews")
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            images = images / 255
         check.features("images", images, "B C H W")
         if tuple(images.shape[2:]) != self.image_size:
             check.fail("images", f"[B, C, {self.image_size[0]}, {self.image_size[1]}]", list(images.shape))
-        if values_visible(images) and images.numel():
-            low, high = (float(bound) for bound in images.detach().aminmax())
-            if not (low >= -0.5 and high <= 1.5):  # a resized image may overshoot a little
-                check.fail(
-                    "images", "in 0 .. 1: normalise the views, not what they are made of", f"{low:g} .. {high:g}"
-                )
+        check.pixels("images", images, "in 0 .. 1: normalise the views, not what they are made of")
         g1, g2 = (
             GridTransform.random(len(images), self.grid, scale=self.scale, ratio=self.ratio, generator=generator)
             for _ in range(2)
@@ -127,38 +127,6 @@ class EquivariantViews:
         with _Seeded(generator):
             x1, x2 = (_each(policy, x) for policy, x in zip(self.photometric, (x1, x2)))
         return x1, x2, g1, g2
-
-
-def mocov3_photometric(image_size: int | tuple[int, int]) -> tuple[Photometric, Photometric]:
-    """The two policies of MoCo-v3 without their crop and flip: jitter, grayscale, blur, and solarize in the second.
-
-    Args:
-        image_size: side of the images; the blur's kernel is a tenth of it, which is MoCo-v3's 23 pixels at 224.
-
-    Returns:
-        One ``torchvision.transforms.v2`` pipeline for each view; each takes an image [3, H, W] in 0 .. 1.
-
-    Example:
-        >>> first, second = mocov3_photometric(32)
-        >>> first(torch.rand(3, 32, 32)).shape
-        torch.Size([3, 32, 32])
-    """
-    from torchvision.transforms import v2  # here, so that the losses run without torchvision
-
-    side = image_size if isinstance(image_size, int) else min(image_size)
-    kernel = max(3, side // 10 | 1)  # an odd number
-
-    def policy(blur: float, solarize: float) -> Photometric:
-        steps = [
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=blur),
-            v2.RandomSolarize(threshold=0.5, p=solarize),
-        ]
-        composed: Photometric = v2.Compose(steps)
-        return composed
-
-    return policy(blur=1.0, solarize=0.0), policy(blur=0.1, solarize=0.2)
 
 
 def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -230,5 +198,7 @@ class _Seeded:
 def _each(policy: Photometric, images: Tensor) -> Tensor:
     if isinstance(policy, torch.nn.Identity) or not len(images):
         return images
+    if isinstance(policy, BatchPolicy):
+        return policy(images)
     # torchvision draws once a call, so pass one image at a time; clamp, because resizing overshoots 0 .. 1.
     return torch.stack([policy(image) for image in images.clamp(0, 1)])

@@ -56,21 +56,24 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def medians(runs: Runs, repeats: int, turn_seconds: float = 0.1) -> dict[str, float]:
+def medians(
+    runs: Runs, repeats: int, turn_seconds: float = 0.1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each, run in turns, so that what slows the machine slows them all.
 
-    A turn lasts at least ``turn_seconds``: of something fast it holds several runs, and counts their average.
+    A turn lasts at least ``turn_seconds``: of something fast it holds several runs, and counts their average. With
+    ``time.process_time`` for a clock, the time that other programs take does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(repeats), unit="turn", leave=False, disable=None):
         for name, run in runs.items():
             synchronize()
-            start, count = time.perf_counter(), 0
-            while count == 0 or time.perf_counter() - start < turn_seconds:
+            start, count = clock(), 0
+            while count == 0 or clock() - start < turn_seconds:
                 run()
                 synchronize()
                 count += 1
-            seconds[name].append((time.perf_counter() - start) / count)
+            seconds[name].append((clock() - start) / count)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -67,8 +67,14 @@ def _below(title: str, work: str) -> str:
     return rest[0].upper() + rest[1:]
 
 
-QUANTITIES = {"seconds": "time", "megabytes": "peak extra memory", "flops": "FLOPs", "rate": "rate (of the ceiling)"}
-BETTER = {"seconds": "faster", "megabytes": "less", "flops": "as many", "rate": "of the ceiling"}
+QUANTITIES = {
+    "seconds": "time",
+    "cpu_seconds": "processor time",
+    "megabytes": "peak extra memory",
+    "flops": "FLOPs",
+    "rate": "rate (of the ceiling)",
+}
+BETTER = {"seconds": "faster", "cpu_seconds": "less", "megabytes": "less", "flops": "as many", "rate": "of the ceiling"}
 
 
 def _by_quantity(rows: list[dict[str, Any]]) -> str:

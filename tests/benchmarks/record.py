@@ -21,6 +21,7 @@ TITLES = {
     "ser": "SER loss",
     "ser_flops": "FLOPs of a step with SER",
     "grid": "Group actions",
+    "views": "Views for SER",
     "reconstruction": "Image reconstruction",
     "partition": "Step of the search for a partition",
     "gpu": "Kernels on a GPU",

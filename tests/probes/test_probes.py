@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -121,12 +122,16 @@ def test_linear_probe_equals_scikit_learn(real_images):
         assert 0.2 < found < 0.6
 
 
+SMALL = {"epochs": 15, "progress": False}
+THREE_LAYERS = partial(linear_probe, hidden_dim=32, **SMALL)
+
+
 def clusters(count=200):
     y = torch.arange(count) % 4
     return torch.nn.functional.one_hot(y, 6) + 0.3 * torch.randn(count, 6), y
 
 
-@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe, THREE_LAYERS])
 @pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e20, 1e60])
 def test_probes_have_no_scale(probe, scale):
     x, y = clusters()
@@ -141,7 +146,7 @@ def test_linear_probe_leaves_out_what_is_constant_in_training(constant):
     assert linear_probe(torch.cat([x, train], 1), y, torch.cat([x, test], 1), y) == linear_probe(x, y, x, y)
 
 
-@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])
+@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe, THREE_LAYERS])
 def test_probes_take_features_from_anywhere(probe):
     """From inference mode, in it, from an encoder with a graph, of mixed precision; nothing flows back."""
     x, y = clusters()
@@ -158,6 +163,19 @@ def test_probes_take_features_from_anywhere(probe):
     assert probe(x.double(), y, x, y) == expected
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert probe(x, y, x, y) == expected
+
+
+def test_three_layers_tell_what_no_line_tells():
+    """Quadrants: classes by the sign of a product, on samples that were not trained on."""
+    x, x_test = torch.randn(2, 600, 4)
+    y, y_test = ((part[:, 0] * part[:, 1] > 0).long() for part in (x, x_test))
+    assert linear_probe(x, y, x_test, y_test) < 0.6
+    found = linear_probe(x, y, x_test, y_test, hidden_dim=64, **SMALL)
+    assert found > 0.9
+    assert linear_probe(x, y, x_test, y_test, hidden_dim=64, **SMALL) == found
+    assert linear_probe(x, y, x_test, y_test, hidden_dim=64, seed=1, **SMALL) != found
+    shuffled = y[torch.randperm(600)]
+    assert linear_probe(x, shuffled, x_test, y_test, hidden_dim=64, **SMALL) < 0.7
 
 
 ROWS = {
@@ -200,6 +218,10 @@ def test_wrong_samples(probe, changes, message):
         (knn_accuracy, {"k": 2, "temperature": 0}, "temperature must be"),
         (linear_probe, {"weight_decay": -1}, "weight_decay must be"),
         (linear_probe, {"max_iterations": 0}, "max_iterations must be at least 1"),
+        (linear_probe, {"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        (linear_probe, {"hidden_dim": 4}, "train_features must be of at least 20 rows for training, got 8 of 8"),
+        (linear_probe, {"epochs": 0}, "epochs must be at least 1"),
+        (linear_probe, {"seed": -1}, "seed must be at least 0"),
     ],
 )
 def test_wrong_options(probe, options, message):

@@ -197,6 +197,8 @@ def test_equals_the_linear_probe_on_versions_made_by_hand():
         versions = [torch.stack([images[i].rot90(k, (1, 2)) for i in rows]) for k in range(4)]
         parts += [torch.cat([encode(part) for part in versions]), torch.arange(4).repeat_interleave(len(rows))]
     assert found == linear_probe(*parts)
+    three = transformation_accuracy(encode, images.split(20), held_out=0.3, hidden_dim=16, progress=False)["output"]
+    assert three == linear_probe(*parts, hidden_dim=16, progress=False)
     before = torch.get_rng_state()
     transformation_accuracy(encode, [images], progress=False)
     assert torch.equal(torch.get_rng_state(), before)

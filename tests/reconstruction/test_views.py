@@ -181,7 +181,7 @@ def test_each_image_is_transformed_by_itself(monkeypatch):
     together = views.transform(images, t)
     for i in range(5):
         torch.testing.assert_close(views.transform(images[i : i + 1], t[i : i + 1])[0], together[i], rtol=0, atol=1e-6)
-    monkeypatch.setattr("equireg.reconstruction.views._BLOCK", 2 * 3 * 16 * 16)
+    monkeypatch.setattr("equireg.image_transforms._BLOCK", 2 * 3 * 16 * 16)
     torch.testing.assert_close(views(images, seeded()), whole, rtol=0, atol=1e-6)
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
-from equireg import EquivariantViews, mocov3_photometric, split_batch
+from equireg import EquivariantViews, split_batch
 
 IDENTITY = torch.nn.Identity()
 
@@ -90,19 +91,6 @@ def test_one_policy_for_each_view():
     assert torch.equal(x2, g2.on_images(images, 4))
 
 
-def test_moco_v3_pair():
-    """Blur always in the first view and rarely in the second; solarize in the second alone."""
-    first, second = mocov3_photometric(224)
-    for policy, blur, solarize in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
-        jitter, gray, blurred, solarized = policy.transforms
-        assert (jitter.p, gray.p, blurred.p, solarized.p) == (0.8, 0.2, blur, solarize)
-        assert blurred.transforms[0].kernel_size == (23, 23)
-        assert list(blurred.transforms[0].sigma) == [0.1, 2.0]
-        colors = jitter.transforms[0]
-        assert (colors.brightness, colors.saturation, colors.hue) == ((0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
-    assert mocov3_photometric((32, 48))[0].transforms[2].transforms[0].kernel_size == (3, 3)
-
-
 def test_overshoot_of_resizing_gives_no_nan():
     """Sharp edges overshoot under bicubic resizing, and jittered hues of such colours were NaN."""
     checkers = (torch.arange(32)[:, None] // 2 + torch.arange(32) // 2) % 2
@@ -112,6 +100,58 @@ def test_overshoot_of_resizing_gives_no_nan():
         for x in views(images, seeded(seed))[:2]:
             assert x.isfinite().all()
             assert ((x > -1e-4) & (x < 1 + 1e-4)).all()
+
+
+def test_bytes_are_divided_by_255():
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    for options in ({}, {"photometric": IDENTITY}, {"crop": (0.3, 1)}):
+        views = EquivariantViews(32, 4, **options)
+        for mine, theirs in zip(views(images, seeded())[:2], views(images / 255, seeded())[:2]):
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine, theirs)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_larger_batch_takes_no_more_operations_and_no_value_is_read():
+    """On an accelerator; the meta device holds no values, so reading one raises."""
+    views, counts = EquivariantViews(32, 4), []
+    for size in (256, 1024):
+        with Operations() as operations:
+            x1, x2, _, _ = views(torch.rand(size, 3, 32, 32, device="meta"), seeded())
+        assert x1.is_meta
+        assert x2.is_meta
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+def test_a_policy_of_the_users_own_gets_one_image_at_a_time():
+    """With numbers of its own for each, in 0 .. 1, whatever resizing overshot."""
+    seen = []
+
+    def shift(image):
+        seen.append(image)
+        return image + torch.rand(())
+
+    views = EquivariantViews(32, 4, photometric=shift, scale=(1.3, 1.3))
+    images = (torch.rand(5, 3, 32, 32) > 0.5).float()
+    x1, x2, g1, g2 = views(images, seeded())
+    assert [image.dim() for image in seen] == [3] * 10
+    plain = [g.on_images(images, 4) for g in (g1, g2)]
+    assert min(x.min() for x in plain) < 0
+    shifts = [x - y.clamp(0, 1) for x, y in zip((x1, x2), plain)]
+    assert all((shift.amax((1, 2, 3)) - shift.amin((1, 2, 3))).max() < 1e-6 for shift in shifts)
+    assert len(set(torch.cat([shift[:, 0, 0, 0] for shift in shifts]).tolist())) == 10
 
 
 def test_empty_batch_and_gradients():
@@ -151,7 +191,7 @@ VIEWS = EquivariantViews(32, 4)
             "ratio must be two numbers above 0 in rising order",
         ),
         (lambda: VIEWS([1.0]), TypeError, "images must be a tensor"),
-        (lambda: VIEWS(torch.zeros(2, 3, 32, 32).byte()), TypeError, "images must be a tensor of floating point"),
+        (lambda: VIEWS(torch.zeros(2, 3, 32, 32).long()), TypeError, "images must be a tensor of floating point"),
         (lambda: VIEWS(torch.zeros(3, 32, 32)), ValueError, r"images must be \[B, C, H, W\]"),
         (
             lambda: VIEWS(torch.zeros(2, 3, 32, 40)),
