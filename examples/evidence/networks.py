@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from evidence.datasets import Images
 from evidence.experiments import Settings
 from evidence.frozen import WIDTH as FROZEN_WIDTH
@@ -66,6 +67,7 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
         return images.pixels[indices], images.labels[indices], torch.tensor(indices), step / (s["epochs"] * per_epoch)
 
     rate = (steps_down if s["schedule"] == "steps" else warm_cosine)(Namespace(**s))
+    AcceleratorState._reset_state()  # a process trains one run after the other, whose precision may differ
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=s["precision"])
     how = {"accelerator": accelerator, "learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s}
     if hasattr(objective, "before_epoch"):
