@@ -63,9 +63,9 @@ def class_mean(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
-    """t in 0 .. 1.5: how far the excess kurtosis, a mean over the classes of four samples or more, is beyond chance.
+    """t in 0 .. 2: how far the excess kurtosis, a mean over the classes of four samples or more, is beyond chance.
 
-    It is 1.5 from an excess of 1 on, as sharp as was best wherever the bias was strong. Chance is what
+    It is 2 from an excess of 1 on, as sharp as was best or nearly so wherever the bias was strong. Chance is what
     :func:`chance_kurtosis` gives, and two standard errors of the mean above it, which for n normally spread samples are
     those of sqrt(24 / n).
     """
@@ -74,7 +74,7 @@ def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
         return 0.0
     error = (24 / sizes[there]).sum().sqrt() / there.sum()
     beyond = shape.excess_kurtosis[there].mean() - chance_kurtosis(int((sizes > 0).sum()) - 1) - 2 * error
-    return 1.5 * float(beyond.clamp(0, 1))
+    return 2 * float(beyond.clamp(0, 1))
 
 
 def chance_kurtosis(others: int) -> float:

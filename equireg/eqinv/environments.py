@@ -234,7 +234,7 @@ class Environments(nn.Module):
         Args:
             indices: dataset indices [B] of samples that took part in the split; None for all N.
             sharpness: t, at least 0; 0 gives 1 everywhere. ``"auto"`` takes it from the shape of the scores: 0 where
-                they look as in data without bias, up to 1.5 (:attr:`EnvironmentsReport.sharpness`).
+                they look as in data without bias, up to 2 (:attr:`EnvironmentsReport.sharpness`).
             cap: c, above 0. Without it one sample could outweigh a hundred.
 
         Returns:

@@ -29,7 +29,7 @@ class EnvironmentsReport:
         skewness: [C], likewise.
         in_context: int64 [C, C], how many samples of class i are in the context of class j: ``z`` above 2, and j the
             other class that the sample resembles most.
-        sharpness: what ``weights(sharpness="auto")`` takes, 0 .. 1.5.
+        sharpness: what ``weights(sharpness="auto")`` takes, 0 .. 2.
     """
 
     def __init__(self, z: Tensor, labels: Tensor, contexts: Tensor, num_classes: int):
