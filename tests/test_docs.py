@@ -135,12 +135,17 @@ def check_command(page, command):
     if Path(program).name in ("pip", "ruff", "mypy", "sphinx-build", "pre-commit", ".ci/run", "run"):
         check_extras(command)
         return
+    if program == "equireg":  # the console script, by its module: it may not be installed
+        rest = ["-m", "equireg.eqinv._command", *rest]
+        program = "python"
     assert Path(program).name in ("python", "python3"), command
     if rest[:2] in (["-m", "pip"], ["-m", "venv"]):
         check_extras(command)
         return
     if rest[0] == "-m":
         module, options, call = rest[1], rest[2:], rest[:2]
+        if module.endswith("_command"):
+            call = rest[:3]  # a command has flags of its own
         if module == "pytest":
             assert all((ROOT / word).exists() for word in options if word.startswith("tests/")), command
             return

@@ -17,6 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 GROUND = {"similarity", "distributed", "grid", "invariance", "features", "image_transforms"}
 GROUND |= {"_agreement", "_checks", "_progress"}
 OUTSIDE = {"torch", "einops", "tqdm", "torchvision", "PIL", "triton", "matplotlib"} | set(sys.stdlib_module_names)
+OUTSIDE |= {"numpy"}  # which torchvision needs
 OUTSIDE |= {"typing_extensions"}  # for type checkers alone; torch depends on it
 NEIGHBOURS = {"probes": {"backbones"}}  # the one arrow between rooms: a probe reads token maps
 

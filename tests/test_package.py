@@ -81,7 +81,8 @@ def contents(wheel):
 def test_the_wheel_holds_the_package_alone(wheel):
     files = contents(wheel)
     information = f"equireg-{equireg.__version__}.dist-info"
-    about = {f"{information}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    about = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+    about = {f"{information}/{name}" for name in about}
     assert "equireg/py.typed" in files
     assert set(files) == sources("equireg") | about | {"equireg/__init__.pyi"}
     for name in set(files) - about:
@@ -123,6 +124,12 @@ def test_the_environment_sees_the_wheel_and_not_the_repository(installed, tmp_pa
     assert installed.parent.parent in Path(file).parents
     assert version == equireg.__version__
     assert {ROOT, Path(equireg.__file__).parent.parent}.isdisjoint(Path(path) for path in searched if path)
+
+
+def test_the_command_is_installed(installed, tmp_path):
+    command = installed.with_name("equireg" + installed.suffix)
+    assert "is my data biased?" in run(command, "--help", folder=tmp_path)
+    assert "nowhere.npz" in run(command, "environments", "nowhere.npz", folder=tmp_path, status=1)
 
 
 def test_the_quickstart_runs_against_the_wheel(installed, tmp_path):
