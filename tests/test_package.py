@@ -98,6 +98,33 @@ def test_the_wheel_asks_for_three_packages(wheel):
     assert all(re.fullmatch(r"\w+>=[\d.]+", line) for line in needed), needed  # a lower bound, and no upper one
 
 
+def test_an_index_takes_the_archives(archives):
+    pytest.importorskip("twine", reason="needs the dev extra")
+    run(sys.executable, "-m", "twine", "check", "--strict", *archives.glob("equireg-*.*"), folder=archives)
+
+
+def description(wheel):
+    metadata = next(text.decode() for name, text in contents(wheel).items() if name.endswith("METADATA"))
+    header, _, text = metadata.partition("\n\n")
+    return re.findall(r"^Project-URL: (\w+), (\S+)$", header, re.M), text
+
+
+def test_the_description_links_to_the_repository(wheel, tmp_path):
+    """Where its address is given: an index has no file of the repository. Else the README is taken as it is."""
+    pages = (ROOT / "README.md").read_text()
+    assert description(wheel) == ([], pages)
+    where = "https://example.org/equireg"
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
+    run(*build, folder=ROOT, EQUIREG_REPOSITORY=f"{where}/")
+    urls, text = description(next(tmp_path.glob("*.whl")))
+    assert dict(urls)["Repository"] == where
+    relative, absolute = (re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", page) for page in (pages, text))
+    assert len(relative) > 20
+    for (picture, before), (_, after) in zip(relative, absolute, strict=True):
+        assert after == f"{where}/{'raw' if picture else 'blob'}/HEAD/{before}"
+    assert re.findall("```.*?```", text, re.S) == re.findall("```.*?```", pages, re.S)  # code stays
+
+
 def test_the_source_archive_holds_what_the_tests_need(unpacked):
     held = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     assert sources("equireg", "examples", "tests") <= held
