@@ -29,14 +29,8 @@ default_role = "py:obj"  # of `name` in docstrings
 
 html_theme = "furo"
 html_title = f"equireg {release}"
-# The repository's address, where it has one: a link at the foot of each page, and to the source of each.
-if repository := os.environ.get("EQUIREG_REPOSITORY", "").rstrip("/"):
-    html_theme_options = {
-        "source_repository": repository,
-        "source_branch": "HEAD",
-        "source_directory": "docs/",
-        "footer_icons": [{"name": "Repository", "url": repository, "html": "Repository"}],
-    }
+if repository := os.environ.get("EQUIREG_REPOSITORY"):  # its address, where it has one: a link at the foot of each page
+    html_theme_options = {"footer_icons": [{"name": "Repository", "url": repository, "html": "Repository"}]}
 html_math_renderer = "mathml"
 html_show_sphinx = False
 html_static_path = ["_static"]
