@@ -1,17 +1,22 @@
-"""Writes ``equireg/__init__.pyi`` when the package is built or installed: the public names, for type checkers.
+"""What is written when the package is built or installed.
 
-``equireg/__init__.py`` finds them by importing the modules; this file reads the same ``__all__`` without importing any,
-so a build needs no PyTorch.
+``equireg/__init__.pyi``: the public names, for type checkers. ``equireg/__init__.py`` finds them by importing the
+modules; this file reads the same ``__all__`` without importing any, so a build needs no PyTorch.
+
+The description on a package index: the README. If the environment variable ``EQUIREG_REPOSITORY`` has the repository's
+address, its links and pictures lead there, as an index has no other files; without it the README is taken as it is.
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 STUB = "equireg/__init__.pyi"
 
@@ -51,3 +56,24 @@ class StubHook(BuildHookInterface[Any]):
         written.write_text(stub(target.parent), encoding="utf-8")
         written.replace(target)  # whole at any moment, for who reads it meanwhile
         build_data["artifacts"].append(f"/{STUB}")  # although git ignores it
+
+
+def absolute(text: str, repository: str) -> str:
+    """Markdown whose links to files lead to the repository, and whose pictures come from there."""
+
+    def link(found: re.Match[str]) -> str:
+        picture, words, target = found.groups()
+        return f"{picture}[{words}]({repository}/{'raw' if picture else 'blob'}/HEAD/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(((?!#|\w+:)[^)\s]+)\)", link, text)
+
+
+class DescriptionHook(MetadataHookInterface):
+    def update(self, metadata: dict[str, Any]) -> None:
+        text = Path(self.root, "README.md").read_text(encoding="utf-8")
+        repository = os.environ.get("EQUIREG_REPOSITORY", "").rstrip("/")
+        metadata |= {"readme": {"content-type": "text/markdown", "text": text}, "urls": {}}
+        if repository:
+            metadata["readme"]["text"] = absolute(text, repository)
+            changes = f"{repository}/blob/HEAD/CHANGELOG.md"
+            metadata["urls"] = {"Repository": repository, "Changelog": changes, "Issues": f"{repository}/issues"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ default_role = "py:obj"  # of `name` in docstrings
 
 html_theme = "furo"
 html_title = f"equireg {release}"
+if repository := os.environ.get("EQUIREG_REPOSITORY"):  # its address, where it has one: a link at the foot of each page
+    html_theme_options = {"footer_icons": [{"name": "Repository", "url": repository, "html": "Repository"}]}
 html_math_renderer = "mathml"
 html_show_sphinx = False
 html_static_path = ["_static"]

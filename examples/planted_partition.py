@@ -78,7 +78,7 @@ def report(table: list[dict[str, float]], images: Tensor, partitions: Tensor, pa
             axes.set(xticks=[], yticks=[])
         for axes, index in zip(line, chosen):
             axes.imshow(images[index].permute(1, 2, 0).numpy())
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"\n{path}")

@@ -106,7 +106,7 @@ def draw(results: dict[str, dict[str, float]], losses: dict[str, list[float]], p
         curves.plot(losses[name], label=name)
         for axes, keys in ((r2, list(result)[:-2]), (accuracy, list(result)[-2:])):
             bars = axes.bar([j + 0.4 * i for j in range(len(keys))], [result[key] for key in keys], 0.38)
-            axes.bar_label(bars, fmt="%.3g", fontsize=8)
+            axes.bar_label(bars, fmt="%.3g", fontsize=9)
             axes.set_xticks([j + 0.2 for j in range(len(keys))], keys)
     curves.set(xlabel="step", title="VICReg's loss", yscale="log")
     curves.legend()

@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 GROUND = {"similarity", "distributed", "grid", "invariance", "features", "image_transforms"}
 GROUND |= {"_agreement", "_checks", "_progress"}
 OUTSIDE = {"torch", "einops", "tqdm", "torchvision", "PIL", "triton", "matplotlib"} | set(sys.stdlib_module_names)
-OUTSIDE |= {"typing_extensions"}  # torch depends on it
+OUTSIDE |= {"typing_extensions", "numpy"}  # torch depends on the one, torchvision on the other
 NEIGHBOURS = {"probes": {"backbones"}}  # the one arrow between rooms: a probe reads token maps
 
 

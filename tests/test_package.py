@@ -81,7 +81,8 @@ def contents(wheel):
 def test_the_wheel_holds_the_package_alone(wheel):
     files = contents(wheel)
     information = f"equireg-{equireg.__version__}.dist-info"
-    about = {f"{information}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    about = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+    about = {f"{information}/{name}" for name in about}
     assert "equireg/py.typed" in files
     assert set(files) == sources("equireg") | about | {"equireg/__init__.pyi"}
     for name in set(files) - about:
@@ -95,6 +96,33 @@ def test_the_wheel_asks_for_three_packages(wheel):
     needed = [line for line in header.get_all("Requires-Dist") if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0] for line in needed} == {"torch", "einops", "torchvision"}
     assert all(re.fullmatch(r"\w+>=[\d.]+", line) for line in needed), needed  # a lower bound, and no upper one
+
+
+def test_an_index_takes_the_archives(archives):
+    pytest.importorskip("twine", reason="needs the dev extra")
+    run(sys.executable, "-m", "twine", "check", "--strict", *archives.glob("equireg-*.*"), folder=archives)
+
+
+def description(wheel):
+    metadata = next(text.decode() for name, text in contents(wheel).items() if name.endswith("METADATA"))
+    header, _, text = metadata.partition("\n\n")
+    return re.findall(r"^Project-URL: (\w+), (\S+)$", header, re.M), text
+
+
+def test_the_description_links_to_the_repository(wheel, tmp_path):
+    """Where its address is given: an index has no file of the repository. Else the README is taken as it is."""
+    pages = (ROOT / "README.md").read_text()
+    assert description(wheel) == ([], pages)
+    where = "https://example.org/equireg"
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
+    run(*build, folder=ROOT, EQUIREG_REPOSITORY=f"{where}/")
+    urls, text = description(next(tmp_path.glob("*.whl")))
+    assert dict(urls)["Repository"] == where
+    relative, absolute = (re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", page) for page in (pages, text))
+    assert len(relative) > 20
+    for (picture, before), (_, after) in zip(relative, absolute, strict=True):
+        assert after == f"{where}/{'raw' if picture else 'blob'}/HEAD/{before}"
+    assert re.findall("```.*?```", text, re.S) == re.findall("```.*?```", pages, re.S)  # code stays
 
 
 def test_the_source_archive_holds_what_the_tests_need(unpacked):
@@ -123,6 +151,12 @@ def test_the_environment_sees_the_wheel_and_not_the_repository(installed, tmp_pa
     assert installed.parent.parent in Path(file).parents
     assert version == equireg.__version__
     assert {ROOT, Path(equireg.__file__).parent.parent}.isdisjoint(Path(path) for path in searched if path)
+
+
+def test_the_command_is_installed(installed, tmp_path):
+    command = installed.with_name("equireg" + installed.suffix)
+    assert "is my data biased?" in run(command, "--help", folder=tmp_path)
+    assert "nowhere.npz" in run(command, "environments", "nowhere.npz", folder=tmp_path, status=1)
 
 
 def test_the_quickstart_runs_against_the_wheel(installed, tmp_path):

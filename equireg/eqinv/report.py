@@ -91,11 +91,11 @@ class EnvironmentsReport:
         colors = ["tab:orange" if biased else "tab:gray" for biased in self.looks_biased]
         bars.barh(range(len(names)), self.excess_kurtosis.numpy(), color=colors)
         bars.set(xlabel="excess kurtosis (orange: looks biased)", ylabel="class")
-        bars.set_yticks(range(len(names)), names, fontsize=8)
+        bars.set_yticks(range(len(names)), names, fontsize=9)
         bars.invert_yaxis()
         share = self.in_context / self.size.clamp(min=1)[:, None]
         shown = table.imshow(100 * share.numpy(), cmap="Oranges", aspect="auto")
-        table.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
+        table.set_xticks(range(len(names)), names, fontsize=9, rotation=90)
         table.set_xlabel("in the context of class")
         figure.colorbar(shown, ax=table, label="% of the class")
         return figure

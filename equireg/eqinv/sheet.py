@@ -65,7 +65,7 @@ def weight_sheet(
     if class_names is not None and len(class_names) != environments.num_classes:
         check.fail("class_names", f"of {environments.num_classes} classes", list(class_names))
     names = class_names or [str(k) for k in range(environments.num_classes)]
-    figure = Figure(figsize=(1.0 * (2 * count + 1), 1.25 * len(classes) + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.2 * (2 * count + 1), 1.45 * len(classes) + 0.4), layout="constrained")
     grid = figure.subplots(len(classes), 2 * count + 1, squeeze=False, width_ratios=[*[1] * count, 0.4, *[1] * count])
     for row, k in zip(grid, classes):
         members = (environments.labels == k).nonzero().squeeze(1)
@@ -78,7 +78,7 @@ def weight_sheet(
             axes.imshow(_shown(dataset[index]), cmap="gray")
             weight = float(environments.weights(torch.tensor([index], device=members.device))[0])
             context = names[int(environments.context(torch.tensor([index], device=members.device))[0])]
-            axes.set_title(f"{weight:.2g}  {context}", fontsize=7, pad=2)
+            axes.set_title(f"{weight:.2g}  {context}", fontsize=9, pad=2)
         row[0].set_ylabel(names[k], fontsize=9)
     figure.suptitle("weight and context of each sample: the largest weights left, the smallest right", fontsize=9)
     return figure

@@ -192,7 +192,7 @@ def draw(sides: dict[str, Rows], path: Path) -> None:
     """Every paired difference with its interval, each side in a diagram of its own."""
     names = list(dict.fromkeys(name for rows in sides.values() for row in rows.values() for name in list(row)[1:]))
     results = max(sum(map(len, rows.values())) for rows in sides.values())
-    figure = Figure((6.5 * len(sides), 1.6 + 0.22 * results), layout="constrained")
+    figure = Figure((5 * len(sides), 1.8 + 0.22 * results), layout="constrained")
     for axes, (title, rows) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items()):
         for color, name in enumerate(names):
             for place, row in enumerate(rows.values()):
@@ -201,10 +201,10 @@ def draw(sides: dict[str, Rows], path: Path) -> None:
                     _, center, low, high = row[name]
                     axes.plot([low, center, high], [y] * 3, f"C{color}o-", markevery=[1], linewidth=2, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=10)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(f"difference from the base: {title}", fontsize=10)
     lines = [Line2D([], [], color=f"C{color}", marker="o", label=name) for color, name in enumerate(names)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=10)
+    figure.savefig(path, dpi=140)
