@@ -4,11 +4,11 @@ Handwritten digits (scikit-learn's, 8 x 8) wear a colour. In training 95% wear t
 easy answer; in the test set any digit wears any colour. A small CNN trains for three epochs, enough for its features
 to show who does not follow the bias. Then it is trained anew with
 
-    loss = (environments.weights(idx) * F.cross_entropy(logits, y, reduction="none")).mean()
+    loss = (environments.weights(idx, sharpness="auto") * F.cross_entropy(logits, y, reduction="none")).mean()
 
-Beside it: plain cross entropy; the control, the same weights shuffled within each class; ``ClassWiseIRM`` on top; the
-ceiling, weights from the true colours. Three minutes on two CPU cores give a table and two pictures, runs/quickstart/*:
-the accuracies, and the digits with the largest and smallest weights. Sharpness was chosen on validation images.
+Beside it: plain cross entropy; the control, the same weights shuffled in each class; ``ClassWiseIRM`` on top; the
+ceiling, weights from the true colours. Three minutes on two CPU cores give a table and, in runs/quickstart, two
+pictures: the accuracies, and the digits that weigh most and least.
 """
 
 import argparse
@@ -64,8 +64,7 @@ def train(data: Digits, weights: Tensor, seed: int, epochs: int, bar: tqdm, irm:
     backbone, head = small_cnn(), nn.Linear(WIDTH, CLASSES)
     parameters = [*backbone.parameters(), *head.parameters(), *(irm.parameters() if irm else [])]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-4)
-    steps = len(data.labels) // BATCH
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (steps := len(data.labels) // BATCH))
     for _ in range(epochs):
         for idx in torch.randperm(len(data.labels))[: steps * BATCH].split(BATCH):
             f, y = backbone(data.images[idx]), data.labels[idx]
@@ -82,7 +81,7 @@ def train(data: Digits, weights: Tensor, seed: int, epochs: int, bar: tqdm, irm:
 
 @torch.no_grad()
 def accuracies(backbone: nn.Module, head: nn.Module, data: Digits) -> list[float]:
-    """In percent, on digits that wear the colour of their class, and on those that wear another."""
+    """In percent, on digits in the colour of their class, and on those in another."""
     right, aligned = head(backbone(data.images)).argmax(1) == data.labels, data.colors == data.labels
     return [100 * right[part].float().mean().item() for part in (aligned, ~aligned)]
 
@@ -106,7 +105,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--early", type=int, default=3, help="epochs of the network whose features are looked at")
     parser.add_argument("--bias", type=float, default=0.95, help="share of training digits in their class's colour")
-    parser.add_argument("--sharpness", type=lambda text: text if text == "auto" else float(text), default=1.5)
+    parser.add_argument("--sharpness", type=lambda text: text if text == "auto" else float(text), default="auto")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options, table = parser.parse_args(), {}
@@ -115,7 +114,7 @@ def main() -> None:
             data, validation, test = colored_digits(seed, options.bias)
             plain = torch.ones(len(data.labels))
             early, _ = train(data, plain, seed, options.early, bar)
-            environments = Environments.split(features := early(data.images).detach(), data.labels)
+            environments = Environments.split(features := early(data.images).detach(), data.labels, score="margin")
             weights = environments.weights(sharpness=options.sharpness)
             irm = ClassWiseIRM(WIDTH, CLASSES, risk_weight=0.1).fit_environments(features, data.labels)
             arms = {
@@ -130,8 +129,8 @@ def main() -> None:
                 trained = train(data, of_samples, seed, options.epochs, bar, penalty)
                 table.setdefault(name, []).append(accuracies(*trained, test if options.split == "test" else validation))
 
-    title = f"Accuracy on {options.split} images (%), mean ± std of {options.seeds} seeds"
-    print(f"\n{environments.report()}\n\n{title}\n{'':32}{'bias-aligned':>16}{'bias-conflicting':>20}")
+    title = f"{environments.report()}\n\nAccuracy on {options.split} images (%), mean ± std of {options.seeds} seeds"
+    print(f"\n{title}\n{'':32}{'bias-aligned':>16}{'bias-conflicting':>20}")
     axes = Figure(figsize=(8, 4), layout="constrained").subplots()
     axes.set(xlim=(0, 100), xlabel="test accuracy on digits that wear another class's colour (%)")
     for place, (name, runs) in enumerate(table.items()):
@@ -142,7 +141,8 @@ def main() -> None:
     axes.invert_yaxis()
     options.out.mkdir(parents=True, exist_ok=True)
     axes.figure.savefig(options.out / "accuracy.png", dpi=130)
-    weight_sheet(environments, data.images, classes=[0, 3, 7], count=8).savefig(options.out / "sheet.png", dpi=130)
+    sheet = weight_sheet(environments, data.images, classes=[0, 3, 7], sharpness=options.sharpness)
+    sheet.savefig(options.out / "sheet.png", dpi=130)
     print(f"\n{options.out / 'accuracy.png'}  {options.out / 'sheet.png'}")
 
 

@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--images", type=Path, metavar="FILE", help=text)
     text = "project the features on so many principal axes first; for two or three classes and wide features"
     one.add_argument("--whiten", type=int, metavar="AXES", help=text)
+    text = "what the weights rank by; margin goes with --sharpness auto (default: %(default)s)"
+    one.add_argument("--score", choices=("similarity", "margin"), default="similarity", help=text)
     text = "how unlike the weights are: a number, or auto, from the report (default: %(default)s)"
     one.add_argument("--sharpness", type=number_or_auto, default=1.0, help=text)
     text = "scores above it weigh no more (default: %(default)s)"
@@ -89,16 +91,16 @@ def environments_command(options: argparse.Namespace) -> None:
         rule = f"class numbers below the number of samples, {labels.size}"
         raise ValueError(f"{options.file}: array 'labels' must hold {rule}, got {labels.max()}")
     try:
-        environments = Environments.split(
-            torch.from_numpy(features), torch.from_numpy(labels), adjust=ADJUST[options.adjust], whiten=options.whiten
-        )
+        how = {"adjust": ADJUST[options.adjust], "whiten": options.whiten, "score": options.score}
+        environments = Environments.split(torch.from_numpy(features), torch.from_numpy(labels), **how)
         report = environments.report()
     except ERRORS as error:
         raise ValueError(f"{options.file}: {error}") from None
     if images is not None and len(images) != len(labels):
         where = options.images or f"{options.file}: array 'images'"
         raise ValueError(f"{where}: must have an image for each of {len(labels)} samples, got {len(images)}")
-    weights = environments.weights(sharpness=options.sharpness, cap=options.cap)
+    shape = {"sharpness": options.sharpness, "cap": options.cap}
+    weights = environments.weights(**shape)
     sys.stdout.write(f"{report}\n")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def environments_command(options: argparse.Namespace) -> None:
         write(options.out / "weights.csv", "\n".join(["index,label,context,weight", *rows, ""]).encode())
         write(options.out / "report.png", png(report.picture()))
         if images is not None:
-            write(options.out / "sheet.png", png(weight_sheet(environments, images)))
+            write(options.out / "sheet.png", png(weight_sheet(environments, images, **shape)))
 
 
 def read(path: Path, archive: Any, name: str, kinds: str, rule: str) -> Any:

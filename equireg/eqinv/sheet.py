@@ -20,6 +20,8 @@ def weight_sheet(
     *,
     classes: Sequence[int] | None = None,
     count: int = 8,
+    sharpness: float | str = 1.0,
+    cap: float = 2.5,
     class_names: Sequence[str] | None = None,
 ) -> Any:
     """Draw the samples of each class with the largest and the smallest weights, a row for each class.
@@ -33,6 +35,7 @@ def weight_sheet(
             image. Without random augmentation.
         classes: rows, in this order; by default the ten that look most biased.
         count: how many samples of each end.
+        sharpness, cap: as of :meth:`Environments.weights`.
         class_names: of all C classes; by default their numbers.
 
     Returns:
@@ -69,16 +72,17 @@ def weight_sheet(
     grid = figure.subplots(len(classes), 2 * count + 1, squeeze=False, width_ratios=[*[1] * count, 0.4, *[1] * count])
     for row, k in zip(grid, classes):
         members = (environments.labels == k).nonzero().squeeze(1)
-        order = members[environments.weights(members).argsort(descending=True, stable=True)].tolist()
+        weights = environments.weights(members, sharpness=sharpness, cap=cap)
+        ranked = weights.argsort(descending=True, stable=True)
+        order, weight_of = members[ranked].tolist(), dict(zip(members.tolist(), weights.tolist()))
         ends = [*order[:count], None, *order[max(count, len(order) - count) :]]
         for axes, index in zip(row, ends + [None] * (len(row) - len(ends))):
             axes.set(xticks=[], yticks=[], frame_on=False)
             if index is None:
                 continue
             axes.imshow(_shown(dataset[index]), cmap="gray")
-            weight = float(environments.weights(torch.tensor([index], device=members.device))[0])
             context = names[int(environments.context(torch.tensor([index], device=members.device))[0])]
-            axes.set_title(f"{weight:.2g}  {context}", fontsize=9, pad=2)
+            axes.set_title(f"{weight_of[index]:.2g}  {context}", fontsize=9, pad=2)
         row[0].set_ylabel(names[k], fontsize=9)
     figure.suptitle("weight and context of each sample: the largest weights left, the smallest right", fontsize=9)
     return figure
