@@ -318,10 +318,10 @@ class Environments(nn.Module):
             >>> _ = torch.manual_seed(0)
             >>> print(Environments.split(torch.randn(300, 4), torch.arange(300) % 3).report())
             0 of 3 classes look biased; sharpness 'auto' is 0.00
-             class  samples  kurtosis  in another class's context (class: samples)
-                 2      100     -0.6   -
-                 1      100     -0.7   -
-                 0      100     -1.1   -
+             class  samples  kurtosis  skewness  in another class's context (class: samples)
+                 2      100      -0.6     -0.4   -
+                 1      100      -0.7     -0.1   -
+                 0      100      -1.1     -0.2   -
         """
         self._check_contexts(Arguments("Environments.report"))
         took_part = (self.labels >= 0).nonzero().squeeze(1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from equireg.eqinv.context_weights import auto_sharpness, chance_kurtosis, shape_of
+from equireg.eqinv.context_weights import auto_sharpness, chance_shape, shape_of
 
 __all__ = ["EnvironmentsReport"]
 
@@ -20,8 +20,8 @@ class EnvironmentsReport:
 
     ``Environments.report()`` makes it, from features alone. Where a class is mostly seen in one context, the few
     samples that are not resemble other classes much more than the rest does: the scores have a long tail, and their
-    excess kurtosis is large (1.6 to 56 where it was tried, -0.5 to 0.5 without bias). Print it for a table;
-    :meth:`picture` draws it.
+    excess kurtosis is large (1.6 to 56 where it was tried, -0.5 to 0.5 without bias); where they are a third or a
+    quarter of the class, the scores are skewed. Print it for a table; :meth:`picture` draws it.
 
     Attributes:
         size: int64 [C], samples of each class.
@@ -42,10 +42,10 @@ class EnvironmentsReport:
 
     @property
     def looks_biased(self) -> Tensor:
-        """[C], whether the excess kurtosis of a class is beyond chance by 1, and by two standard errors."""
-        error = 2 * (24 / self.size.clamp(min=1)).sqrt()
-        chance = chance_kurtosis(int((self.size > 0).sum()) - 1)
-        return self.excess_kurtosis - chance > error.clamp(min=1)
+        """[C], whether a class is beyond chance: kurtosis by 1, or skewness by 0.7, and by two standard errors."""
+        chance, errors = chance_shape(int((self.size > 0).sum()) - 1), (1 / self.size.clamp(min=1)).sqrt()
+        few = self.excess_kurtosis - chance.excess_kurtosis > (2 * 24**0.5 * errors).clamp(min=1)
+        return few | (self.skewness - chance.skewness > (2 * 6**0.5 * errors).clamp(min=0.7))
 
     @property
     def order(self) -> Tensor:
@@ -59,13 +59,14 @@ class EnvironmentsReport:
         lines = [
             f"{int(self.looks_biased.sum())} of {int((self.size > 0).sum())} classes look biased; "
             f"sharpness 'auto' is {self.sharpness:.2f}",
-            f"{'class':>6} {'samples':>8} {'kurtosis':>9}  in another class's context (class: samples)",
+            f"{'class':>6} {'samples':>8} {'kurtosis':>9} {'skewness':>9}  in another class's context (class: samples)",
         ]
         for k in order:
             counts, others = self.in_context[k].sort(descending=True, stable=True)
             found = ", ".join(f"{j}: {n}" for n, j in zip(counts[:3].tolist(), others[:3].tolist()) if n)
             marked = "*" if self.looks_biased[k] else " "
-            lines.append(f"{k:>6} {int(self.size[k]):>8} {self.excess_kurtosis[k]:>8.1f}{marked}  {found or '-'}")
+            shape = f"{self.excess_kurtosis[k]:>9.1f} {self.skewness[k]:>8.1f}{marked}"
+            lines.append(f"{k:>6} {int(self.size[k]):>8} {shape}  {found or '-'}")
         if len(order) < len(self.order):
             lines.append(f"... and {len(self.order) - len(order)} classes with less")
         return "\n".join(lines)

@@ -87,7 +87,7 @@ def test_images_by_their_paths(inside, arrays, tmp_path, monkeypatch):
     Path("images.txt").write_text("\n".join(paths))
     np.savez("features.npz", **arrays | {"images": paths})
     shown = []
-    monkeypatch.setattr(_command, "weight_sheet", lambda environments, images: shown.extend([images[7], len(images)]))
+    monkeypatch.setattr(_command, "weight_sheet", lambda _, images, **shape: shown.extend([images[7], len(images)]))
     monkeypatch.setattr(_command, "png", lambda figure: b"")
     flags = [] if inside else ["--images", "images.txt"]
     assert _command.main(["environments", "features.npz", "--sharpness", "auto", "--out", "out", *flags]) == 0

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from equireg import ClassWiseIRM, Environments
 from equireg._checks import Arguments
 from equireg.eqinv import adjusted_similarity as module
-from equireg.eqinv.context_weights import chance_kurtosis, shape_of, standardized
+from equireg.eqinv.context_weights import auto_sharpness, chance_shape, shape_of, standardized
 from equireg.eqinv.whitening import whitened
 from tests import references
 
@@ -114,8 +114,19 @@ def test_shape_is_that_of_known_distributions():
 def test_chance_is_that_of_drawn_numbers(others):
     largest = torch.randn(200_000, others, generator=torch.Generator().manual_seed(0)).amax(1)
     z = standardized(largest, torch.zeros(len(largest)).long(), 1)
-    drawn = shape_of(z, torch.zeros(len(z)).long(), 1).excess_kurtosis[0]
-    assert chance_kurtosis(others) == pytest.approx(float(drawn), abs=0.06)
+    drawn, chance = shape_of(z, torch.zeros(len(z)).long(), 1), chance_shape(others)
+    assert chance.excess_kurtosis == pytest.approx(float(drawn.excess_kurtosis[0]), abs=0.06)
+    assert chance.skewness == pytest.approx(float(drawn.skewness[0]), abs=0.02)
+
+
+@pytest.mark.parametrize(("minority", "lowest", "highest"), [(0.02, 2, 2), (0.1, 2, 2), (0.25, 0.7, 1), (0.5, 0, 0)])
+def test_auto_is_sharp_for_a_few_and_gentle_for_a_minority(minority, lowest, highest):
+    """Two normal humps six deviations apart, in classes of 400; of halves no shape tells which is the minority."""
+    labels = torch.arange(3).repeat_interleave(400)
+    far = (torch.arange(1200) % 400) < 400 * minority
+    values = torch.randn(1200, generator=torch.Generator().manual_seed(0)) + 6 * far
+    shape = shape_of(standardized(values, labels, 3), labels, 3)
+    assert lowest <= auto_sharpness(shape, labels.bincount()) <= highest
 
 
 @pytest.mark.parametrize(("classes", "width"), [(4, 16), (10, 64), (50, 64)])
