@@ -39,15 +39,20 @@ def equal(first, second):
 def test_ser_of_weight_0_is_its_control(images):
     example = module_of("ser")
     (control, _), (same, _), (with_loss, _) = (
-        example.train(name, images, options(weight=weight, ratio=0.5))
+        example.train(name, images, ser_options(weight=weight, ratio=0.5))
         for name, weight in (("views alone", 1.0), ("SER", 0.0), ("SER", 1.0))
     )
     assert equal(control, same)
     assert not equal(control, with_loss)
 
 
-def test_ser_has_one_base_loss(images, monkeypatch):
-    """Over all images of the batch, turned or not."""
+def ser_options(**changes):
+    return options(**{"layers": "one", "base_loss": "joint", "temperature": 0.3, **changes})
+
+
+@pytest.mark.parametrize(("base_loss", "expected"), [("joint", [8]), ("separate", [6, 2])])
+def test_ser_has_one_base_loss(base_loss, expected, images, monkeypatch):
+    """Over all images of the batch, turned or not; or one over each part."""
     example, sizes = module_of("ser"), []
 
     class Counted(example.NTXentLoss):
@@ -57,8 +62,8 @@ def test_ser_has_one_base_loss(images, monkeypatch):
 
     monkeypatch.setattr(example, "NTXentLoss", Counted)
     for name in ("SimCLR", "SER"):
-        example.train(name, images, options(weight=0.5, ratio=0.25))
-    assert sizes == 8 * [(8, 8)]
+        example.train(name, images, ser_options(weight=0.5, ratio=0.25, base_loss=base_loss, layers="all"))
+    assert sizes == 4 * [(8, 8)] + 4 * [(size, size) for size in expected]
 
 
 def test_reconstruction_trains_on_the_same_views(images, monkeypatch):
