@@ -72,7 +72,7 @@ def test_reconstruction_trains_on_the_same_views(images, monkeypatch):
     plain = example.tokens_of
     monkeypatch.setattr(example, "tokens_of", lambda vit, views: (seen.append(views), plain(vit, views))[1])
     for with_head in (False, True):
-        example.train(with_head, images / 255, options(weight=1.0, reconstruct="se2"))
+        example.train(with_head, images / 255, options(weight=1.0, reconstruct="se2", num_images=3, head_dim=256))
     without, with_reconstruction = seen[:8], seen[8:]
     assert all(torch.equal(a, b) for a, b in zip(without, with_reconstruction, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(without[::2], without[1::2]))
