@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from equireg import IPIRMLoss, PartitionUpdater, knn_accuracy, linear_probe
+from equireg import IPIRMLoss, PartitionUpdater, knn_accuracy, linear_probe, mix_images
 
 BASE, RANDOM, FOUND = RUNS = ("SimCLR", "random partitions", "found partitions")
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,14 +48,15 @@ def two_views(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[float]]:
-    """The trained encoder, and the loss of each step."""
+    """The trained encoder, and the contrast of all images in each step, which is SimCLR's loss."""
     torch.manual_seed(options.seed)  # the same weights, order and views in every run
     resnet = timm.create_model("resnet18", num_classes=0, channels=(32, 64, 128, 256))  # half of its width
     resnet.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=2, padding=1, bias=False)  # for small images
     encoder = nn.Sequential(v2.Normalize([0.5] * 3, [0.25] * 3), resnet)
     model = nn.Sequential(encoder, SimCLRProjectionHead(256, 512, 128)).to(device)
-    partitions = PartitionUpdater(len(images), seed=options.seed)
-    simclr, ipirm = NTXentLoss(temperature=0.5), IPIRMLoss(partitions, weight=options.weight).to(device)
+    partitions = PartitionUpdater(len(images), seed=options.seed, keep=options.keep or None)
+    how = {"global_penalty": options.global_penalty, "dummy_scales": options.dummy_scales}
+    simclr, ipirm = NTXentLoss(temperature=0.5), IPIRMLoss(partitions, weight=options.weight, **how).to(device)
     dataset = TensorDataset(images, torch.arange(len(images)))
     loader = DataLoader(dataset, options.batch_size, shuffle=True, drop_last=len(images) > options.batch_size)
     optimizer = torch.optim.Adam(model.parameters(), options.lr)
@@ -64,33 +65,35 @@ def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mod
         if run != BASE and epoch % options.update_every == 0:
             with torch.random.fork_rng(devices=[]):  # the views of the search are not those of the training
                 find_partition(partitions, model, images, run)
-        for batch, indices in tqdm(loader, f"{run}, epoch {epoch + 1}"):
+        for batch, indices in (bar := tqdm(loader, f"{run}, epoch {epoch + 1}")):
             view1, view2 = two_views(batch)
+            mix = None
+            if options.mix and run != BASE:  # first views with others of their group
+                groups = partitions.partitions[1:, indices.to(partitions.partitions.device)]
+                view1, *mix = mix_images(view1, alpha=options.mix, groups=groups)
             z1, z2 = model(view1), model(view2)
-            # The one line. Its value rises when the first partition joins, because it then has more terms: beside the
-            # loss of all images a mean over the groups of all partitions, which are chosen to make it large.
-            loss = simclr(z1, z2) if run == BASE else ipirm(z1, z2, indices.to(device))
+            if run == BASE:
+                loss = contrast = simclr(z1, z2)
+            else:
+                parts = ipirm.parts(z1, z2, indices.to(device), mix and tuple(mix))
+                loss, contrast = parts.loss, parts.global_risk  # the one line: loss = ipirm(z1, z2, indices)
+                # Logged apart: a partition that joins adds its groups to the loss, and is no explosion.
+                bar.set_postfix({name: f"{part:.3f}" for name, part in zip(("groups", "slopes²"), parts.of_groups)})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(contrast.item())
     return encoder.eval(), losses
 
 
 def find_partition(partitions: PartitionUpdater, model: nn.Module, images: Tensor, run: str) -> None:
     """One more partition joins."""
     if run == RANDOM:
-        groups = torch.randint(2, (1, len(images))).to(device)
-        partitions.partitions = torch.cat([partitions.partitions, groups])
+        partitions.add(torch.randint(2, (len(images),)).to(device))
         return
     batches = ((two_views(images[part]), part) for part in torch.arange(len(images)).split(250))
     partitions.update(batches, encoder=model)
-    report = partitions.reports[-1]
-    tqdm.write(
-        f"partition {len(partitions.reports)}: groups of {report.group_sizes}, objective {report.objective:.2f} "
-        f"(losses {report.loss:.2f}, squared slopes {report.penalty:.3f}) after {report.passes} passes, "
-        f"adjusted Rand index with the earlier ones {[round(index, 2) for index in report.agreement[1:]]}"
-    )
+    tqdm.write(f"partition {len(partitions.reports)}: {partitions.reports[-1]}")
 
 
 @torch.no_grad()
@@ -108,7 +111,7 @@ def draw(table: dict[str, dict[str, float]], losses: dict[str, list[float]], pat
     for i, (run, row) in enumerate(table.items()):
         curves.plot(losses[run], label=run)
         bars.bar_label(bars.bar([i, i + 4], row.values(), color=f"C{i}"), fmt="%.1f")
-    curves.set(xlabel="step", title="loss (partitions add terms)")
+    curves.set(xlabel="step", title="contrast of all images (partitions add to the loss)")
     curves.legend()
     bars.set_xticks([1, 5], ["k-NN", "linear"])
     bars.set(title="accuracy of the frozen features, %")
@@ -120,8 +123,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.getenv("EQUIREG_DATA", "."), "cifar10"))
     for name, value in {"images": 4000, "epochs": 6, "batch-size": 128, "lr": 1e-3, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="default %(default)s")
+    parser.add_argument("--keep", type=int, default=0, help="newest partitions that count; 0: all")
+    parser.add_argument("--mix", type=float, default=0.0, help="alpha of mixup within the groups; 0: unmixed")
     parser.add_argument("--weight", type=float, default=0.2, help="of the squared slopes")
     parser.add_argument("--update-every", type=int, default=3, help="epochs from one partition to the next")
+    parser.add_argument("--global-penalty", action="store_true", help="of all images as one group, too (the paper)")
+    parser.add_argument("--dummy-scales", choices=("one", "logits"), default="one", help="logits: as released")
     parser.add_argument("--out", type=Path, default=Path("runs/ipirm_pretrain"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

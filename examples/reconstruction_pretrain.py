@@ -2,10 +2,10 @@
 
     python reconstruction_pretrain.py --data folder    # folder/train/<class>/*.png and folder/test/<class>/*.png
 
-VICReg makes two views alike, and so forgets how they were turned, moved or coloured. With the reconstruction head one
-half of each token is left to VICReg, and from the other half weak decoders rebuild the images half-way to the second
-view: one line of the training loop below. Both runs start from the same weights and see the same views. It prints a
-table of how well each transformation can be read from the frozen features, and writes encoders and a picture to --out.
+VICReg makes two views alike, and so forgets how they were turned, moved or coloured. With the reconstruction head,
+tokens are mapped to twice their width; one half is left to VICReg, and from the other weak decoders rebuild the images
+half-way to the second view: one line of the training loop below. Both runs start from the same weights and see the same
+views. It prints how well each transformation can be read from the frozen features; encoders and a picture go to --out.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightly.loss import VICRegLoss
 from lightly.models.modules.heads import VICRegProjectionHead
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from equireg import IntermediateReconstructionHead, IntermediateViews, knn_accuracy, linear_probe, transformation_r2
+import equireg
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
@@ -50,17 +51,19 @@ def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple
     """The trained ViT, and VICReg's loss of each step."""
     torch.manual_seed(options.seed)  # the same weights at first
     vit = VisionTransformer(32, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0).to(device)
-    # With mean and std the error is in units of the pixels' variance, not of 0 .. 1.
-    head = IntermediateReconstructionHead(128, image_size=32, patch_size=8, mean=MEAN, std=STD).to(device)
-    projector = VICRegProjectionHead(128 - head.equivariant_dim if with_head else 128, 512, 512).to(device)
+    # The linear head before the split leaves VICReg as wide an input as without; 0 splits the tokens themselves. With
+    # mean and std the error is in units of the pixels' variance, not of 0 .. 1.
+    shape = {"image_size": 32, "patch_size": 8, "num_images": options.num_images, "head_dim": options.head_dim or None}
+    head = equireg.IntermediateReconstructionHead(128, **shape, mean=MEAN, std=STD).to(device)
+    projector = VICRegProjectionHead(head.invariant_dim if with_head else 128, 512, 512).to(device)
     # VICReg's weights of 25 : 25 : 1, on a scale where a second loss of weight 1 counts.
-    vicreg = VICRegLoss(lambda_param=1.0, mu_param=1.0, nu_param=0.04)
-    path = IntermediateViews("all", reconstruct=options.reconstruct, sigma=SIGMA)
+    vicreg, losses = VICRegLoss(lambda_param=1.0, mu_param=1.0, nu_param=0.04), []
+    how = {"num_intermediate": options.num_images, "reconstruct": options.reconstruct, "sigma": SIGMA}
+    path = equireg.IntermediateViews("all", **how)
 
     optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters(), *projector.parameters()], options.lr)
     loader = DataLoader(images, options.batch_size, shuffle=True, drop_last=len(images) > options.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(loader))
-    losses = []
     torch.manual_seed(options.seed)  # the same views in the same order
     for epoch in range(1, options.epochs + 1):
         for batch in tqdm(loader, f"{'with' if with_head else 'without'} reconstruction, epoch {epoch}"):
@@ -82,20 +85,22 @@ def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple
 
 
 @torch.no_grad()
-def measure(vit: nn.Module, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> dict[str, float]:
+def measure(vit: nn.Module, pairs: Tensor, *train_and_test: tuple[Tensor, Tensor]) -> dict[str, float]:
     """R² of each kind of transformation from the features of an image and its view, and accuracy."""
 
-    def features(images: Tensor) -> Tensor:  # the mean over all patches
-        return torch.cat([tokens_of(vit, part.to(device)).mean(1).cpu() for part in images.split(500)])
+    def quarters(images: Tensor) -> Tensor:  # the means over the four quarters of the map: they tell places
+        return F.adaptive_avg_pool2d(tokens_of(vit, images).mT.unflatten(2, (4, 4)), 2).flatten(1)
 
-    (x, y), (x_test, y_test) = ((features(images), labels) for images, labels in (train_set, test_set))
     results = {}
     for kind in ("rotation", "translation", "color", "blur"):
-        views, _, parameters = IntermediateViews(kind, sigma=SIGMA)(test_set[0], torch.Generator().manual_seed(0))
-        r2 = transformation_r2(x_test, features(views), parameters, hidden_dim=256, epochs=50)
-        results[f"R², {kind}"] = r2.mean().item()
-    results["k-NN, %"] = 100 * knn_accuracy(x, y, x_test, y_test)
-    results["linear, %"] = 100 * linear_probe(x, y, x_test, y_test)
+        views, generator = equireg.IntermediateViews(kind, sigma=SIGMA), torch.Generator().manual_seed(0)
+        found = equireg.extract_view_features(quarters, pairs.split(500), views, generator=generator)
+        results[f"R², {kind}"] = equireg.transformation_r2(*found, hidden_dim=256, epochs=50).mean().item()
+    samples = []
+    for images, labels in train_and_test:  # the mean over all patches
+        samples += [torch.cat([tokens_of(vit, part.to(device)).mean(1).cpu() for part in images.split(500)]), labels]
+    results["k-NN, %"] = 100 * equireg.knn_accuracy(*samples)
+    results["linear, %"] = 100 * equireg.linear_probe(*samples)
     return results
 
 
@@ -117,18 +122,21 @@ def draw(results: dict[str, dict[str, float]], losses: dict[str, list[float]], p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.getenv("EQUIREG_DATA", "."), "cifar10"))
-    for name, value in {"images": 4000, "epochs": 6, "batch-size": 64, "lr": 1e-3, "seed": 0}.items():
+    numbers = {"images": 4000, "epochs": 6, "batch-size": 64, "lr": 1e-3, "seed": 0, "num-images": 2, "head-dim": 256}
+    numbers["pairs"] = 10_000  # images to regress transformations on, of which --images are trained on
+    for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="default %(default)s")
     parser.add_argument("--weight", type=float, default=1.0, help="of the reconstruction loss")
     parser.add_argument("--reconstruct", default="se2", help="what the images half-way undergo; the view undergoes all")
     parser.add_argument("--out", type=Path, default=Path("runs/reconstruction_pretrain"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    train_set, test_set = read(options.data / "train", options.images), read(options.data / "test", 2000)
+    every, test_set = read(options.data / "train", options.pairs), read(options.data / "test", 2000)
+    train_set = tuple(part[: options.images] for part in every)
     results, losses = {}, {}
     for name in ("without", "with reconstruction"):
         vit, losses[name] = train(name != "without", train_set[0], options)
-        results[name] = measure(vit, train_set, test_set)
+        results[name] = measure(vit, every[0], train_set, test_set)
         torch.save(vit.state_dict(), options.out / f"{name}.pt")  # timm's own keys
     print(f"\n{'':20}{'without':>12}{'with reconstruction':>22}")
     for key, value in results["without"].items():

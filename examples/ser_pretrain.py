@@ -3,8 +3,8 @@
     python ser_pretrain.py --data folder    # folder/train/<class>/*.png and folder/test/<class>/*.png
 
 A part of each batch is turned, flipped and stretched instead of cropped, and the token map of an early layer has to
-turn with it: one line of the training loop below. Three runs start from the same weights: SimCLR, SimCLR with the
-turned views alone (SER with weight 0, its control), and SER. A table is printed; encoders and a picture go to --out.
+turn with it: one line of the training loop below. Three runs from the same weights: SimCLR, with the turned views alone
+(SER of weight 0, the control), and with SER. It prints a table; encoders and a picture go to --out.
 """
 
 import argparse
@@ -22,22 +22,13 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from equireg import (
-    EquivariantViews,
-    GridTransform,
-    LateClassToken,
-    SERLoss,
-    equivariance_score,
-    knn_accuracy,
-    linear_probe,
-    split_batch,
-)
+import equireg
 
-IMAGE_SIZE, PATCH_SIZE, WIDTH = 32, 8, 128
-LAYER = 1  # of 4 blocks: SER reads the patch tokens behind it, where the class token enters
+IMAGE_SIZE, PATCH_SIZE, WIDTH, DEPTH = 32, 8, 128, 4
+LAYER = 1  # SER reads the patch tokens behind it, where the class token enters
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-colors = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2)])
-augment = v2.Compose([v2.RandomResizedCrop(IMAGE_SIZE, (0.2, 1.0)), v2.RandomHorizontalFlip(), colors])
+crop = v2.Compose([v2.RandomResizedCrop(IMAGE_SIZE, (0.2, 1.0)), v2.RandomHorizontalFlip()])
+colors = equireg.mocov3_photometric(IMAGE_SIZE)  # of either view, a batch at once; the turned views have them, too
 normalize = v2.Normalize([0.5] * 3, [0.25] * 3)
 
 
@@ -52,28 +43,30 @@ def load(folder: Path, count: int) -> tuple[Tensor, Tensor]:
 def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[float]]:
     with_views, weight = name != "SimCLR", options.weight if name == "SER" else 0.0
     torch.manual_seed(options.seed)  # the same initial weights in every run
-    sizes = {"embed_dim": WIDTH, "depth": 4, "num_heads": 4, "num_classes": 0, "dynamic_img_size": True}
+    sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4, "num_classes": 0, "dynamic_img_size": True}
     vit = VisionTransformer(IMAGE_SIZE, PATCH_SIZE, **sizes).to(device)
-    model = LateClassToken(vit, LAYER if with_views else 0)  # with 0 it is the plain ViT
+    equireg.LateClassToken(vit, LAYER if with_views else 0)  # hooks the ViT; with 0 it stays as it is
     head = SimCLRProjectionHead(WIDTH, 512, 128).to(device)
-    simclr, ser = NTXentLoss(temperature=0.2), SERLoss(WIDTH, token_norm=True).to(device)
-    turned_views = EquivariantViews(IMAGE_SIZE, PATCH_SIZE, photometric=colors)
-
+    layers = list(range(DEPTH)) if options.layers == "all" else [LAYER - 1]
+    ser = equireg.SERLoss(WIDTH, temperature=options.temperature, token_norm=True, layers=len(layers)).to(device)
+    simclr, turned_views, losses = NTXentLoss(0.2), equireg.EquivariantViews(IMAGE_SIZE, PATCH_SIZE), []
     loader = DataLoader(images, options.batch_size, shuffle=True, drop_last=len(images) > options.batch_size)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters(), *ser.parameters()], options.lr)
+    optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters(), *ser.parameters()], options.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(loader))
-    losses = []
     for epoch in range(1, options.epochs + 1):
         for batch in tqdm(loader, f"{name}, epoch {epoch}"):
-            cropped, turned = split_batch(batch.to(device) / 255, options.ratio if with_views else 0.0)
-            f1, f2 = (model(normalize(torch.stack([augment(image) for image in cropped]))) for _ in range(2))
+            cropped, turned = equireg.split_batch(batch.to(device) / 255, options.ratio if with_views else 0.0)
+            views = (color(torch.stack([crop(image) for image in cropped])) for color in colors)
+            features = [[vit(normalize(view))] for view in views]  # of each view: of its parts, which differ in size
             if with_views:
-                x1, x2, g1, g2 = turned_views(turned)
-                (t1, tokens1), (t2, tokens2) = (model(normalize(x), return_tokens=True) for x in (x1, x2))
-                f1, f2 = torch.cat([f1, t1]), torch.cat([f2, t2])
-            loss = base = simclr(head(f1), head(f2))  # one loss over both parts, in which all images count alike
+                *turned_pair, g1, g2 = turned_views(turned)
+                taps = [vit.forward_intermediates(normalize(x), layers, output_fmt="NLC") for x in turned_pair]
+                features = [[*of_view, vit.forward_head(last)] for of_view, (last, _) in zip(features, taps)]
+            if options.base_loss == "joint":  # one loss over both parts, in which all images count alike
+                features = [[torch.cat(of_view)] for of_view in features]
+            loss = base = sum(simclr(head(f1), head(f2)) for f1, f2 in zip(*features))  # or the sum, as in Eq. 3
             if with_views:
-                loss = base + weight * ser(tokens1, tokens2, g1, g2)  # the one line
+                loss = base + weight * ser(taps[0][1], taps[1][1], g1, g2)  # the one line
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -84,26 +77,29 @@ def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mo
 
 @torch.no_grad()
 def measure(vit: nn.Module, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Accuracy of the frozen class token, and how far the token map of LAYER turns with the image."""
+    """Accuracy of the frozen class tokens, and how far the token map of LAYER turns with the image."""
 
     def token_map(images: Tensor) -> Tensor:
         return vit.forward_intermediates(normalize(images), [LAYER - 1], output_fmt="NLC", intermediates_only=True)[0]
 
-    samples = []
-    for images, labels in (train_set, test_set):
-        samples += [torch.cat([vit(normalize(x.to(device) / 255)).cpu() for x in images.split(500)]), labels]
-    results = {"k-NN, %": 100 * knn_accuracy(*samples), "linear, %": 100 * linear_probe(*samples)}
+    def class_tokens(images: Tensor) -> Tensor:  # of the last four blocks, as the paper probes; here all that have one
+        images = normalize(images.to(device) / 255)
+        _, found = vit.forward_intermediates(images, DEPTH - LAYER, return_prefix_tokens=True, norm=True)
+        return torch.cat([prefix[:, 0] for _, prefix in found], 1).cpu()
 
-    images, grid = images[:500].to(device) / 255, 2 * (IMAGE_SIZE // PATCH_SIZE,)
+    (x, y), (x_test, y_test) = ((torch.cat([*map(class_tokens, x.split(500))]), y) for x, y in (train_set, test_set))
+    results = {"k-NN, %": 100 * equireg.knn_accuracy(x[:, -WIDTH:], y, x_test[:, -WIDTH:], y_test)}  # the last one
+    results["linear, %"] = 100 * equireg.linear_probe(x, y, x_test, y_test)
+    images, grid = test_set[0][:500].to(device) / 255, 2 * (IMAGE_SIZE // PATCH_SIZE,)
     turns = torch.arange(len(images)) % 3 + 1
     elements = {  # how many quarter turns, whether flipped, from which grid to which
-        "quarter turn": GridTransform(turns, turns < 0, grid, grid),
-        "flip": GridTransform(0 * turns, turns > 0, grid, grid),
-        "stretch": GridTransform(0 * turns, turns < 0, grid, (grid[0] + 1, grid[1])),
+        "quarter turn": equireg.GridTransform(turns, turns < 0, grid, grid),
+        "flip": equireg.GridTransform(0 * turns, turns > 0, grid, grid),
+        "stretch": equireg.GridTransform(0 * turns, turns < 0, grid, (grid[0] + 1, grid[1])),
     }
     for kind, element in elements.items():
         for key, shuffled in ((kind, False), (f"{kind}, other image", True)):
-            results[key] = equivariance_score(token_map, images, element, shuffled=shuffled).mean().item()
+            results[key] = equireg.equivariance_score(token_map, images, element, shuffled=shuffled).mean().item()
     return results
 
 
@@ -127,10 +123,12 @@ def draw(results: dict[str, dict[str, float]], losses: dict[str, list[float]], p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.getenv("EQUIREG_DATA", "."), "cifar10"))
-    for name, value in {"images": 4000, "epochs": 6, "batch-size": 128, "lr": 1e-3, "seed": 0}.items():
+    numbers = {"images": 4000, "epochs": 6, "batch-size": 128, "lr": 1e-3, "seed": 0}
+    numbers |= {"weight": 0.5, "temperature": 0.3, "ratio": 0.25}  # of SER; share of the batch with turned views
+    for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="default %(default)s")
-    parser.add_argument("--weight", type=float, default=0.5, help="of the equivariance loss")
-    parser.add_argument("--ratio", type=float, default=0.25, help="share of the batch with turned views")
+    parser.add_argument("--layers", choices=("one", "all"), default="one", help="whose maps turn with the image")
+    parser.add_argument("--base-loss", choices=("joint", "separate"), default="joint", help="over both parts, or a sum")
     parser.add_argument("--out", type=Path, default=Path("runs/ser_pretrain"))
     options = parser.parse_args()
     train_set, test_set = load(options.data / "train", options.images), load(options.data / "test", 2000)

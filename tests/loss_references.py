@@ -203,6 +203,33 @@ def ip_irm(z1, z2, groups, temperature, weight, global_penalty=False):
     return over_groups(loss, weight, torch.zeros(len(z1), dtype=torch.int64), groups, global_penalty)
 
 
+def squared_slopes(logits, targets, weights):
+    """Cross entropy of rows by their weights, and the sum of its squared derivatives in a scale of each column."""
+    scale = torch.ones(1, logits.shape[1], dtype=logits.dtype, requires_grad=True)
+    risk = (weights * F.cross_entropy(logits * scale, targets, reduction="none")).sum() / weights.sum()
+    return risk, torch.autograd.grad(risk, scale, create_graph=True)[0].square().sum()
+
+
+def ip_irm_of_logits(z1, z2, groups, temperature, weight, global_penalty=False):
+    """Of SimCLR, with a dummy scale of each logit, in the authors' order: positive, then negatives of both views."""
+
+    def terms(members):
+        n, x = len(members), torch.cat([units(z1)[members], units(z2)[members]])
+        similarity = x @ x.T / temperature
+        own = torch.arange(n).repeat(2)
+        others = similarity[own[:, None] != own].view(2 * n, 2 * n - 2)
+        logits = torch.cat([torch.cat([similarity.diag(n), similarity.diag(-n)])[:, None], others], 1)
+        return squared_slopes(logits, torch.zeros(2 * n, dtype=torch.int64), torch.ones(2 * n, dtype=x.dtype))
+
+    everyone, penalty = terms(torch.arange(len(z1)))
+    parts = []
+    for group in groups:
+        members = [(group == k).nonzero().squeeze(1) for k in sorted(set(group.tolist()))]
+        parts += [terms(own) for own in members if len(own) > 1]
+    mean = sum(risk + weight * squared for risk, squared in parts) / len(parts) if parts else 0
+    return everyone + weight * global_penalty * penalty + mean
+
+
 def sim_siam_ip_irm(p1, p2, z1, z2, groups, weight):
     p1, p2, z1, z2 = (units(part) for part in (p1, p2, z1, z2))
 

@@ -26,7 +26,7 @@ from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments
 from evidence.networks import fit
 from evidence.page import accuracies, by_measure, paired, write_page
 from evidence.runs import Job, Place, choose, execute, tuning
-from evidence.views import Colors, crops
+from evidence.views import crops, simclr_colors
 
 ROOT = Path(__file__).parent.parent
 
@@ -388,7 +388,7 @@ def test_crops_are_parts_of_the_image_at_its_scale():
 
 def test_colours_change_each_image_by_itself():
     images = torch.rand(1, 3, 8, 8).expand(2000, 3, 8, 8)
-    found = Colors()(images)
+    found = simclr_colors(images)
     gray, same = found.std(1).amax((1, 2)) < 1e-2, (found == images).flatten(1).all(1)
     assert gray.float().mean() == pytest.approx(0.2, abs=0.03)
     assert same.float().mean() == pytest.approx(0.16, abs=0.03)  # neither jittered nor gray

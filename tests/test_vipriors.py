@@ -106,11 +106,10 @@ def test_all_leaves_a_folder_for_each_step(whole):
     # 6 of the 8 training images of each class and all of val, 16 of the 40 a step.
     log = [json.loads(line) for line in (out / "pretrain" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4]
-    assert {"loss", "ssl", "ssl_b2", "equivariance", "reconstruction", "partitions", "lr"} <= set(log[0])
-    for row in log:
-        total = row["ssl"] + row["ssl_b2"] + 0.5 * row["equivariance"] + row["reconstruction"]
-        assert row["loss"] == pytest.approx(total)
-    assert [row["partitions"] for row in log] == [1, 1, 2, 2]
+    for row in log:  # 4 keys
+        total = row["contrast"] + row["group_contrast"] + 0.2 * row["group_penalty"]
+        assert row["loss"] == pytest.approx(total + 0.5 * row["equivariance"] + row["reconstruction"], rel=1e-5)
+    assert [row["partitions"] for row in log] == [2, 2, 3, 3]  # the first before the training
     assert {"classification", "irm"} <= set(json.loads((out / "finetune" / "log.jsonl").read_text().splitlines()[0]))
     options = read(out / "finetune" / "options.json")
     for name, step in (("encoder", "pretrain"), ("environments", "environments")):
@@ -251,7 +250,7 @@ def test_no_test_images_and_no_validation_images(recipe, data, tmp_path):
     assert found["partitions"] == []
     assert 0 <= found["k-NN"] <= 100
     row = json.loads((tmp_path / "out" / "pretrain" / "log.jsonl").read_text().splitlines()[0])
-    assert row["loss"] == row["ssl"]
+    assert row["loss"] == row["contrast"]
     images = import_module("vipriors.images")
     options = recipe.options_of("all", arguments)["finetune"]
     parts = [images.read(options, split) for split in ("train", "val")]
@@ -381,7 +380,105 @@ def test_what_each_regularizer_reaches(backbone, recipe, data):
     equivariant = [objective.reconstruct.split(maps(images)[1])[1] for images in (first, view)]
     assert reached(objective.reconstruct(*equivariant, targets)) == {early: True, late: True}
     features = net.eval()(first)
-    assert torch.equal(objective.encoder(first), features[:, : features.shape[1] // 2])
+    assert torch.equal(objective.encoder(first), objective.reconstruct.split(features)[0])
+    assert objective.encoder(first).shape == features.shape  # the method keeps the width of the backbone
+
+
+@pytest.mark.parametrize("method", ["simclr", "simsiam", "mocov2"])
+@pytest.mark.parametrize("base_loss", ["joint", "separate"])
+def test_the_base_loss_is_over_both_parts_or_over_each(method, base_loss, recipe, data):
+    """A straightforward composition: views that differ in size are encoded apart, and their features contrasted."""
+    pretrain = import_module("vipriors.pretrain")
+    how = {"ser": 0.5, "ratio": 0.5, "ser_layers": "all", "base_loss": base_loss, "method": method}
+    options = options_of(recipe, "pretrain", data, VIT, **how)
+    objective = pretrain.Objective(options, 40).eval()
+    objective.partitions.add(torch.arange(40) % 2)
+    first, second, places, turned = pretrain.Views(options, pretrain.unlabelled(options))(0, list(range(8)))
+    x1, x2, rest, g1, g2 = turned
+    loss, parts = objective(first, second, places, turned)
+
+    def base(views1, views2, indices):
+        z1, z2 = (objective.head(torch.cat(list(map(objective.encoder, views)))) for views in (views1, views2))
+        if method == "simsiam":
+            return objective.criterion(objective.predictor(z1), objective.predictor(z2), z1, z2, indices)
+        return objective.criterion(z1, z2, indices)  # MoCo's teacher begins as the student
+
+    if base_loss == "joint":
+        expected = base([first, x1], [second, x2], torch.cat([places, rest]))
+    else:
+        expected = base([first], [second], places) + base([x1], [x2], rest)
+    maps = [(objective.encoder(x), objective.encoder.maps[0])[1] for x in (x1, x2)]
+    layers = [ser(one, two, g1, g2) for ser, one, two in zip(objective.ser.layers, *maps, strict=True)]
+    torch.testing.assert_close(loss, expected + 0.5 * sum(layers) / len(layers))
+    assert len(layers) == len(objective.encoder.net.blocks)
+    torch.testing.assert_close(parts["contrast"] + parts["group_contrast"] + 0.2 * parts["group_penalty"], expected)
+
+
+def test_reconstruction_transforms_the_second_view_alone(recipe, data):
+    """On top of its own crop and colours; the targets are of the first view."""
+    pretrain = import_module("vipriors.pretrain")
+    options = options_of(recipe, "pretrain", data, RESNET, reconstruction=1, num_images=3)
+    objective = pretrain.Objective(options, 40)
+    first, second, places, _ = pretrain.Views(options, pretrain.unlabelled(options))(0, list(range(8)))
+    seen, targets = [], []
+    objective.encoder.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    objective.reconstruct.register_forward_pre_hook(lambda _, args: targets.append(args[2]))
+    torch.manual_seed(3)
+    objective(first, second, places, None)
+    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (pretrain.MEAN, pretrain.STD))
+    pixels = [(view * std + mean).clamp(0, 1) for view in (first, second)]
+    torch.manual_seed(3)
+    _, half_way, parameters = objective.views(pixels[0])
+    assert torch.equal(seen[0], first)
+    torch.testing.assert_close(seen[1], (objective.views.transform(pixels[1], parameters) - mean) / std)
+    assert torch.equal(targets[0], half_way)
+    assert len(half_way) == len(objective.reconstruct.decoders) == 3
+
+
+def test_mixed_views_are_of_one_group(recipe, data):
+    pretrain = import_module("vipriors.pretrain")
+    options = options_of(recipe, "pretrain", data, RESNET, mix=1.0, dummy_scales="logits", keep=1, global_penalty=1)
+    objective, found = pretrain.Objective(options, 40), []
+    for partition in (torch.arange(40) // 20, torch.arange(40) % 2):
+        objective.partitions.add(partition)
+    assert objective.partitions.partitions.tolist() == [[0] * 40, [0, 1] * 20]
+    plain = objective.criterion.parts
+    objective.criterion.parts = lambda *args: (found.append(args), plain(*args))[1]
+    objective(*torch.randn(2, 8, 3, 32, 32), torch.arange(8), None)
+    partner, share = found[0][3]
+    assert torch.equal(partner % 2, torch.arange(8) % 2)
+    assert share.std() > 0
+    assert objective.criterion.settings() == {
+        "temperature": 0.5,
+        "weight": 0.2,
+        "global_penalty": True,
+        "dummy_scales": "logits",
+    }
+
+
+def test_partitions_are_sought_from_an_epoch_on(recipe, data, monkeypatch):
+    pretrain = import_module("vipriors.pretrain")
+    options = options_of(recipe, "pretrain", data, RESNET, first_search=1, update_every=3)
+    objective, searched = pretrain.Objective(options, 40), []
+    monkeypatch.setattr(objective.partitions, "update", lambda *args, **how: searched.append(epoch))
+    objective.partitions.reports = ["of groups"]
+    for epoch in range(8):
+        objective.find_partition(pretrain.Views(options, pretrain.unlabelled(options)), epoch)
+    assert searched == [1, 4, 7]
+
+
+def test_class_tokens_are_those_of_the_last_blocks(recipe, data):
+    """After the final norm, the last one the model's own output; blocks before a late class token have none."""
+    backbone = import_module("vipriors.backbone")
+    net = backbone.create(options_of(recipe, "pretrain", data, VIT)).eval()
+    images, outputs = torch.randn(2, 3, 32, 32), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, args, output: outputs.append(net.norm(output)[:, 0]))
+    features = net(images)
+    tokens = backbone.class_tokens(net, 2, images)
+    late = len(net.blocks) - 2
+    assert torch.equal(tokens, torch.cat(outputs[2 : 2 + late][-4:], 1))
+    assert torch.equal(tokens[:, -net.num_features :], features)
 
 
 def risk(z, labels, anchors, negatives, own):

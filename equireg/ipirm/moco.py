@@ -31,6 +31,7 @@ class MoCoIPIRMLoss(PartitionLoss):
         temperature: τ, above 0.
         weight: λ₁ of the squared slopes, at least 0.
         global_penalty: as of :class:`IPIRMLoss`.
+        dummy_scales: as of :class:`IPIRMLoss`; with "logits", a scale belongs to the positives, or to a key.
         gather_distributed: as of :class:`IPIRMLoss`; the keys of all processes enter the queue, which is the same in
             all of them. By default each has a queue of its own; give DistributedDataParallel
             ``broadcast_buffers=False`` then, or it becomes that of rank 0 at every step.
@@ -63,9 +64,10 @@ class MoCoIPIRMLoss(PartitionLoss):
         temperature: float = 0.2,
         weight: float = 0.2,
         global_penalty: bool = False,
+        dummy_scales: str = "one",
         gather_distributed: bool | Group = False,
     ):
-        super().__init__("MoCoIPIRMLoss", partitions, weight, global_penalty, gather_distributed)
+        super().__init__("MoCoIPIRMLoss", partitions, weight, global_penalty, gather_distributed, dummy_scales)
         check = Arguments(self.function)
         check.count("num_features", num_features)
         check.count("queue_size", queue_size)
@@ -90,7 +92,7 @@ class MoCoIPIRMLoss(PartitionLoss):
             x, own_key = normalized(query), normalized(key.detach())
             facts.update({"query": query, "key": own_key, "training": self.training, **self.facts()})
         positive, queue, owners = (x * own_key).sum(1) / self.temperature, self.queue.to(x.dtype), self.queue_indices
-        pairs = Pairs(x, queue, positive, indices, owners, self.temperature)
+        pairs = Pairs(x, queue, positive, indices, owners, self.temperature, "place")
         groups, num_groups = self.groups_of(indices)
         in_queue = torch.where(owners >= 0, self.groups_of(owners.clamp(min=0))[0], -1)  # [P, queue_size]
         parts = self.contrasted(pairs, groups, in_queue, num_groups, torch.ones_like(positive))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +31,16 @@ class IPIRMParts(NamedTuple):
     penalty: Tensor  # [P, K]
     present: Tensor  # bool [P, K]: the batch has samples of the group with negatives; the others count nothing
 
+    @property
+    def of_groups(self) -> tuple[Tensor, Tensor]:
+        """Risk and penalty as means over the groups present, to be logged apart; 0 before there is a partition.
+
+        With the first partition they join the loss, which so begins a new, higher curve; ``global_risk`` is the one
+        that goes on.
+        """
+        count = self.present.sum().clamp(min=1)
+        return self.risk.sum() / count, self.penalty.sum() / count
+
 
 class Pairs(NamedTuple):
     """Rows, and the columns in which their negatives are: those of another sample."""
@@ -40,6 +51,9 @@ class Pairs(NamedTuple):
     row_ids: Tensor  # which sample it is, [rows]
     column_ids: Tensor
     temperature: float
+    # Which logit a dummy scale of its own belongs to: "rank" among the row's negatives, or the "place" of the column,
+    # both behind the positive; or "key", where the positive is a column as the others.
+    logits: str
 
 
 class PartitionLoss(nn.Module):
@@ -54,12 +68,15 @@ class PartitionLoss(nn.Module):
         weight: float,
         global_penalty: bool,
         gather_distributed: bool | Group,
+        dummy_scales: str = "one",
     ):
         super().__init__()
         check = Arguments(function)
         check.not_negative("weight", weight)
         check.option("global_penalty", global_penalty, (True, False))
+        check.option("dummy_scales", dummy_scales, ("one", "logits"))
         self.weight, self.global_penalty, self.function = weight, global_penalty, function
+        self.dummy_scales = dummy_scales
         self.processes, self._checksum = Processes(function, gather_distributed), Checksum()
         if isinstance(partitions, PartitionUpdater):
             self.partitions = partitions
@@ -96,7 +113,7 @@ class PartitionLoss(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The options that must be alike in every process."""
-        return {"weight": self.weight, "global_penalty": self.global_penalty}
+        return {"weight": self.weight, "global_penalty": self.global_penalty, "dummy_scales": self.dummy_scales}
 
     def facts(self) -> Facts:
         """What processes have to agree on, beside their batches."""
@@ -111,11 +128,12 @@ class PartitionLoss(nn.Module):
         self, pairs: Pairs, row_groups: Tensor, column_groups: Tensor, num_groups: int, weights: Tensor
     ) -> IPIRMParts:
         """``combined`` of InfoNCE with negatives from all groups, and from the row's group in each partition."""
+        terms = _info_nce if self.dummy_scales == "one" else _with_scale_of_each_logit
         by_partition = []
         for row_group, column_group in zip(row_groups, column_groups):
             alike = column_groups is row_groups  # then each similarity is formed once
-            by_partition.append(_info_nce(pairs, row_group, row_group if alike else column_group))
-        return self.combined(_info_nce(pairs), by_partition, row_groups, num_groups, weights)
+            by_partition.append(terms(pairs, row_group, row_group if alike else column_group))
+        return self.combined(terms(pairs), by_partition, row_groups, num_groups, weights)
 
     def combined(
         self, everyone: RowTerms, by_partition: list[RowTerms], groups: Tensor, num_groups: int, weights: Tensor
@@ -132,10 +150,10 @@ class PartitionLoss(nn.Module):
         sums = [_sums(everyone, weights, torch.zeros_like(weights, dtype=torch.int64), 1)]
         sums += [_sums(terms, weights, group, num_groups) for terms, group in zip(by_partition, groups)]
         # A penalty is the square of a mean: of all processes, not the mean of theirs.
-        risk, slope, size = self.processes.total(torch.cat(sums, 1))
-        present = size > 0
-        size = torch.where(present, size, 1)
-        risk, penalty = risk / size, (slope / size).square()
+        size, risk, slope = self.processes.total(torch.cat(sums)).tensor_split((1, 2), 1)
+        present = size[:, 0] > 0
+        size = torch.where(size > 0, size, 1)
+        risk, penalty = (risk / size)[:, 0], (slope / size).square().sum(1)
         of_group = risk + self.weight * penalty
         of_all = of_group[0] if self.global_penalty else risk[0]
         loss = of_all + of_group[1:].sum() / present[1:].sum().clamp(min=1)
@@ -161,8 +179,31 @@ def _info_nce(pairs: Pairs, row_group: Tensor | None = None, column_group: Tenso
     return info_nce_terms(lse, mean, pairs.positive)
 
 
+def _with_scale_of_each_logit(
+    pairs: Pairs, row_group: Tensor | None = None, column_group: Tensor | None = None
+) -> RowTerms:
+    """The terms of ``_info_nce``, with the slope in a scale of each logit; these are stored, [rows, columns]."""
+    terms = _info_nce(pairs, row_group, column_group)
+    with torch.autocast(pairs.rows.device.type, enabled=False):
+        similarity = pairs.rows @ pairs.columns.T / pairs.temperature
+    own = pairs.row_ids[:, None] == pairs.column_ids
+    negative = ~own
+    if row_group is not None and column_group is not None:
+        negative = negative & (row_group[:, None] == column_group)
+    logits = torch.cat([pairs.positive[:, None], similarity.masked_fill(~negative, -math.inf)], 1)
+    share = logits.softmax(1)[:, 1:]
+    slope, of_positive = share * similarity, -share.sum(1, keepdim=True) * pairs.positive[:, None]
+    if pairs.logits == "key":
+        return terms._replace(slope=slope + torch.where(own, of_positive, 0))
+    if pairs.logits == "rank":
+        rank = (negative.cumsum(1) - 1).clamp(min=0)
+        slope = torch.zeros_like(slope).scatter_add(1, rank, slope)
+    return terms._replace(slope=torch.cat([of_positive, slope], 1))
+
+
 def _sums(terms: RowTerms, weights: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Sums over the rows of each group of the loss, the slope and the weight, [3, K]."""
+    """Sums over the rows of each group of the weight, the loss and the slopes, [K, 2 + C]."""
     member = group == torch.arange(num_groups, device=group.device)[:, None]  # [K, rows]
-    member = torch.where(member & terms.counted, weights, 0)
-    return torch.stack([(member * terms.loss).sum(1), (member * terms.slope).sum(1), member.sum(1)])
+    member = torch.where(member & terms.counted, weights, 0)[..., None]
+    each = torch.cat([part.reshape(len(weights), -1) for part in (terms.loss, terms.slope)], 1)  # [rows, 1 + C]
+    return torch.cat([member.sum(1), (member * each).sum(1)], 1)

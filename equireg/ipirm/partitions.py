@@ -23,7 +23,7 @@ _COLLAPSED = 0.02  # a group of less than this share of an even one holds nothin
 
 
 class PartitionReport(NamedTuple):
-    """What one update of the partitions found."""
+    """What one update of the partitions found; print it for a line."""
 
     objective: float  # sum over groups of loss + weight · slope², less the balance term: what was maximised
     loss: float  # sum over groups
@@ -31,8 +31,26 @@ class PartitionReport(NamedTuple):
     balance: float  # the term that was taken off
     passes: int
     group_sizes: tuple[int, ...]
-    agreement: tuple[float, ...]  # adjusted Rand index with each earlier partition: 1 the same, 0 chance
+    agreement: tuple[float, ...]  # adjusted Rand index with each partition then in the set: 1 the same, 0 chance
     collapsed: bool
+
+    @property
+    def at_the_bound(self) -> bool:
+        """Whether a group is twice another, within 2%: then ``balance``, and not the features, decided the sizes.
+
+        Without ``balance`` it only says that they are that unequal. The partition may still tell something apart, of
+        which one side is rarer than a third.
+        """
+        return 2 * min(self.group_sizes) <= 1.02 * max(self.group_sizes)
+
+    def __str__(self) -> str:
+        sizes = " + ".join(map(str, self.group_sizes))
+        bound = ", the group collapsed" if self.collapsed else ", at the bound of 2 : 1" if self.at_the_bound else ""
+        agreement = ", ".join(f"{index:.2f}" for index in self.agreement[1:]) or "no earlier one"
+        return (
+            f"groups of {sizes} samples{bound}; objective {self.objective:.2f} (losses {self.loss:.2f}, squared slopes "
+            f"{self.penalty:.3f}) after {self.passes} passes; adjusted Rand index with {agreement}"
+        )
 
 
 class PartitionUpdater(nn.Module):
@@ -66,11 +84,13 @@ class PartitionUpdater(nn.Module):
             samples move. None does nothing.
         starts: how many searches, each from logits of its own. The partition of the largest objective is kept, of
             those that have not collapsed (to a group of one sample, or of less than a fiftieth of an even share).
+        keep: how many of the partitions found stay in the set, the newest; None keeps all, as the paper. The released
+            code has both.
         seed: of the updater's own generator, which travels in the ``state_dict``.
 
     Attributes:
         partitions: int64 [P, N], the group of each sample in each partition; the first has all samples in one group.
-        reports: a :class:`PartitionReport` for each partition after the first.
+        reports: a :class:`PartitionReport` for each update, those included whose partitions ``keep`` has dropped.
 
     Across processes, rank 0 looks for the partition and all get it; each must hold the same partitions before, or every
     process raises. A ``state_dict`` of another number of samples or groups is refused.
@@ -103,6 +123,7 @@ class PartitionUpdater(nn.Module):
         block_size: int | None = 3096,
         balance: str | None = "relaxed",
         starts: int = 3,
+        keep: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -120,10 +141,12 @@ class PartitionUpdater(nn.Module):
             check.count("block_size", block_size, least=2)
         check.option("balance", balance, ("relaxed", "strict", None))
         check.count("starts", starts)
+        if keep is not None:
+            check.count("keep", keep)
         check.count("seed", seed, least=0)
         self.num_samples, self.num_groups = num_samples, num_groups
         self.temperature, self.weight, self.lr, self.max_passes = temperature, weight, lr, max_passes
-        self.block_size, self.balance, self.starts = block_size, balance, starts
+        self.block_size, self.balance, self.starts, self.keep = block_size, balance, starts, keep
         self.register_buffer("partitions", torch.zeros(1, num_samples, dtype=torch.int64))
         self.register_buffer("generator_state", torch.Generator().manual_seed(seed).get_state())
         self.reports: list[PartitionReport] = []
@@ -192,10 +215,29 @@ class PartitionUpdater(nn.Module):
         self.reports.append(report)
         with torch.inference_mode(False):  # what is made in that mode could not be loaded into later
             partition = found.partition.to(self.partitions.device, copy=True)
-            self.partitions = torch.cat([self.partitions, partition[None]])
+            self._join(partition)
             if generator is None:
                 self.generator_state = after.to(self.generator_state.device, copy=True)
         return partition
+
+    def add(self, groups: Tensor) -> None:
+        """A partition of your own joins the set: of known groups, or of random ones as a control.
+
+        Args:
+            groups: int64 [N], the group of each sample, 0 .. K - 1.
+
+        Raises:
+            TypeError, ValueError: groups that are not whole numbers, of another length, or out of range.
+        """
+        check = Arguments("PartitionUpdater.add")
+        check.sizes["N"] = self.num_samples
+        groups = check.integers("groups", groups, "N")
+        check.below("groups", groups, self.num_groups, "num_groups")
+        self._join(groups.to(self.partitions.device, copy=True))
+
+    def _join(self, partition: Tensor) -> None:
+        found = torch.cat([self.partitions[1:], partition[None]])
+        self.partitions = torch.cat([self.partitions[:1], found if self.keep is None else found[-self.keep :]])
 
     def _rows(
         self,
@@ -285,7 +327,7 @@ class PartitionUpdater(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        options = ("temperature", "weight", "lr", "max_passes", "block_size", "balance")
+        options = ("temperature", "weight", "lr", "max_passes", "block_size", "balance", "keep")
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
         return f"{self.num_samples}, {self.num_groups}, partitions={len(self.partitions)}, {shown}"
 

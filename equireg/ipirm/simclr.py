@@ -36,6 +36,10 @@ class IPIRMLoss(PartitionLoss):
         global_penalty: whether the global term has its penalty, too. The paper sums over all partitions, the first one
             of all samples among them, and penalises each. With the released code's mean instead of the sum, a
             penalised global term outweighs the rest; there it has none.
+        dummy_scales: "one" θ of all similarities, as the paper has it, whose slope is a sum over the logits of a row
+            before it is squared; or "logits" for one of each, as the released code: the penalty is then the sum of the
+            squared slopes, each a mean over rows. A scale belongs to the positive of all rows, or to their j-th
+            negative; with ``mix``, to a key. It stores the similarities of the batch.
         gather_distributed: whether the batch is that of all processes, or of a process group, each with its gradient:
             the loss is then the same in all of them, and under DistributedDataParallel so are its gradients to one
             process with the whole batch. Each must bring the same number of samples, or all raise the same ValueError.
@@ -68,9 +72,10 @@ class IPIRMLoss(PartitionLoss):
         temperature: float = 0.5,
         weight: float = 0.2,
         global_penalty: bool = False,
+        dummy_scales: str = "one",
         gather_distributed: bool | Group = False,
     ):
-        super().__init__("IPIRMLoss", partitions, weight, global_penalty, gather_distributed)
+        super().__init__("IPIRMLoss", partitions, weight, global_penalty, gather_distributed, dummy_scales)
         Arguments("IPIRMLoss").positive("temperature", temperature)
         self.temperature = temperature
 
@@ -106,19 +111,25 @@ class IPIRMLoss(PartitionLoss):
             # One tensor for both where they are the same: then each similarity is formed once.
             columns, column_ids = (rows, ids) if size == 1 else (all_views.flatten(0, 1), samples.repeat(2))
             positive = ((x1 * x2).sum(1) / self.temperature).repeat(2)
-            return Pairs(rows, columns, positive, ids, column_ids, self.temperature), torch.ones_like(positive)
+            pairs = Pairs(rows, columns, positive, ids, column_ids, self.temperature, "rank")
+            return pairs, torch.ones_like(positive)
         partner, share = mixed
         # Each mixed image twice, as either of the samples that it is made of.
         rows, columns, ids = x1.repeat(2, 1), all_views[1], torch.cat([mine, mine[partner]])
         positive = (rows * columns[ids]).sum(1) / self.temperature
-        return Pairs(rows, columns, positive, ids, samples, self.temperature), torch.cat([share, 1 - share])
+        pairs = Pairs(rows, columns, positive, ids, samples, self.temperature, "key")
+        return pairs, torch.cat([share, 1 - share])
 
     def settings(self) -> dict[str, Any]:
         return {"temperature": self.temperature, **super().settings()}
 
 
 def mix_images(
-    images: Tensor, *, alpha: float = 1.0, generator: torch.Generator | None = None
+    images: Tensor,
+    *,
+    alpha: float = 1.0,
+    groups: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Each image mixed with another of the batch (mixup, Zhang et al., 2018), for ``IPIRMLoss(..., mix=...)``.
 
@@ -127,13 +138,18 @@ def mix_images(
     Args:
         images: [B, ...], floating point.
         alpha: of the Beta distribution, above 0.
+        groups: whole numbers [P, B] or [B]; partners are then of one group, in each of P partitions. The released code
+            mixes and encodes the batch anew for each partition, within its groups, and once more across them for the
+            global term; here one pass of the encoder serves all. None mixes across groups, and a mixed image counts in
+            the group of either sample.
         generator: source of the partners and shares, on the CPU; None draws from the global one.
 
     Returns:
         mixed images [B, ...], partner int64 [B], share of its own image [B].
 
     Raises:
-        TypeError, ValueError: images that are not floating point, an alpha that is not above 0.
+        TypeError, ValueError: images that are not floating point, an alpha that is not above 0, groups that are not of
+            the batch.
 
     Example:
         >>> mixed, partner, share = mix_images(torch.rand(8, 3, 32, 32))
@@ -146,6 +162,15 @@ def mix_images(
     if images.dim() == 0:
         check.fail("images", "[B, ...]", [])
     partner = torch.randperm(len(images), generator=generator)
+    if groups is not None:
+        check.sizes["B"] = len(images)
+        several = isinstance(groups, Tensor) and groups.dim() == 2
+        table = check.integers("groups", groups, "P B" if several else "B").cpu()
+        table = table if several else table[None]
+        cells = table.unique(dim=1, return_inverse=True)[1] if len(table) else torch.zeros_like(partner)
+        # Both orders list one cell after the other; the second has each cell shuffled.
+        shuffled = partner[cells[partner].argsort(stable=True)]
+        partner = torch.empty_like(partner).index_copy(0, cells.argsort(stable=True), shuffled)
     # A Beta variate is a share of two Gamma variates, and of those a small alpha leaves only the logarithms:
     # log G(a) = log G(a + 1) + log(U) / a. PyTorch's own sampler of Beta takes no generator.
     shape = torch.full((2, len(images)), float(alpha), dtype=torch.float64)

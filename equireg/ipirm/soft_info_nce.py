@@ -28,7 +28,7 @@ class RowTerms(NamedTuple):
     """The loss of each row and its slope in θ, and whether the row has a negative; where not, both are 0."""
 
     loss: Tensor
-    slope: Tensor
+    slope: Tensor  # or [rows, C], in each of C dummy scales
     counted: Tensor
 
 

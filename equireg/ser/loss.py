@@ -7,7 +7,9 @@ moved by ``g2 @ g1.inverse()``, should be that of the second: at each place, aga
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,9 @@ class SERLoss(nn.Module):
         temperature: τ, above 0; the paper takes 0.3 with MoCo-v3 and Barlow Twins, 0.5 with DINO.
         token_norm: put a LayerNorm of its own on the tokens before they are moved, as the released code does. Worth it
             for the residual stream of a pre-norm ViT, whose tokens have very different lengths.
+        layers: None for the map of one layer; or how many layers' maps a call takes, in two lists. Each has a
+            projection (and norm) of its own, and the loss is the mean over the layers (the paper's Table 10: all blocks
+            gain slightly less than the third alone, and cost more).
         gather_distributed: take negatives from all processes, or from those of a process group, with their gradient.
             Under DistributedDataParallel the loss and its gradients are then those of one process with the whole batch.
             Every process must bring the same number of images and places: draw the sizes of the views from generators
@@ -83,7 +88,8 @@ class SERLoss(nn.Module):
             nothing.
 
     Raises:
-        TypeError, ValueError: a width that is no whole number above 0, a temperature that is not above 0.
+        TypeError, ValueError: a width or number of layers that is no whole number above 0, a temperature that is not
+            above 0.
 
     Example:
         >>> ser = SERLoss(dim=32)
@@ -92,6 +98,9 @@ class SERLoss(nn.Module):
         >>> loss = ser(tokens1, tokens2, g1, g2)
         >>> loss.shape, bool(loss > 0)
         (torch.Size([]), True)
+        >>> of_two = SERLoss(dim=32, layers=2)
+        >>> of_two([tokens1, tokens1], [tokens2, tokens2], g1, g2).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -101,6 +110,7 @@ class SERLoss(nn.Module):
         projection_dim: int = 512,
         temperature: float = 0.3,
         token_norm: bool = False,
+        layers: int | None = None,
         gather_distributed: bool | Group = False,
     ):
         super().__init__()
@@ -111,29 +121,62 @@ class SERLoss(nn.Module):
         check.option("token_norm", token_norm, (True, False))
         self.dim, self.temperature = dim, temperature
         self.processes = Processes("SERLoss", gather_distributed)
+        self.layers: nn.ModuleList | None = None
+        if layers is not None:
+            check.count("layers", layers)
+            of_layer = partial(SERLoss, dim, projection_dim=projection_dim, temperature=temperature)
+            own = [of_layer(token_norm=token_norm, gather_distributed=gather_distributed) for _ in range(layers)]
+            self.layers = nn.ModuleList(own)
+            return
         self.token_norm = nn.LayerNorm(dim) if token_norm else nn.Identity()
         self.projection = nn.Sequential(
             nn.Linear(dim, projection_dim), nn.GELU(), nn.Linear(projection_dim, projection_dim)
         )
 
-    def forward(self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform) -> Tensor:
+    def forward(
+        self,
+        tokens1: Tensor | Sequence[Tensor],
+        tokens2: Tensor | Sequence[Tensor],
+        g1: GridTransform,
+        g2: GridTransform,
+    ) -> Tensor:
         """The loss, a 0-d tensor.
 
         Args:
             tokens1: tokens of the first views, [B, T1, D], where T1 is the number of places of ``g1.target``; class and
                 register tokens left out.
-            tokens2: tokens of the second views, [B, T2, D], likewise with ``g2.target``.
+            tokens2: tokens of the second views, [B, T2, D], likewise with ``g2.target``. With ``layers``, both are
+                lists of that many maps.
             g1: what took the images to the first views.
             g2: what took the same images to the second views.
 
         Raises:
-            TypeError, ValueError: tokens that do not fit the elements or each other, elements of different source
-                grids, a batch of one image without others to gather.
+            TypeError, ValueError: tokens that do not fit the elements, each other or ``layers``, elements of different
+                source grids, a batch of one image without others to gather.
         """
         return self.parts(tokens1, tokens2, g1, g2).loss
 
-    def parts(self, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform) -> SERParts:
+    def parts(
+        self,
+        tokens1: Tensor | Sequence[Tensor],
+        tokens2: Tensor | Sequence[Tensor],
+        g1: GridTransform,
+        g2: GridTransform,
+    ) -> SERParts:
         """The loss and, detached, what it is made of: ``.loss``, ``.alignment`` and ``.log_denominator``."""
+        if self.layers is None:
+            return self._parts(tokens1, tokens2, g1, g2)
+        with self.processes.alike():
+            for name, maps in (("tokens1", tokens1), ("tokens2", tokens2)):
+                if not isinstance(maps, (list, tuple)) or len(maps) != len(self.layers):
+                    got = len(maps) if isinstance(maps, (list, tuple)) else type(maps).__name__
+                    Arguments("SERLoss").fail(name, f"a list of {len(self.layers)} maps, one of each layer", got)
+        layers: Iterable[Any] = self.layers
+        of_layers = [ser.parts(one, two, g1, g2) for ser, one, two in zip(layers, tokens1, tokens2)]
+        return SERParts(*(torch.stack(part).mean() for part in zip(*of_layers)))
+
+    def _parts(self, tokens1: Any, tokens2: Any, g1: GridTransform, g2: GridTransform) -> SERParts:
+        """Of one map of each view."""
         processes = self.processes
         with processes.alike() as facts:
             _check_views(tokens1, tokens2, g1, g2, self.dim, least=2 if processes.size == 1 else 1)
@@ -147,7 +190,8 @@ class SERLoss(nn.Module):
         return SERParts(loss, alignment.detach(), (loss + alignment / self.temperature).detach())
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, temperature={self.temperature}, gather_distributed={self.processes}"
+        layers = "" if self.layers is None else f"layers={len(self.layers)}, "
+        return f"dim={self.dim}, temperature={self.temperature}, {layers}gather_distributed={self.processes}"
 
 
 def _contrast(z: Tensor, z_prime: Tensor, temperature: float | Tensor, processes: Processes) -> Tensor:

@@ -10,11 +10,12 @@ from evidence.datasets import Images, images_of
 from evidence.experiments import Settings
 from evidence.measures import measure
 from evidence.networks import create, encode
-from evidence.views import Colors, crops
+from evidence.views import crops, simclr_colors
 from lightly.loss import VICRegLoss
 from lightly.models.modules import heads
 from lightly.models.utils import update_momentum
 from torch import Tensor, nn
+from vipriors.backbone import class_tokens
 from vipriors.images import NORMALIZE
 from vipriors.training import cosine, seed_everything
 
@@ -34,7 +35,7 @@ class MoCoV3(nn.Module):
         self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
         self.teacher = copy.deepcopy(nn.ModuleList([self.late, self.projection])).requires_grad_(False)
         self.ser = equireg.SERLoss(width, token_norm=True)
-        self.colors = [Colors(0.2, blur=1.0), Colors(0.2, blur=0.1, solarize=0.2)]
+        self.colors = equireg.mocov3_photometric(s["image_size"])
         self.views = equireg.EquivariantViews(s["image_size"], s["patch_size"], photometric=nn.Identity())
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
@@ -58,6 +59,10 @@ class MoCoV3(nn.Module):
             return loss, {}
         return loss + self.s["weight"] * self.ser(found[0][1][1], found[1][1][1], g1, g2), {}
 
+    def probed(self, images: Tensor) -> Tensor:
+        """What linear probes read."""
+        return class_tokens(self.network, self.late.layer, NORMALIZE(images))
+
 
 def contrast(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
     logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
@@ -75,16 +80,18 @@ class VICReg(nn.Module):
         self.views = equireg.IntermediateViews("all", num_intermediate=images or 1, reconstruct="se2", sigma=sigma)
         width = self.network.embed_dim
         if images:
-            shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": images}
+            # Twice the width, so that VICReg keeps its own (the paper's linear head).
+            shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": images, "head_dim": 2 * width}
             self.head = equireg.IntermediateReconstructionHead(width, **shape, mean=NORMALIZE.mean, std=NORMALIZE.std)
-            width -= self.head.equivariant_dim
         self.projection = heads.VICRegProjectionHead(width, s["hidden_dim"], s["hidden_dim"])
         # Its 25 : 25 : 1, on a scale where a regularizer of weight 1 counts; Adam does not mind.
         self.loss = VICRegLoss(lambda_param=1.0, mu_param=1.0, nu_param=0.04)
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        first = crops(pixels / 255, self.s["image_size"], self.s["crop_scale"])
-        second, targets, _ = self.views(first)
+        size = self.s["image_size"], self.s["crop_scale"]
+        first, second = (simclr_colors(crops(pixels / 255, *size)) for _ in range(2))
+        _, targets, parameters = self.views(first)
+        second = self.views.transform(second, parameters)  # on top of its own crop and colours
         prefix = self.network.num_prefix_tokens
         tokens = [self.network.forward_features(NORMALIZE(view))[:, prefix:] for view in (first, second)]
         if not self.s["images"]:
@@ -105,22 +112,22 @@ class SimCLR(nn.Module):
         self.partitions = equireg.PartitionUpdater(samples)
         weight = s["weight"] if s["partitions"] else 0.0  # without: NT-Xent
         self.loss = equireg.IPIRMLoss(self.partitions, weight=weight)
-        self.colors = Colors()
 
     def embed(self, images: Tensor) -> Tensor:
-        view = self.colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
+        view = simclr_colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
         return self.projection(self.backbone(view)).float()
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        return self.loss(self.embed(pixels / 255), self.embed(pixels / 255), indices), {}
+        parts = self.loss.parts(self.embed(pixels / 255), self.embed(pixels / 255), indices)
+        risk, penalty = parts.of_groups  # a partition that joins adds them: no explosion of the contrast
+        return parts.loss, {"contrast": parts.global_risk, "group_contrast": risk, "group_penalty": penalty}
 
     def before_epoch(self, epoch: int, images: Images) -> None:
-        """Every few epochs one more partition: drawn, or found on two views of all images."""
-        if not self.s["partitions"] or not epoch or epoch % self.s["update_every"]:
+        """Before the first epoch and every few more one partition: drawn, or found on two views of all images."""
+        if not self.s["partitions"] or epoch % self.s["update_every"]:
             return
         if self.s["partitions"] == "random":
-            drawn = torch.randint(2, (1, len(images.labels)), device=self.partitions.partitions.device)
-            self.partitions.partitions = torch.cat([self.partitions.partitions, drawn])
+            self.partitions.add(torch.randint(2, (len(images.labels),), device=self.partitions.partitions.device))
         else:
             self.eval()
             self.partitions.update(*(encode(self.embed, images.pixels) for _ in range(2)), progress=False)

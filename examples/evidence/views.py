@@ -6,7 +6,7 @@ from torchvision.ops import roi_align
 
 from equireg import IntermediateViews
 
-BLUR = IntermediateViews("blur", sigma=(0.1, 2.0))
+JITTER = IntermediateViews("color", saturation=0.4)
 
 
 def crops(images: Tensor, size: int, smallest: float) -> Tensor:
@@ -23,24 +23,14 @@ def crops(images: Tensor, size: int, smallest: float) -> Tensor:
     return torch.where(flipped[:, None, None, None], found.flip(3), found)
 
 
-class Colors:
-    """Jitter of four fifths of the images, a fifth gray, some blurred or solarized: SimCLR's and MoCo-v3's policy."""
+def simclr_colors(images: Tensor) -> Tensor:
+    """Jitter of four fifths of the images, and a fifth gray: SimCLR's policy, without its blur."""
 
-    def __init__(self, saturation: float = 0.4, blur: float = 0.0, solarize: float = 0.0):
-        self.jitter = IntermediateViews("color", saturation=saturation)
-        self.blur, self.solarize = blur, solarize
+    def some(share: float) -> Tensor:
+        return torch.rand(len(images), 1, device=images.device) < share
 
-    def __call__(self, images: Tensor) -> Tensor:
-        def some(share: float) -> Tensor:
-            return torch.rand(len(images), 1, device=images.device) < share
-
-        size = tuple(images.shape[2:])
-        drawn = self.jitter.draw(len(images), size).to(images.device)
-        drawn = torch.where(some(0.8), drawn, self.jitter.at(drawn, 0.0))
-        saturation = self.jitter.parameter_names.index("saturation")
-        drawn[:, saturation : saturation + 1].masked_fill_(some(0.2), 0.0)
-        images = self.jitter.transform(images.clamp(0, 1), drawn)
-        if self.blur:
-            images = BLUR.transform(images, BLUR.draw(len(images), size).to(images.device) * some(self.blur))
-        solarized = some(self.solarize)[:, :, None, None] & (images >= 0.5)
-        return torch.where(solarized, 1 - images, images)
+    drawn = JITTER.draw(len(images), tuple(images.shape[2:])).to(images.device)
+    drawn = torch.where(some(0.8), drawn, JITTER.at(drawn, 0.0))
+    saturation = JITTER.parameter_names.index("saturation")
+    drawn[:, saturation : saturation + 1].masked_fill_(some(0.2), 0.0)
+    return JITTER.transform(images.clamp(0, 1), drawn)

@@ -54,8 +54,20 @@ def create(options: Namespace, encoder: Path | None = None, num_classes: int = 0
     return model.to(memory_format=torch.channels_last)
 
 
-def frozen_features(model: nn.Module, images: ImageFiles, options: Namespace, crops: str = "") -> tuple[Tensor, Tensor]:
-    """Features [N, D] (a classifier's: logits) and labels [N]; with ``crops``, probabilities merged over these."""
+def class_tokens(vit: nn.Module, late: int, images: Tensor) -> Tensor:
+    """The class tokens of the last four blocks that have it, the last one last: what linear probes read (SER, 4.1)."""
+    count = min(4, len(vit.blocks) - late)
+    found = vit.forward_intermediates(images, count, return_prefix_tokens=True, norm=True, intermediates_only=True)
+    return torch.cat([prefix[:, 0] for _, prefix in found], 1)
+
+
+def frozen_features(
+    model: nn.Module, images: ImageFiles, options: Namespace, crops: str = "", probed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] (a classifier's: logits) and labels [N]; with ``crops``, probabilities merged over these.
+
+    ``probed``: of a vision transformer the ``class_tokens``, of which the last is its own output.
+    """
     images = images.take(range(len(images)))
     images.transform = whole(options)
     loader = DataLoader(WithIndex(images), batch_size=256, num_workers=options.workers)
@@ -63,6 +75,8 @@ def frozen_features(model: nn.Module, images: ImageFiles, options: Namespace, cr
     model.to(accelerator.device)
     with accelerator.autocast():
         encoder = partial(predict_tta, model, crops=crops, merge="gmean") if crops else model
+        if probed and is_vit(options.model):
+            encoder = partial(class_tokens, model, options.late_class_token)
         features, labels, _ = extract_features(encoder, loader, progress=False)
     return features.float(), labels
 

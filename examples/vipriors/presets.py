@@ -21,7 +21,7 @@ Values = dict[str, dict[str, Any]]
 PAPER: Values = {
     "all": {"model": "resnet50", "image_size": 224, "crop_scale": 0.2, "patch_size": 16},
     # 800 epochs and a queue of 16,384 (EqInv, supplementary B); Adam at 1e-3, 128 dimensions, a partition every 50
-    # epochs, λ₁ 0.2 (IP-IRM, Section 4.2); SER of 1% of the batch (its Section 4.1).
+    # epochs, λ₁ 0.2 (IP-IRM, Section 4.2), the first before the training, as released; SER of 1% of the batch.
     "pretrain": {"epochs": 800, "warmup_epochs": 10, "batch_size": 512, "lr": 1e-3, "weight_decay": 1e-6}
     | {"momentum": 0.999, "hidden_dim": 2048, "queue_size": 16384, "update_every": 50, "ratio": 0.01},
     # EqInv, Section 5.2: SGD, the rate a tenth from epochs 30 and 40 on; RandAugment after pretraining (its Table 1).

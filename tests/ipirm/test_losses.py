@@ -169,6 +169,67 @@ def test_mix_images():
     assert partner.sort().values.tolist() == list(range(50))
 
 
+def test_mix_images_within_groups():
+    """Each partner is of the image's own group in every partition, and any of them may be."""
+    images, groups = torch.rand(40, 1), torch.stack([torch.arange(40) % 2, torch.arange(40) // 25])
+    met = torch.zeros(40, 40, dtype=torch.bool)
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        _, partner, _ = mix_images(images, groups=groups, generator=generator)
+        assert torch.equal(groups[:, partner], groups)
+        assert partner.sort().values.tolist() == list(range(40))
+        met[torch.arange(40), partner] = True
+    assert torch.equal(met, (groups[:, :, None] == groups[:, None]).all(0))
+    seeded = [torch.Generator().manual_seed(0) for _ in range(3)]
+    free, one_group, none = (
+        mix_images(images, groups=given, generator=generator)[1]
+        for given, generator in zip((None, torch.zeros(40).long(), groups[:0]), seeded)
+    )
+    assert torch.equal(free, one_group)
+    assert torch.equal(free, none)
+    with pytest.raises(ValueError, match=r"mix_images: groups must be \[P, B\] = \[P, 40\], got \[2, 39\]"):
+        mix_images(images, groups=groups[:, 1:])
+
+
+def test_scale_of_each_logit_with_mixed_images():
+    """As the authors' code for mixup: logits of mixed images and second views, a scale of each second view."""
+    z1, z2 = views(7)
+    partner, share, indices = torch.randperm(7), torch.rand(7, dtype=torch.float64), torch.arange(7)
+    criterion = IPIRMLoss(PARTITIONS[:1], dummy_scales="logits", global_penalty=True, weight=0.6)
+    found = criterion.parts(z1.requires_grad_(), z2, indices, mix=(partner, share))
+    logits = (F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / 0.5).repeat(2, 1)
+    risk, penalty = loss_references.squared_slopes(logits, torch.cat([indices, partner]), torch.cat([share, 1 - share]))
+    torch.testing.assert_close(found.loss, risk + 0.6 * penalty)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.loss, z1, retain_graph=True), torch.autograd.grad(risk + 0.6 * penalty, z1)
+    )
+
+
+def test_scale_of_each_logit_of_moco():
+    """The positive's, and one of each key in the queue that is of another sample."""
+    query, key = views(5)
+    criterion = MoCoIPIRMLoss(PARTITIONS[:1], num_features=5, queue_size=8, dummy_scales="logits", global_penalty=True)
+    criterion.double().queue_indices = torch.tensor([9, 2, 8, 7, 6, 5, -1, 9])  # one key is of sample 2
+    queue = criterion.queue.clone()
+    found = criterion.parts(query, key, torch.arange(5))
+    q = F.normalize(query, dim=1)
+    positive = (q * F.normalize(key, dim=1)).sum(1, keepdim=True)
+    logits = torch.cat([positive, q @ queue.T], 1) / 0.2
+    logits[2, 2] = -1e3  # behind the positive
+    risk, penalty = loss_references.squared_slopes(logits, torch.zeros(5).long(), torch.ones(5).double())
+    torch.testing.assert_close((found.loss, found.global_penalty), (risk + 0.2 * penalty, penalty))
+
+
+def test_parts_tell_a_partition_that_joins_from_an_explosion():
+    """The global risk goes on; what joins is told apart."""
+    z1, z2 = views(9)
+    before, after = (IPIRMLoss(PARTITIONS[:count]).parts(z1, z2, torch.arange(9)) for count in (1, 2))
+    assert before.of_groups == (0, 0)
+    torch.testing.assert_close(after.global_risk, before.loss)
+    risk, penalty = after.of_groups
+    torch.testing.assert_close(after.loss, before.loss + risk + 0.2 * penalty)
+
+
 @pytest.mark.parametrize("alpha", [0.001, 0.01, 0.1, 1.0, 30.0])
 def test_mix_shares_are_betas(alpha):
     share = mix_images(torch.rand(20_000, 1, dtype=torch.float64), alpha=alpha)[2]

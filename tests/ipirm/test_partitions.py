@@ -550,3 +550,36 @@ def test_processes_refuse_together(tmp_path):  # P7
     assert first["generator"].startswith("TypeError: PartitionUpdater.update: generator must be")
     assert "rank 0: refused, see the error there" in second["generator"]
     assert first["search"] == second["search"] == "FloatingPointError: the objective must be finite"
+
+
+def test_keeps_the_newest_partitions():
+    """The first, of all samples, always stays; every update is reported."""
+    z = torch.randn(2, 20, 4)
+    every, newest = (PartitionUpdater(20, max_passes=2, starts=1, keep=keep) for keep in (None, 2))
+    for updater in (every, newest):
+        for _ in range(3):
+            updater.update(*z, **QUIET)
+        updater.add(torch.arange(20) % 2)
+        updater.update(*z, **QUIET)
+    assert torch.equal(newest.partitions, every.partitions[[0, 4, 5]])
+    assert len(newest.reports) == len(every.reports) == 4
+    assert newest.reports[3].agreement == tuple(every.reports[3].agreement[place] for place in (0, 3, 4))
+    again = PartitionUpdater(20, keep=2)
+    again.load_state_dict(newest.state_dict())
+    assert torch.equal(again.partitions, newest.partitions)
+    with pytest.raises(ValueError, match=r"PartitionUpdater.add: groups must be in 0 .. 1 .*, got 2 at position 3"):
+        newest.add(torch.tensor([0, 0, 1, 2] * 5))
+
+
+def test_a_report_says_when_the_bound_decided():
+    """Of ninety samples, twenty that are apart from the others, which are less than a third; and two halves."""
+    generator = torch.Generator().manual_seed(0)
+    reports = []
+    for rare in (20, 45):
+        z = torch.eye(8)[(torch.arange(90) < rare).long()] + 0.05 * torch.randn(2, 90, 8, generator=generator)
+        updater = PartitionUpdater(90, starts=1)
+        updater.update(*z, **QUIET)
+        reports.append(updater.reports[0])
+    assert [report.at_the_bound for report in reports] == [True, False]
+    assert "groups of 45 + 45 samples; objective" in str(reports[1])
+    assert "at the bound of 2 : 1" in str(reports[0])

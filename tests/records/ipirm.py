@@ -75,6 +75,19 @@ RECORDS = [
         streams=True,
     ),
     Record(
+        name="IPIRMLoss/scale of each logit",
+        make=lambda **options: IPIRMLoss(PARTITIONS, **{"dummy_scales": "logits", **options}),
+        inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 5), draw.indices(30)),
+        reference=lambda p, z1, z2, indices: loss_references.ip_irm_of_logits(
+            z1, z2, PARTITIONS[1:, indices], 0.5, 0.2
+        ),
+        made_of=_of_groups,
+        refused={"F27": Refused(ValueError, "dummy_scales must be one of .* got", options={"dummy_scales": "two"})},
+        empty=Refused(ValueError, r"z1 must be of at least one sample and one feature, got \[0, 5\]"),
+        one=0.0,
+        processes="gather",
+    ),
+    Record(
         name="SimSiamIPIRMLoss",
         make=lambda **options: SimSiamIPIRMLoss(PARTITIONS, **options),
         inputs=lambda draw: (

@@ -53,6 +53,16 @@ def _patch_nt_xent(**options):
 
 TWO_IMAGES = "must be of at least 2 images: negatives come from other"
 
+
+def _ser_of_layers(p, maps1, maps2, g1, g2):
+    """The mean over layers, each with a projection of its own."""
+    losses = []
+    for i, pair in enumerate(zip(maps1, maps2)):
+        own = {name.removeprefix(f"layers.{i}."): value for name, value in p.items() if name.startswith(f"layers.{i}.")}
+        losses.append(loss_references.ser(own, *pair, g1, g2, temperature=0.3))
+    return sum(losses) / len(losses)
+
+
 RECORDS = [
     Record(
         name="pair_lse",
@@ -158,6 +168,29 @@ RECORDS = [
             ),
             "G2 no element": Refused(TypeError, "g2 must be a GridTransform, got str", replace(3, "rot90")),
             "F12 temperature": Refused(ValueError, "temperature must be .* got -1.0", options={"temperature": -1.0}),
+        },
+        empty=Refused(ValueError, rf"tokens1 {TWO_IMAGES}s, got \[0, 9, 5\]"),
+        one=Refused(ValueError, rf"tokens1 {TWO_IMAGES}s, got \[1, 9, 5\]"),
+        processes="gather",
+        half_module=True,
+        streams=True,
+    ),
+    Record(
+        name="SERLoss/layers",
+        make=lambda **options: SERLoss(5, **{"projection_dim": 6, "layers": 2, **options}),
+        inputs=lambda draw: (
+            [draw.floats(BATCH, 9, 5), draw.floats(BATCH, 9, 5)],
+            [draw.floats(BATCH, 4, 5), draw.floats(BATCH, 4, 5)],
+            draw.elements((2, 2), (3, 3)),
+            draw.elements((2, 2), (2, 2)),
+        ),
+        reference=_ser_of_layers,
+        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.3,
+        refused={
+            "one map": Refused(
+                ValueError, "tokens1 must be a list of 2 maps, .* got Tensor", replace(0, lambda x: x[0])
+            ),
+            "layers": Refused(ValueError, "layers must be at least 1, got 0", options={"layers": 0}),
         },
         empty=Refused(ValueError, rf"tokens1 {TWO_IMAGES}s, got \[0, 9, 5\]"),
         one=Refused(ValueError, rf"tokens1 {TWO_IMAGES}s, got \[1, 9, 5\]"),
