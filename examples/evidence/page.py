@@ -134,12 +134,12 @@ def by_measure(runs: dict[str, Any], arms: dict[str, str], read: Callable[[Any],
 
 
 def table(rows: Rows, arms: dict[str, str], digits: int, share: Sequence[str] = ()) -> str:
-    """With a last column for the share of the way to a ceiling, where two names are given and the ceiling is higher."""
+    """With columns for the share of the way that some go to the last one, a ceiling, where that is higher."""
     head, lines = ["", *arms.values()], [[measure, *cells(row, arms, digits)] for measure, row in rows.items()]
-    if len(share) == 2:
-        head.append(f"{share[0]}: share of the way")
+    for name in share[:-1]:
+        head.append(f"{name}: share of the way")
         for line, row in zip(lines, rows.values()):
-            arm, ceiling = map(row.get, share)
+            arm, ceiling = row.get(name), row.get(share[-1])
             there = arm and ceiling and ceiling.verdict == HIGHER
             line.append(f"{number(100 * arm.difference / ceiling.difference, 0)}%" if there else "")
     return markdown(head, lines)

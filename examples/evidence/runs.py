@@ -119,10 +119,11 @@ def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
 
 
 def collect(place: Place) -> dict[str, Any]:
-    """The results of every group that is finished: group, arm, seed."""
+    """The results of every group that is finished: group, arm, seed; the settings are those of experiments.yaml."""
     found: dict[str, Any] = {}
     for group in GROUPS:
         jobs = final(place, group) if all(job.found() for job in tuning(place, group)) else []
         for job in jobs if all(job.found() for job in jobs) else ():
-            found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = job.found()
+            run = {name: value for name, value in job.found().items() if name != "settings"}
+            found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run
     return found
