@@ -71,7 +71,7 @@ def resolve(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Element) 
     if package in ("torch", "Tensor") and name in ELSEWHERE:
         return nodes.reference("", "", content, internal=False, refuri=PYTORCH + ELSEWHERE[name])
     # In signatures alone: what ``parts`` returns, how a reader takes its options.
-    private = name.endswith("Parts") if package == "equireg" else target in ("Reading", "Unpack")
+    private = name.endswith("Parts") or name in ("Reading", "Unpack")
     private = private or name == "Arguments"
     if private or package in sys.stdlib_module_names or hasattr(builtins, target):
         return content  # as it is, without a link

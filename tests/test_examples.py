@@ -114,7 +114,7 @@ def test_quickstarts_weights_beat_cross_entropy_and_their_control(run_alone):
     assert conflicting["+ weights"] > conflicting["cross entropy"] + 10
     assert conflicting["control: weights shuffled"] < conflicting["cross entropy"] + 3
     assert conflicting["ceiling: true colours"] > conflicting["cross entropy"] + 10
-    assert aligned["+ weights"] > 97
+    assert aligned["+ weights"] > 90
     assert re.search(r"^\d+ of 10 classes look biased", output, re.M)
 
 

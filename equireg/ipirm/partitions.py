@@ -36,7 +36,7 @@ class PartitionReport(NamedTuple):
 
     @property
     def at_the_bound(self) -> bool:
-        """Whether a group is twice another, within 2%: then ``balance``, and not the features, decided the sizes.
+        """Whether a group is twice another, within 2%, so that ``balance``, not the features, decided the sizes.
 
         Without ``balance`` it only says that they are that unequal. The partition may still tell something apart, of
         which one side is rarer than a third.

@@ -95,7 +95,8 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
         share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
         blocks += ["Accuracy, %:", table(accuracy, arms, 1, share), *tables]
         blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != base))
-        times = next((found["step_seconds"][group] for group in groups if group in found["step_seconds"]), {})
+        steps = (found["step_seconds"].get(group, {}) for group in groups)
+        times = next((step for step in steps if step.get(base, 0) > 0.1), {})  # of shorter ones most is chance
         if ratios := [f"{arms[arm]} {times[arm] / times[base]:.2f}" for arm in arms if arm in times and arm != base]:
             blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
         if chosen:
