@@ -67,8 +67,8 @@ def auto_sharpness(shape: Shape, sizes: Tensor) -> float:
 
     The rarer the few, the higher the excess kurtosis, and the sharper the weights that help: t is the excess, up to 2.
     A minority of a third has a skewness alone, and needs gentle ones: t = 1 from 0.7 on, and 0 up to 0.3, as images
-    without a bias have up to 0.15. Chance is :func:`chance_shape`, and two standard errors of the mean, which for n normally spread
-    samples are those of sqrt(24 / n) and sqrt(6 / n).
+    without a bias have up to 0.15. Chance is :func:`chance_shape`, and two standard errors of the mean, which for n
+    normally spread samples are those of sqrt(24 / n) and sqrt(6 / n).
     """
     there = sizes >= 4
     if not there.any():

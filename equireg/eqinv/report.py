@@ -42,7 +42,7 @@ class EnvironmentsReport:
 
     @property
     def looks_biased(self) -> Tensor:
-        """[C], whether the kurtosis of a class is beyond chance by 1, or its skewness by 0.7, and two standard errors."""
+        """[C], whether the kurtosis of a class is beyond chance by 1, or its skewness by 0.7, by two errors too."""
         chance, errors = chance_shape(int((self.size > 0).sum()) - 1), (1 / self.size.clamp(min=1)).sqrt()
         few = self.excess_kurtosis - chance.excess_kurtosis > (2 * 24**0.5 * errors).clamp(min=1)
         return few | (self.skewness - chance.skewness > (2 * 6**0.5 * errors).clamp(min=0.7))

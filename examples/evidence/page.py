@@ -91,7 +91,7 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
             for arm, name in arms.items():
                 settings = next(iter(runs[arm].values()))["chosen"] if arm in runs else {}
                 chosen += [f"{title} {name}: {setting} {value:g}".strip() for setting, value in settings.items()]
-        drawn["accuracy, points"] |= accuracy
+        drawn["accuracy, points"] |= {name: row for name, row in accuracy.items() if not name.endswith("all images")}
         share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
         blocks += ["Accuracy, %:", table(accuracy, arms, 1, share), *tables]
         blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != base))
@@ -193,7 +193,7 @@ def draw(sides: dict[str, Rows], path: Path) -> None:
     """Every paired difference with its interval, each side in a diagram of its own."""
     names = list(dict.fromkeys(name for rows in sides.values() for row in rows.values() for name in list(row)[1:]))
     results = max(sum(map(len, rows.values())) for rows in sides.values())
-    figure = Figure((5 * len(sides), 1.8 + 0.22 * results), layout="constrained")
+    figure = Figure((max(9, 7 * len(sides)), 2 + 0.17 * results), layout="constrained")
     for axes, (title, rows) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items()):
         for color, name in enumerate(names):
             for place, row in enumerate(rows.values()):
@@ -207,5 +207,5 @@ def draw(sides: dict[str, Rows], path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(f"difference from the base: {title}", fontsize=10)
     lines = [Line2D([], [], color=f"C{color}", marker="o", label=name) for color, name in enumerate(names)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=10)
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=10)
     figure.savefig(path, dpi=140)
