@@ -75,7 +75,7 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
     assert "- **weights shuffled**: No difference that these seeds can tell on PACS, context shift." in text
     assert "Chosen on validation images: PACS, context shift weights: sharpness 1.5;" in text
     assert "Time of a step over the base's: weights, sharpness auto 1.50." in text
-    assert text.count("Not run.") == 5  # the questions without runs, and the corruptions
+    assert text.count("Not run.") == 6  # the questions without runs, and the corruptions
     del runs["auto"]["1"]  # only seeds that all arms have are paired
     row = by_measure(runs, {"off": "base", "auto": "arm"}, partial(accuracies, "PACS"))["PACS"]
     assert (row["base"].mean, row["arm"].difference) == pytest.approx((53.0, 1.01))
