@@ -7,11 +7,13 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -92,6 +94,9 @@ def slowly(step, indices):
 
 def killed(root, times=20):
     """Kill a training at random moments until it is through; moments while it starts, writes and learns."""
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared by forked processes: one killed while it held it would stop all
     draw = random.Random(0)  # noqa: S311
     run(root / "whole", make_batch=slowly)
     started = time.monotonic()

@@ -72,5 +72,8 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
     how = {"accelerator": accelerator, "learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s}
     if hasattr(objective, "before_epoch"):
         how["before_epoch"] = partial(objective.before_epoch, images=images)
-    train(objective, make_batch, optimizer, folder=folder, resume=True, **sizes, **how)
+    try:
+        train(objective, make_batch, optimizer, folder=folder, resume=True, **sizes, **how)
+    finally:
+        AcceleratorState._reset_state()
     return (time.perf_counter() - start) / max(1, len(done))
