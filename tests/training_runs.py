@@ -94,9 +94,8 @@ def slowly(step, indices):
 
 def killed(root, times=20):
     """Kill a training at random moments until it is through; moments while it starts, writes and learns."""
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is shared by forked processes: one killed while it held it would stop all
+    # Forked processes share tqdm's own, and one may be killed while it holds that.
+    tqdm.set_lock(threading.RLock())
     draw = random.Random(0)  # noqa: S311
     run(root / "whole", make_batch=slowly)
     started = time.monotonic()
