@@ -159,7 +159,7 @@ def test_a_stopped_training_ends_in_the_same_bits(jobs, name, tmp_path, monkeypa
 
 def test_released_objective_is_data(images, tmp_path):
     """Its contrast joins before its penalty."""
-    s = {**settings_of("test", "digits", "released", {"weight": 7.0}), "irm_from": 0.0}
+    s = settings_of("test", "digits", "released", {"weight": 7.0})
     objective, part = evidence_runs.KINDS["classification"].prepare(s, images, tmp_path, tmp_path, 0)
     irm = objective.irm
     assert (irm.denominator, irm.contrast, irm.penalty_on, irm.mask.scale) == ("all", "batch", "features", 10.0)

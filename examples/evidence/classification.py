@@ -21,7 +21,7 @@ from vipriors.training import seed_everything
 
 from equireg import ClassWiseIRM, Environments, FeatureMask
 
-IRM = {"weight", "penalty", "temperature", "detach", "contrast", "penalty_on", "risk_weight", "sample_weights"}
+IRM = {"weight", "risk_weight", "sample_weights"}
 PLAIN = {"environments": "", "irm": "", "weights": "", "groups": "", "retrained": False, "scale": 0.0}
 
 
@@ -48,8 +48,7 @@ class Objective(nn.Module):
             self.irm = ClassWiseIRM.released(width, num_classes, weight=s["weight"])
         elif s["environments"]:
             own = {name: value for name, value in s.items() if name in IRM}
-            projection = nn.Identity() if s.get("projection") == "identity" else None
-            self.irm = ClassWiseIRM(width, num_classes, projection=projection, **own)
+            self.irm = ClassWiseIRM(width, num_classes, **own)
             self.irm.mask = FeatureMask(width, scale=s["scale"] or None)
 
     def retrain(self, first: "Objective", weights: Tensor) -> None:
@@ -78,7 +77,7 @@ class Objective(nn.Module):
         loss = (self.weights[indices] * losses).mean() if self.dro is None else self.dro(losses, indices)
         if self.anchor is not None:
             loss = loss + self.anchor(self.head)
-        if self.irm is not None and progress >= self.s["irm_from"]:
+        if self.irm is not None:
             self.irm.weight = self.s["weight"] * (progress >= self.s.get("penalty_from", 0.0))
             loss = loss + self.irm(f, labels, indices)
         return loss, {}
@@ -141,7 +140,7 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
     seed_everything(seed, "environments")
     if s["environments"]:
         ranked = torch.randn_like(features) if s["environments"] == "random" else features
-        objective.irm.fit_environments(ranked, images.labels, adjust=s["environments"] != "plain")
+        objective.irm.fit_environments(ranked, images.labels)
     if s["weights"]:
         objective.weights = weights_of(features, images, s, logits)
     if s["groups"]:
