@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,10 @@ from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments
 from evidence.networks import fit
 from evidence.page import accuracies, by_measure, paired, write_page
 from evidence.runs import Job, Place, choose, execute, tuning
+from evidence.turned import differences, numbers
 from evidence.views import crops, simclr_colors
+
+from equireg import GridTransform
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +68,7 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
         accuracy = {"test": 50 + 3 * seed + gain + 0.01 * seed * gain}
         chosen = {} if arm == "off" else {"sharpness": 1.5}
         runs.setdefault(arm, {})[str(seed)] = {"accuracy": accuracy, "chosen": chosen}
-    found = {"scale": "cpu", "seeds": 3, "machine": "a_b", "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
+    found = {"scale": "cpu", "machine": "a_b", "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
     found |= {"step_seconds": {"pacs": {"off": 1.0, "auto": 1.5}}, "runs": {"pacs": runs}}
     text = write_page(found, tmp_path).read_text()
     # Arms that were not run have no column.
@@ -86,7 +90,7 @@ def test_share_of_the_way_to_the_ceiling(tmp_path):
     for (arm, gain), seed in itertools.product({"off": 0, "weights": 3, "contexts": 4}.items(), range(3)):
         one = {"accuracy": {"test": 40 + gain + 0.1 * seed * gain}, "overall": {"test": 60.0 + seed - gain}}
         runs.setdefault(arm, {})[str(seed)] = {**one, "chosen": {}}
-    found = {"scale": "cpu", "seeds": 3, "machine": "a", "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
+    found = {"scale": "cpu", "machine": "a", "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
     text = write_page(found | {"step_seconds": {}, "runs": {"pacs-frozen": runs}}, tmp_path).read_text()
     lines = text.split("## Do the weights")[1].split("\n## ")[0].splitlines()
     assert "|  | cross entropy | weights | true contexts balanced | weights: share of the way |" in lines
@@ -106,13 +110,17 @@ def images(tmp_path_factory):
             pixels = torch.randint(160, (32, 32, 3), generator=generator)
             pixels[..., label % 3] += 40 * (1 + label // 3)
             Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+    for split, kind in itertools.product(("train", "test"), ("images", "masks")):  # street scenes
+        (folder := root / "camvid128" / split / kind).mkdir(parents=True)
+        pixels = torch.randint(12, (48, 64) if kind == "masks" else (48, 64, 3), generator=generator)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / "0.png")
     return root
 
 
 @pytest.fixture(scope="module")
 def jobs(images, tmp_path_factory):
     place, made, threads = Place("test", images, tmp_path_factory.mktemp("runs")), {}, torch.get_num_threads()
-    for name in ("simclr-vipriors/off", "ipirm/on", "ser/on", "vipriors-20/rex", "vipriors-20/weights"):
+    for name in ("simclr-vipriors/off", "ipirm-simsiam/on", "ser/on", "ser-barlow/on", "vipriors-20/rex"):
         group, arm = name.split("/")
         made[group, arm] = Job(place, group, arm, 0, "test", (tried(group, arm) or [{}])[0])
         execute(made[group, arm])
@@ -122,18 +130,23 @@ def jobs(images, tmp_path_factory):
 
 def test_every_encoder_is_measured_alike_and_not_taken_for_one_of_other_settings(jobs):
     names = {f"{name}, {what}" for name in ("CIFAR-10", "VIPriors") for what in ("2 per class", "6 per class", "k-NN")}
+    layers, kinds = ("early", "middle", "last"), ("rotation", "translation", "colour", "blur")
+    measured = {f"{what}, {layer} layer" for what in ("equivariance", "quarter turns told") for layer in layers}
+    measured |= {f"R², {kind}" for kind in kinds} | {"street scenes, mean IoU", "street scenes, turned"}
+    measured |= {"corner error, pixels", "accuracy, moving", "flip rate, moving"}
     for (group, _), job in jobs.items():
         found = job.found()
         assert set(found["accuracy"]) == ({"val", "test"} if group == "vipriors-20" else names)
-        if group in ("ipirm", "ser"):
-            assert set(found["r2"]) == {"rotation", "translation", "color", "blur"}
+        if settings_of("test", group, "off", {}).get("told"):
+            assert all(math.isfinite(value) for value in found["told"].values())
+            assert set(found["told"]) == measured
             assert set(found["corrupted"]) == set(KINDS)
         assert 0 < found["step_seconds"] < found["seconds"]
     with pytest.raises(ValueError, match=r"was run with other settings: weight 0.2 \(now 5.0\)"):
-        execute(jobs["ipirm", "on"]._replace(chosen={"weight": 5.0}))
+        execute(jobs["ipirm-simsiam", "on"]._replace(chosen={"weight": 5.0}))
 
 
-@pytest.mark.parametrize("name", ["ipirm/on", "ser/on", "vipriors-20/rex"])
+@pytest.mark.parametrize("name", ["ipirm-simsiam/on", "ser/on", "ser-barlow/on", "vipriors-20/rex"])
 def test_a_stopped_training_ends_in_the_same_bits(jobs, name, tmp_path, monkeypatch):
     job = jobs[tuple(name.split("/"))]
     s, (_, data, runs) = {**job.settings(), "epochs": 3}, job.place
@@ -157,6 +170,18 @@ def test_a_stopped_training_ends_in_the_same_bits(jobs, name, tmp_path, monkeypa
     assert all(torch.equal(one[key], other[key]) for key in one | other if torch.is_tensor(one[key]))
 
 
+def test_baselines_are_told_how_the_second_view_differs_from_the_first():
+    """Turned and flipped as it says, each first view is the second; and scaled by these logarithms."""
+    images = torch.rand(16, 3, 8, 8)
+    g1, g2 = (GridTransform.random(16, (4, 4), scale=(1, 1), ratio=(1, 1)) for _ in range(2))
+    first, second = (g.on_images(images, 2) for g in (g1, g2))
+    told = differences(g2 @ g1.inverse())
+    for x, expected, turns, flip in zip(first, second, told["turns"].tolist(), told["flip"]):
+        assert torch.equal(torch.rot90(x.flip(2) if flip else x, turns, (1, 2)), expected)
+    scaled = GridTransform(torch.tensor([3]), torch.tensor([True]), (4, 4), (8, 2))
+    assert numbers(scaled).flatten().tolist() == pytest.approx([0, 0, 0, 1, 1, math.log(2), -math.log(2)])
+
+
 def test_released_objective_is_data(images, tmp_path):
     """Its contrast joins before its penalty."""
     s = settings_of("test", "digits", "released", {"weight": 7.0})
@@ -171,12 +196,14 @@ def test_released_objective_is_data(images, tmp_path):
 def test_arms_begin_alike(jobs):
     """The same first weights of what both have; so differences are paired."""
     _, data, runs = jobs["ser", "on"].place
-    for group, part in (("ipirm", ""), ("ser", ""), ("reconstruction", "network."), ("vipriors-20", "backbone.")):
+    parts = {"reconstruction": "network.", "vipriors-20": "backbone."}
+    for group in ("ipirm", "ipirm-simsiam", "ser", "ser-barlow", *parts):
         states = []
         for arm in GROUPS[group]["arms"]:
             s = settings_of("test", group, arm, {"weight": 1.0, "risk_weight": 1.0, "sharpness": 1.0})
             states.append(evidence_runs.KINDS[s["kind"]].prepare(s, data, runs, runs, 0)[0].state_dict())
-        shared = [key for key in states[0] if key.startswith(part) and torch.is_tensor(states[0][key])]
+        own = parts.get(group, "")
+        shared = [key for key in states[0] if key.startswith(own) and torch.is_tensor(states[0][key])]
         assert len(shared) > 10
         assert all(torch.equal(states[0][key], other[key]) for key in shared for other in states[1:])
 

@@ -3,8 +3,8 @@
     EQUIREG_DATA=folder python examples/evidence            # trains what is missing, then writes the page
     python examples/evidence --page-only                    # writes it anew from docs/results.json
 
-``folder`` holds cifar10/, tiny-vipriors64/ and pacs64/. A stopped run continues from its folder in runs/evidence. The
-page is docs/results.md, with figures from docs/results.json. experiments.yaml says what is compared.
+``folder`` holds cifar10/, tiny-vipriors64/, pacs64/ and camvid128/. A stopped run continues from its folder in
+runs/evidence. The page is docs/results.md, with figures from docs/results.json. experiments.yaml says what is compared.
 """
 
 import argparse
@@ -20,8 +20,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:1] = [str(HERE.parent)]  # where evidence and vipriors lie; in place of this folder
 
-from evidence.experiments import GROUPS, PLAN, seeds_of
+from evidence.experiments import GROUPS, PLAN
 from evidence.page import write_page
+
+FOLDERS = ("cifar10", "tiny-vipriors64", "pacs64", "camvid128")
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.scale == "test" and options.docs == parser.get_default("docs"):
         parser.error("--scale test needs --docs, or it would write over the page")
-    missing = [name for name in ("cifar10", "tiny-vipriors64", "pacs64") if not (options.data / name).is_dir()]
+    missing = [name for name in FOLDERS if not (options.data / name).is_dir()]
     if missing and not options.page_only:
         parser.error(f"--data, or the variable EQUIREG_DATA, must name a folder that holds {', '.join(missing)}")
     saved = options.docs / "results.json"
@@ -73,7 +75,6 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     seconds = [run["seconds"] for arms in runs.values() for seeds in arms.values() for run in seeds.values()]
     return {
         "scale": options.scale,
-        "seeds": seeds_of(options.scale),
         "machine": f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})",
         "torch": torch.__version__.split("+")[0],
         "hours": sum(seconds) / 3600,

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from evidence.datasets import Images, images_of
 from evidence.experiments import Settings
 from evidence.frozen import features_of, raw_features
-from evidence.measures import told
 from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import create, encode, fit, unit
 from evidence.views import crops
@@ -30,8 +29,6 @@ class Objective(nn.Module):
 
     Group DRO has its mean of the losses; where the last layer is trained anew, the backbone stays as it is.
     """
-
-    layer = "layer2"  # whose map of tokens is looked at
 
     def __init__(self, s: Settings, num_classes: int, num_samples: int):
         super().__init__()
@@ -159,7 +156,7 @@ def first_network(images: Images, s: Settings, data: Path, runs: Path, folder: P
 def results(
     objective: Objective, s: Settings, data: Path, runs: Path, folder: Path, split: str, seed: int
 ) -> dict[str, Any]:
-    """Accuracy in percent on validation images, and on the test's if ``split`` is that; there also what is ``told``.
+    """Accuracy in percent on validation images, and on the test's if ``split`` is that.
 
     Where each class has a context of its own in training, it is that on images in other contexts, and ``overall`` is
     that on all, where they are not the same.
@@ -175,10 +172,4 @@ def results(
         else:
             found["accuracy"][name] = accuracy(logits[rows], part.labels[rows])
             found.setdefault("overall", {})[name] = accuracy(logits, part.labels)
-
-    def accuracy_of(images: Images) -> float:
-        return accuracy(encode(objective.logits, images.pixels), images.labels)
-
-    if s["told"] and split == "test":
-        found |= told(objective, accuracy_of, s, data / s["data"]["folder"])
     return found

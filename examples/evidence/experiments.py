@@ -21,11 +21,11 @@ def settings_of(scale: str, group: str, arm: str, chosen: Settings) -> Settings:
     return {name: value for name, value in found.items() if name not in ("try", "like", "seeds", "tuned_on")}
 
 
-def seeds_of(scale: str, group: str = "") -> int:
-    """One of an encoder that others start from, whatever their seed."""
+def seeds_of(scale: str, group: str) -> int:
+    """How many; one of an encoder that others start from, whatever their seed."""
     if group in ENCODERS:
         return 1
-    return PLAN["scales"][scale].get("all", {}).get("seeds", PLAN["measures"]["seeds"])
+    return {**GROUPS[group]["settings"], **PLAN["scales"][scale].get("all", {})}["seeds"]
 
 
 def tried(group: str, arm: str) -> list[Settings]:

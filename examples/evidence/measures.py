@@ -1,7 +1,7 @@
-"""What an encoder can do: classify from few labels, on clean and on corrupted images, and tell transformations."""
+"""What an encoder can do: classify from few labels, also what is corrupted or moves, and tell where things are."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from evidence.corruptions import KINDS, corrupted
 from evidence.datasets import Images, folders
 from evidence.experiments import Settings
-from evidence.networks import encode
+from evidence.networks import encode, unit
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
+from vipriors.backbone import accuracy
+from vipriors.images import NORMALIZE
 
 import equireg
 
@@ -24,7 +28,7 @@ FOLDERS = {"CIFAR-10": "cifar10", "VIPriors": "tiny-vipriors64"}
 
 def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int) -> dict[str, Any]:
     """Accuracies of linear probes and 20 neighbours on ``split``; of the test images also what ``told`` says."""
-    size, accuracy = s["image_size"], {}
+    size, found = s["image_size"], {}
     features, width = getattr(objective, "probed", objective.backbone), objective.network.num_features
     for name, folder in FOLDERS.items():
         held_out = folders(data / folder, split, size)
@@ -33,31 +37,48 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
             few = folders(data / folder, "train", size, draw=seed, shots=shots)
             x = encode(features, few.pixels)
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(x, few.labels)
-            accuracy[f"{name}, {shots} per class"] = 100 * probe.score(test, held_out.labels)
+            found[f"{name}, {shots} per class"] = 100 * probe.score(test, held_out.labels)
             if folder == s["data"]["folder"]:
-                robust = probe  # the last one has the most labels
+                last = probe  # which has the most labels
         own = x[:, -width:], few.labels, test[:, -width:], held_out.labels  # of class tokens the last one
-        accuracy[f"{name}, k-NN"] = 100 * equireg.knn_accuracy(*own)
+        found[f"{name}, k-NN"] = 100 * equireg.knn_accuracy(*own)
 
-    def accuracy_of(images: Images) -> float:
-        return 100 * robust.score(encode(features, images.pixels), images.labels)
+    @torch.no_grad()
+    def logits(images: Tensor) -> Tensor:
+        return torch.from_numpy(last.decision_function(features(images).float().cpu())).to(images)
 
-    more = {}
-    if s["told"] and split == "test":  # accuracy chooses settings
-        more = told(objective, accuracy_of, s, data / s["data"]["folder"])
-    return {"accuracy": accuracy, **more}
+    more = told(objective, logits, s, data) if s["told"] and split == "test" else {}  # accuracy chooses settings
+    return {"accuracy": found, **more}
 
 
-def told(objective: nn.Module, accuracy_of: Callable[[Images], float], s: Settings, folder: Path) -> dict[str, Any]:
-    """Of test images: equivariance, R² of each transformation, and the accuracy under each kind of corruption."""
-    images = folders(folder, "test", s["image_size"])
-    everything = [images, *(folders(folder, part, s["image_size"]) for part in ("train", "val"))]  # no labels needed
-    kinds = corrupted_images(folder, s["image_size"], s["probe_images"])
+def told(
+    objective: nn.Module, logits: Callable[[Tensor], Tensor], s: Settings, data: Path
+) -> dict[str, dict[str, float]]:
+    """What has no test of accuracy on clean images; ``logits`` are of images in 0 .. 1."""
+    folder, size = data / s["data"]["folder"], s["image_size"]
+    images = folders(folder, "test", size)
+    everything = [images, *(folders(folder, part, size) for part in ("train", "val"))]  # no labels needed
+    some, kinds = images.evenly(s["probe_images"]), corrupted_images(folder, size, s["probe_images"])
+    moving = equireg.perturbation_stability(logits, batches(some), frames=s["frames"], progress=False).values()
     return {
-        "equivariance": equivariance(objective, images.evenly(128).pixels / 255),
-        "r2": r2(objective, torch.cat([part.pixels for part in everything]), s["r2_epochs"]),
-        "corrupted": {kind: accuracy_of(part) for kind, part in kinds.items()},
+        "told": {
+            **equivariance(objective, images.evenly(128).pixels / 255),
+            **r2(objective, torch.cat([part.pixels for part in everything]), s["r2_epochs"]),
+            **quarter_turns(objective, some),
+            **street_scenes(objective, data / "camvid128"),
+            "corner error, pixels": corner_error(objective, data / FOLDERS["VIPriors"], size, s["r2_epochs"]),
+            "accuracy, moving": mean(found.accuracy for found in moving),
+            "flip rate, moving": mean(found.flip_rate for found in moving),
+        },
+        "corrupted": {
+            kind: accuracy(torch.cat([logits(images) for images, _ in batches(part)]), part.labels)
+            for kind, part in kinds.items()
+        },
     }
+
+
+def batches(images: Images) -> list[tuple[Tensor, Tensor]]:
+    return [(unit(pixels), labels) for pixels, labels in zip(images.pixels.split(250), images.labels.split(250))]
 
 
 @cache
@@ -67,38 +88,88 @@ def corrupted_images(folder: Path, size: int, count: int) -> dict[str, Images]:
     return {kind: Images(corrupted(images.pixels, kind, severity=3, seed=0), images.labels) for kind in KINDS}
 
 
-def equivariance(objective: nn.Module, images: Tensor) -> float:
+def layers_of(network: nn.Module) -> dict[str, str]:
+    """Where a network is looked at: the names of modules after a third, after two thirds, and at its end."""
+    if hasattr(network, "blocks"):
+        depth = len(network.blocks)
+        return {"early": f"blocks.{depth // 3 - 1}", "middle": f"blocks.{2 * depth // 3 - 1}", "last": "norm"}
+    return {"early": "layer2", "middle": "layer3", "last": "layer4"}
+
+
+def token_map(objective: nn.Module, images: Tensor, where: str = "last") -> Tensor:
+    """[B, D, h, w]."""
+    with equireg.TokenTap(objective.network, layers_of(objective.network)[where]) as tap:
+        objective.backbone(images)
+    return tap.tokens.float().mT.unflatten(2, tap.grid)
+
+
+def equivariance(objective: nn.Module, images: Tensor) -> dict[str, float]:
     """Mean cosine of turned (and flipped) token maps with those of turned images, less that with another image's."""
-    with equireg.TokenTap(objective.network, objective.layer) as tap:
+    images, found = images.to(next(objective.parameters()).device), {}
+    for where in layers_of(objective.network):
 
-        def tokens(views: Tensor) -> Tensor:
-            objective.backbone(views)
-            return tap.tokens.float()
+        def tokens(views: Tensor, where: str = where) -> Tensor:
+            return token_map(objective, views, where).flatten(2).mT
 
-        images = images.to(next(objective.parameters()).device)
-        tokens(images[:1])
+        grid = tuple(token_map(objective, images[:1], where).shape[2:])
         turns = 1 + torch.arange(len(images), device=images.device) % 3
-        elements = [equireg.GridTransform(t, t < 1, tap.grid, tap.grid) for t in (turns, 0 * turns)]  # turned; flipped
+        elements = [equireg.GridTransform(t, t < 1, grid, grid) for t in (turns, 0 * turns)]  # turned; flipped
         own, other = (
             [equireg.equivariance_score(tokens, images, element, shuffled=shuffled) for element in elements]
             for shuffled in (False, True)
         )
-    return (torch.stack(own) - torch.stack(other)).mean().item()
+        found[f"equivariance, {where} layer"] = (torch.stack(own) - torch.stack(other)).mean().item()
+    return found
 
 
 def r2(objective: nn.Module, pixels: Tensor, epochs: int) -> dict[str, float]:
     """From the means of the last map's quarters, and many pairs: of 2,000, and of pooled maps, it comes out lower."""
-    network = objective.network
 
     def quarters(images: Tensor) -> Tensor:
-        with equireg.TokenTap(network, "norm" if hasattr(network, "blocks") else "layer4") as tap:
-            objective.backbone(images)
-        return F.adaptive_avg_pool2d(tap.tokens.float().mT.unflatten(2, tap.grid), 2).flatten(1)
+        return F.adaptive_avg_pool2d(token_map(objective, images), 2).flatten(1)
 
     found = {}
     for kind in ("rotation", "translation", "color", "blur"):
         views = equireg.IntermediateViews(kind, sigma=(0.1, pixels.shape[-1] / 32))
         generator, parts = torch.Generator().manual_seed(0), (part / 255 for part in pixels.split(250))
         pairs = equireg.extract_view_features(quarters, parts, views, generator=generator, progress=False)
-        found[kind] = mean(equireg.transformation_r2(*pairs, epochs=epochs, progress=False).tolist())
+        name = f"R², {kind}".replace("color", "colour")
+        found[name] = mean(equireg.transformation_r2(*pairs, epochs=epochs, progress=False).tolist())
     return found
+
+
+def quarter_turns(objective: nn.Module, images: Images) -> dict[str, float]:
+    """How often the number of quarter turns is told, of 4, from the mean token of a layer."""
+    layers, views = layers_of(objective.network), [NORMALIZE(pixels) for pixels, _ in batches(images)]
+    found = equireg.transformation_accuracy(objective.network, views, [*layers.values()], progress=False)
+    return {f"quarter turns told, {where} layer": found[name] for where, name in layers.items()}
+
+
+def street_scenes(objective: nn.Module, folder: Path) -> dict[str, float]:
+    """Mean IoU of a linear map from the last tokens to 11 classes of pixels, fitted on upright scenes."""
+
+    def scenes(split: str) -> list[tuple[Tensor, Tensor]]:
+        files = sorted((folder / split / "images").iterdir())
+        found = [(read(file), read(folder / split / "masks" / f"{file.stem}.png")) for file in files]
+        images, masks = (torch.stack(part) for part in zip(*found))
+        return list(zip(unit(images).split(50), masks[:, 0].long().split(50)))
+
+    encoder = partial(token_map, objective)
+    found = equireg.dense_probe(encoder, scenes("train"), scenes("test"), 11, max_iterations=50, progress=False)
+    turned = mean(found[name] for name in ("90", "180", "flip"))
+    return {"street scenes, mean IoU": found["upright"], "street scenes, turned": turned}
+
+
+def read(path: Path) -> Tensor:
+    return pil_to_tensor(Image.open(path))
+
+
+def corner_error(objective: nn.Module, folder: Path, size: int, epochs: int) -> float:
+    """Of a random homography of a patch of the network's size, regressed from the last maps of both."""
+    pixels = folders(folder, "test", 2 * size).pixels
+    loader = (unit(part) for part in pixels.split(250))
+
+    def places(images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(token_map(objective, images), 4).flatten(1)
+
+    return equireg.homography_probe(places, loader, size, epochs=epochs, progress=False)

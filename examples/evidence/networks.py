@@ -35,9 +35,12 @@ def create(s: Settings) -> nn.Module:
     sizes = {name: s[name] for name in ("depth", "patch_size") if name in s}
     if sizes:  # a vision transformer
         sizes |= {"img_size": s["image_size"], "dynamic_img_size": True, "global_pool": s["pool"], "fc_norm": False}
-    if "channels" in s:  # a residual network
-        sizes["channels"] = s["channels"]
-    return timm.create_model(s["model"], num_classes=0, **sizes).to(memory_format=torch.channels_last)
+    sizes |= {name: s[name] for name in ("channels", "layers") if name in s}  # a residual network
+    network = timm.create_model(s["model"], num_classes=0, **sizes)
+    if s.get("stem") == "cifar":  # of full resolution, for small images
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    return network.to(memory_format=torch.channels_last)
 
 
 def unit(pixels: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def wrapped(line: str) -> str:
 
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     blocks: list[str] = []
-    drawn: dict[str, Rows] = {"accuracy, points": {}, "equivariance and R²": {}}
+    drawn: dict[str, Rows] = {"accuracy, points": {}, "other measures": {}}
     for comparison in PLAN["questions"][question]:
         groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
         base = comparison.get("from", "off")
@@ -87,13 +87,14 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
             if features := by_measure(runs, arms, told):
                 where = f", {title}" if title else ""
                 tables += [f"What the features tell{where}:", table(features, arms, 3)]
-                drawn["equivariance and R²"] |= {measure + where: row for measure, row in features.items()}
+                drawn["other measures"] |= {measure + where: row for measure, row in features.items()}
             for arm, name in arms.items():
                 settings = next(iter(runs[arm].values()))["chosen"] if arm in runs else {}
                 chosen += [f"{title} {name}: {setting} {value:g}".strip() for setting, value in settings.items()]
         drawn["accuracy, points"] |= {name: row for name, row in accuracy.items() if not name.endswith("all images")}
         share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
-        blocks += ["Accuracy, %:", table(accuracy, arms, 1, share), *tables]
+        seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
+        blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share), *tables]
         blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != base))
         steps = (found["step_seconds"].get(group, {}) for group in groups)
         times = next((step for step in steps if step.get(base, 0) > 0.1), {})  # of shorter ones most is chance
@@ -117,15 +118,18 @@ def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
 
 
 def told(run: dict[str, Any]) -> dict[str, float]:
-    """What has no unit."""
-    r2 = {f"R², {kind}".replace("color", "colour"): value for kind, value in run.get("r2", {}).items()}
-    return {"equivariance": run["equivariance"], **r2} if r2 else {}
+    """What is no accuracy on still images."""
+    return run.get("told", {})
+
+
+def paired_seeds(runs: dict[str, Any], arms: dict[str, str]) -> list[str]:
+    """Those that all arms have."""
+    return sorted(set.intersection(*(set(runs[arm]) for arm in arms if arm in runs)), key=int)
 
 
 def by_measure(runs: dict[str, Any], arms: dict[str, str], read: Callable[[Any], dict[str, float]]) -> Rows:
-    """What is read of each run; only seeds that all arms have: differences are paired."""
-    arms = {arm: name for arm, name in arms.items() if arm in runs}
-    seeds = sorted(set.intersection(*(set(runs[arm]) for arm in arms)), key=int)
+    """What is read of each run."""
+    arms, seeds = {arm: name for arm, name in arms.items() if arm in runs}, paired_seeds(runs, arms)
     rows: dict[str, dict[str, list[float]]] = {}
     for arm, seed in product(arms, seeds):
         for measure, value in read(runs[arm][seed]).items():

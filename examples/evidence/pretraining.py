@@ -10,8 +10,9 @@ from evidence.datasets import Images, images_of
 from evidence.experiments import Settings
 from evidence.measures import measure
 from evidence.networks import create, encode
+from evidence.turned import TurnedViews
 from evidence.views import crops, simclr_colors
-from lightly.loss import VICRegLoss
+from lightly.loss import BarlowTwinsLoss, VICRegLoss
 from lightly.models.modules import heads
 from lightly.models.utils import update_momentum
 from torch import Tensor, nn
@@ -23,30 +24,23 @@ import equireg
 
 
 class MoCoV3(nn.Module):
-    """Chen, Xie and He, 2021; where ``equivariant``, a part of the batch is seen by group elements, for SER."""
+    """Chen, Xie and He, 2021, on a vision transformer."""
 
     def __init__(self, s: Settings, samples: int):
         super().__init__()
-        self.s, self.network, self.layer = s, create(s), f"blocks.{s['layer'] - 1}"
+        self.s, self.network = s, create(s)
         width = self.network.embed_dim
-        self.late = equireg.LateClassToken(self.network, s["layer"] if s["equivariant"] else 0)
+        self.late = equireg.LateClassToken(self.network, s["layer"] if s["turned"] else 0)
         self.backbone = nn.Sequential(NORMALIZE, self.late)
         self.projection = heads.MoCoProjectionHead(width, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
         self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
         self.teacher = copy.deepcopy(nn.ModuleList([self.late, self.projection])).requires_grad_(False)
-        self.ser = equireg.SERLoss(width, token_norm=True)
-        self.colors = equireg.mocov3_photometric(s["image_size"])
-        self.views = equireg.EquivariantViews(s["image_size"], s["patch_size"], photometric=nn.Identity())
+        self.turned = TurnedViews(s, width, s["patch_size"])
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        b1, b2 = equireg.split_batch(pixels / 255, self.s["ratio"] if self.s["equivariant"] else 0.0)
-        views = [[crops(b1, self.s["image_size"], self.s["crop_scale"])] for _ in range(2)]
-        if len(b2):
-            x1, x2, g1, g2 = self.views(b2)
-            views = [[*views[0], x1], [*views[1], x2]]
-        views = [[NORMALIZE(color(part)) for part in parts] for color, parts in zip(self.colors, views)]
+        views, elements = self.turned(pixels / 255)
         found = [[self.late(part, return_tokens=True) for part in parts] for parts in views]
-        # One base loss over both parts of the batch, whose views differ in size.
+        # One base loss over both parts of the batch.
         queries = [self.prediction(self.projection(torch.cat([f for f, _ in parts]))) for parts in found]
         momentum = cosine(round(1e6 * progress), 10**6, self.s["momentum"], 1.0)
         for student, teacher in zip((self.late, self.projection), self.teacher):
@@ -55,13 +49,34 @@ class MoCoV3(nn.Module):
             backbone, projection = self.teacher
             keys = [projection(torch.cat([backbone(part) for part in parts])) for parts in views]
         loss = contrast(queries[0], keys[1]) + contrast(queries[1], keys[0])
-        if not len(b2):
-            return loss, {}
-        return loss + self.s["weight"] * self.ser(found[0][1][1], found[1][1][1], g1, g2), {}
+        return loss + self.turned.regularizer([parts[-1][1] for parts in found], elements), {}
 
     def probed(self, images: Tensor) -> Tensor:
         """What linear probes read."""
         return class_tokens(self.network, self.late.layer, NORMALIZE(images))
+
+
+class BarlowTwins(nn.Module):
+    """Zbontar et al., 2021, on a residual network."""
+
+    def __init__(self, s: Settings, samples: int):
+        super().__init__()
+        self.s, self.network, self.layer = s, create(s), f"layer{s['layer']}"  # whose map turns
+        self.backbone = nn.Sequential(NORMALIZE, self.network)
+        self.projection = heads.BarlowTwinsProjectionHead(self.network.num_features, s["hidden_dim"], s["hidden_dim"])
+        stage = self.network.feature_info[s["layer"]]
+        self.turned = TurnedViews(s, stage["num_chs"], stage["reduction"] // (4 if s.get("stem") == "cifar" else 1))
+        self.loss = BarlowTwinsLoss()
+
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
+        views, elements = self.turned(pixels / 255)
+        features, tokens = [], []
+        with equireg.TokenTap(self.network, self.layer) as tap:
+            for parts in views:
+                features.append(torch.cat([self.network(part) for part in parts]))
+                tokens.append(tap.tokens)  # of the last part
+        loss = self.loss(*(self.projection(f).float() for f in features)) / self.s["hidden_dim"]
+        return loss + self.turned.regularizer(tokens, elements), {}
 
 
 def contrast(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
@@ -75,7 +90,7 @@ class VICReg(nn.Module):
     def __init__(self, s: Settings, samples: int):
         super().__init__()
         self.s, self.network, size, images = s, create(s), s["image_size"], s["images"]
-        self.backbone, self.layer = nn.Sequential(NORMALIZE, self.network), f"blocks.{len(self.network.blocks) - 1}"
+        self.backbone = nn.Sequential(NORMALIZE, self.network)
         sigma = (0.1, size / 32)
         self.views = equireg.IntermediateViews("all", num_intermediate=images or 1, reconstruct="se2", sigma=sigma)
         width = self.network.embed_dim
@@ -101,24 +116,24 @@ class VICReg(nn.Module):
         return loss + self.s["weight"] * self.head(*equivariant, targets), {}
 
 
-class SimCLR(nn.Module):
-    """Chen et al., 2020; with ``partitions`` that are random or found, over whose groups the loss is to be the same."""
+class Partitioned(nn.Module):
+    """A base method whose loss is to be the same over the groups of ``partitions`` that are random or found."""
 
-    def __init__(self, s: Settings, samples: int):
+    def __init__(self, s: Settings, samples: int, loss: type[nn.Module]):
         super().__init__()
-        self.s, self.network, self.layer = s, create(s), "layer2"
+        self.s, self.network = s, create(s)
         self.backbone = nn.Sequential(NORMALIZE, self.network)
-        self.projection = heads.SimCLRProjectionHead(self.network.num_features, s["hidden_dim"], 128)
         self.partitions = equireg.PartitionUpdater(samples)
-        weight = s["weight"] if s["partitions"] else 0.0  # without: NT-Xent
-        self.loss = equireg.IPIRMLoss(self.partitions, weight=weight)
+        self.loss = loss(self.partitions, weight=s["weight"] if s["partitions"] else 0.0)  # without: the base method
 
     def embed(self, images: Tensor) -> Tensor:
+        """The projections of a random view."""
         view = simclr_colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
         return self.projection(self.backbone(view)).float()
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        parts = self.loss.parts(self.embed(pixels / 255), self.embed(pixels / 255), indices)
+        views = self.predicted(*(self.embed(pixels / 255) for _ in range(2)))
+        parts = self.loss.parts(*views, indices)
         risk, penalty = parts.of_groups  # a partition that joins adds them: no explosion of the contrast
         return parts.loss, {"contrast": parts.global_risk, "group_contrast": risk, "group_penalty": penalty}
 
@@ -133,7 +148,31 @@ class SimCLR(nn.Module):
             self.partitions.update(*(encode(self.embed, images.pixels) for _ in range(2)), progress=False)
 
 
-METHODS = {"mocov3": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}
+class SimCLR(Partitioned):
+    """Chen et al., 2020."""
+
+    def __init__(self, s: Settings, samples: int):
+        super().__init__(s, samples, equireg.IPIRMLoss)
+        self.projection = heads.SimCLRProjectionHead(self.network.num_features, s["hidden_dim"], 128)
+
+    def predicted(self, *projections: Tensor) -> tuple[Tensor, ...]:
+        return projections
+
+
+class SimSiam(Partitioned):
+    """Chen and He, 2021."""
+
+    def __init__(self, s: Settings, samples: int):
+        super().__init__(s, samples, equireg.SimSiamIPIRMLoss)
+        hidden = s["hidden_dim"]
+        self.projection = heads.SimSiamProjectionHead(self.network.num_features, hidden, hidden)
+        self.prediction = heads.SimSiamPredictionHead(hidden, hidden // 4, hidden)
+
+    def predicted(self, *projections: Tensor) -> tuple[Tensor, ...]:
+        return *(self.prediction(z).float() for z in projections), *projections
+
+
+METHODS = {"mocov3": MoCoV3, "barlow": BarlowTwins, "vicreg": VICReg, "simclr": SimCLR, "simsiam": SimSiam}
 
 
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[nn.Module, Images]:
