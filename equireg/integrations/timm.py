@@ -33,7 +33,7 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
     timm's scripts load it; its ``task_state`` is what resuming needs besides, bit for bit.
 
     Args:
-        model: one of timm's, whose classifier is an ``nn.Linear``. It is changed in place: the mask comes before it.
+        model: one of timm's, whose classifier is an ``nn.Linear``. Changed in place: the mask comes before that.
         irm: for the features that enter the classifier. Its environments are fitted before the first step.
         sharpness: as of ``Environments.weights``; 0 for no weights.
         options: as of ``ClassificationTask``. ``criterion`` is a mean over the batch.
