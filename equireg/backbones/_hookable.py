@@ -24,6 +24,14 @@ def check_plain(check: Arguments, name: str, model: Any, allow_parallel: bool = 
             check.fail(name, "wrapped first and compiled after", "a model compiled already")
 
 
+def check_images(check: Arguments, images: Any) -> None:
+    """Require one batch: a list of batches, as multi-crop methods make of views of several sizes, is many."""
+    if isinstance(images, (list, tuple)) and any(isinstance(x, torch.Tensor) and x.dim() == 4 for x in images):
+        sizes = sorted({f"{x.shape[-2]} x {x.shape[-1]}" for x in images})
+        got = f"a {type(images).__name__} of {len(images)} batches, of {', '.join(sizes)}"
+        check.fail_type("images", "one batch [B, C, H, W]; call the model once for each size of the views", got)
+
+
 def is_torchvision_vit(model: nn.Module) -> bool:
     """Whether it is torchvision's ``VisionTransformer``, judged by its parts, as torchvision may be missing."""
     return all(hasattr(model, part) for part in ("class_token", "conv_proj", "encoder", "image_size"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
-from equireg.backbones._hookable import calling_thread, check_plain, is_torchvision_vit, prefix_tokens
+from equireg.backbones._hookable import calling_thread, check_images, check_plain, is_torchvision_vit, prefix_tokens
 
 __all__ = ["LateClassToken"]
 
@@ -82,8 +82,11 @@ class LateClassToken(nn.Module):
         """The output of ``vit(x)``; with ``return_tokens`` also the patch tokens [B, T, D] after ``layer`` blocks.
 
         Raises:
-            ValueError: reentrant activation checkpointing, which hides the tokens from autograd.
+            TypeError: a list of views.
+            ValueError: images of another size than a model without dynamic sizes takes; reentrant activation
+                checkpointing, which hides the tokens from autograd.
         """
+        _check_size(self.vit, x)
         if not return_tokens:
             features: Tensor = self.vit(x)
             return features
@@ -136,6 +139,20 @@ class _Keep:
 
     def give(self) -> Tensor | None:
         return self.kept.pop(calling_thread(), None)
+
+
+def _check_size(vit: Any, x: Any) -> None:
+    """Images that the model takes, said before its own assertion, which does not know the cure."""
+    check = Arguments("LateClassToken")
+    check_images(check, x)
+    embed = getattr(vit, "patch_embed", None)
+    size, cure = getattr(embed, "img_size", None), "create the model with dynamic_img_size=True"
+    if is_torchvision_vit(vit):
+        size, cure = (vit.image_size, vit.image_size), "torchvision's ViT has one size"
+    elif not getattr(embed, "strict_img_size", False):
+        size = None
+    if size is not None and isinstance(x, Tensor) and tuple(x.shape[-2:]) != tuple(size):
+        check.fail("images", f"[B, C, {size[0]}, {size[1]}] ({cure})", list(x.shape))
 
 
 def _blocks(vit: Any) -> list[nn.Module]:

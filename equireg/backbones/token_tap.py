@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
-from equireg.backbones._hookable import calling_thread, check_plain, prefix_tokens
+from equireg.backbones._hookable import calling_thread, check_images, check_plain, prefix_tokens
 from equireg.grid import Grid
 
 __all__ = ["TokenTap"]
@@ -35,7 +35,7 @@ class TokenTap:
             by the images' aspect and the model's ``output_fmt``.
 
     Raises:
-        TypeError: ``model`` is not a module; on running, an output that is not one tensor.
+        TypeError: ``model`` is not a module; on running, a list of batches, or an output that is not one tensor.
         ValueError: a model compiled already, no such layer; on running, an output without a grid; on reading ``tokens``
             or ``grid``, that the layer has not run, or that its output was changed in place afterwards.
 
@@ -123,6 +123,8 @@ class TokenTap:
         return found
 
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            check_images(self._check, args[0])
         if args and isinstance(args[0], Tensor) and args[0].dim() >= 3:
             self._images[calling_thread()] = (args[0].shape[-2], args[0].shape[-1])
 
@@ -163,7 +165,10 @@ class TokenTap:
                     if grid is not None:
                         return output[:, prefix:], grid
         of = f"images of {image[0]} x {image[1]}" if image else "unknown images"
-        self._check.fail("layer", f"one whose output is a map of tokens ({self.layer!r})", f"{shape} for {of}")
+        rule = f"one whose output is a map of tokens ({self.layer!r})"
+        if output.dim() == 3:
+            rule += f", of all patches, none masked, after {self.num_prefix_tokens} others (num_prefix_tokens)"
+        self._check.fail("layer", rule, f"{shape} for {of}")
 
 
 def _fits(sides: Grid, image: Grid | None) -> bool:

@@ -308,3 +308,20 @@ def compiled_in_place():
 def test_wrong_arguments(make, layer, message):
     with pytest.raises((TypeError, ValueError), match=f"^LateClassToken: {message}"):
         LateClassToken(make(), layer)
+
+
+VIEWS = [torch.rand(2, 3, 32, 32)] * 2 + [torch.rand(2, 3, 16, 16)] * 6  # as DINO's multi-crop makes them
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
+
+
+def test_views_of_several_sizes_are_refused_with_the_cure():
+    rule = r"LateClassToken: images must be one batch \[B, C, H, W\]; call the model once for each size"
+    fixed, dynamic = (timm.create_model("vit_tiny_patch16_224", dynamic_img_size=d, **TINY) for d in (False, True))
+    torchvision_vit = TorchvisionViT(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
+    for vit in (fixed, dynamic, torchvision_vit):
+        with pytest.raises(TypeError, match=rf"{rule}.*got a list of 8 batches, of 16 x 16, 32 x 32"):
+            LateClassToken(vit, 1)(VIEWS, return_tokens=True)
+    # Unmodified models would fail by assertions of their own, which name no cure.
+    again = timm.create_model("vit_tiny_patch16_224", **TINY)
+    with pytest.raises(ValueError, match=r"\[B, C, 32, 32\] \(create the model with dynamic_img_size=True\), got .*16"):
+        LateClassToken(again, 1)(VIEWS[-1])

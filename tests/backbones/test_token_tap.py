@@ -263,3 +263,17 @@ def test_a_tap_out_of_its_context():
     with tap, pytest.raises(ValueError, match="the tap must be entered once at a time"):
         tap.__enter__()
     assert not hooks(tap.model)
+
+
+def test_several_batches_and_masked_tokens_are_refused_in_words():
+    model = vit()
+    several = r"TokenTap: images must be one batch .*, got a list of 2 batches, of 32 x 32"
+    with TokenTap(model, "blocks.1"), pytest.raises(TypeError, match=several):
+        model([torch.rand(2, 3, 32, 32)] * 2)
+    wrapper = nn.Sequential(model)  # it hides the number of prefix tokens, as lightly's masked ViT does
+    hidden = r"of all patches, none masked, after 0 others \(num_prefix_tokens\), got"
+    with TokenTap(wrapper, "0.blocks.1"), pytest.raises(ValueError, match=hidden):
+        wrapper(torch.rand(2, 3, 64, 64))
+    with TokenTap(wrapper, "0.blocks.1", num_prefix_tokens=1) as tap:
+        wrapper(torch.rand(2, 3, 64, 64))
+    assert tap.grid == (4, 4)

@@ -1,10 +1,12 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from equireg import ImageFiles, WithIndex, k_shot
 
@@ -44,6 +46,79 @@ def test_wrong_datasets():
         WithIndex(Stream())
     with pytest.raises(TypeError, match="got generator"):
         WithIndex(n for n in range(3))
+
+
+# ---------------------------------------------------------------------------------------------- the index in the target
+
+
+class Coloured(Dataset):
+    """Image n is of colour n; what timm's loaders ask of a data set."""
+
+    transform = None
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        image = Image.new("RGB", (8, 8), (index, index, index))
+        return self.transform(image), index % 5
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy.ndarrays")  # timm below 1.0.31
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("prefetcher", [True, False])
+def test_timms_loaders_keep_the_index_in_the_target(prefetcher, workers):
+    loading = pytest.importorskip("timm.data", reason="needs timm, of the examples extra")
+    dataset = WithIndex(Coloured(), in_target=True)
+    device, others = (
+        torch.device("cpu"),
+        {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "persistent_workers": False},
+    )  # the prefetcher runs on CPU too
+    loader = loading.create_loader(
+        *(dataset, (3, 8, 8), 5),
+        is_training=True,
+        no_aug=True,
+        num_workers=workers,
+        use_prefetcher=prefetcher,
+        device=device,
+        **others,
+    )
+    seen = []
+    for images, target in loader:
+        labels, indices = WithIndex.labels_and_indices(target)
+        assert target.dtype == labels.dtype == indices.dtype == torch.int64
+        assert target.shape == (5, 2)
+        assert torch.equal(labels, indices % 5)
+        colours = images.mean((1, 2, 3))
+        torch.testing.assert_close(colours, indices.float().expand(5))
+        seen += indices.tolist()
+    assert len(set(seen)) == 20  # drop_last
+
+
+@pytest.mark.parametrize("label", [3, True, np.int32(3), torch.tensor(3), np.array(3)])
+def test_labels_that_are_whole_numbers(label):
+    _, target = WithIndex([("image", label)], in_target=True)[-1]
+    assert target.tolist() == [int(label), 0]
+
+
+def test_what_the_target_refuses():
+    for item, got in ((("image", 1, 2), "a tuple of 3"), ("image", "str"), (["image", 1], "list")):
+        with pytest.raises(TypeError, match=rf"items must be \(image, label\) where in_target is set, got {got}"):
+            WithIndex([item], in_target=True)[0]
+    for label in (0.5, torch.rand(()), torch.tensor([1, 2]), None):
+        with pytest.raises(TypeError, match=r"labels must be whole numbers where in_target is set, got "):
+            WithIndex([("image", label)], in_target=True)[0]
+    with pytest.raises(ValueError, match="in_target must be one of True, False, got 1"):
+        WithIndex(["a"], in_target=1)
+    for target, error in (
+        (torch.rand(4, 2), r"torch.float32 \[4, 2\]: mixtures, as of Mixup or CutMix, have no index"),
+        (torch.arange(4), r"\[4\]"),
+        (torch.zeros(4, 3, dtype=torch.int64), r"\[4, 3\]"),
+        (torch.zeros(4, 2, dtype=torch.bool), "torch.bool"),
+        ([[1, 2]], "list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"WithIndex.labels_and_indices: target must .*got {error}"):
+            WithIndex.labels_and_indices(target)
 
 
 # --------------------------------------------------------------------------------------------------------------- k_shot

@@ -1,0 +1,148 @@
+"""EqInv in timm's own training script: the weights of the environments and class-wise IRM, as one of timm's tasks.
+
+Needs ``timm.task``, as of timm 1.0.31. The patch of ``train.py`` is in ``docs/guides/timm.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from equireg._checks import Arguments
+from equireg.data.with_index import WithIndex
+from equireg.eqinv.class_wise_irm import ClassWiseIRM
+
+__all__ = ["EqInvTask"]
+
+
+class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
+    r"""timm's ``ClassificationTask`` with the weights of the environments and class-wise IRM.
+
+    .. math::
+        L = \frac{1}{B} \sum_n w(n) \cdot \text{criterion}(h(\sigma(m) \circ \phi(x_n)), y_n) + L_\text{IRM}
+
+    with :math:`w` of :meth:`equireg.Environments.weights` and :math:`L_\text{IRM}` of :class:`equireg.ClassWiseIRM`.
+
+    The trained module is the model with the mask before its classifier, and ``irm``: timm's optimizer, moving average,
+    DistributedDataParallel and compilation take both, and timm's evaluation goes through the mask. A checkpoint's
+    ``state_dict`` is that of the plain model, with the mask folded into its classifier, so ``timm.create_model`` and
+    timm's scripts load it; its ``task_state`` is what resuming needs besides, bit for bit.
+
+    Args:
+        model: one of timm's, whose classifier is an ``nn.Linear``. Changed in place: the mask comes before that.
+        irm: for the features that enter the classifier. Its environments are fitted before the first step.
+        sharpness: as of ``Environments.weights``; 0 for no weights.
+        options: as of ``ClassificationTask``. ``criterion`` is a mean over the batch.
+
+    The call ``task(input [B, C, H, W], target [B, 2])`` takes the targets of ``WithIndex(dataset, in_target=True)``,
+    and returns ``{"loss": 0-d, "output": logits [B, C]}``.
+
+    Raises:
+        TypeError, ValueError: a model whose classifier is no ``nn.Linear`` of ``irm.num_features``; an ``irm`` whose
+            mask has a scale, which does not fold into a linear layer; soft targets, of Mixup or CutMix; a criterion
+            that cannot be taken sample by sample (timm's binary cross entropy), unless ``sharpness`` is 0.
+    """
+
+    def __init__(self, model: nn.Module, *, irm: ClassWiseIRM, sharpness: float | str = 1.0, **options: Any) -> None:
+        check = Arguments("EqInvTask")
+        if not isinstance(irm, ClassWiseIRM):
+            check.fail_type("irm", "a ClassWiseIRM", type(irm).__name__)
+        if irm.mask.scale is not None:
+            check.fail("irm", "one whose mask has no scale, so that it folds into the classifier", irm.mask.scale)
+        if (options.get("criterion_kwargs") or {}).get("soft_targets"):
+            check.fail("criterion_kwargs", "those of hard labels, without --mixup and --cutmix", "soft_targets=True")
+        super().__init__(_Masked(check, model, irm, sharpness), **options)
+        if sharpness:
+            try:
+                self._sample_by_sample(torch.zeros(2, irm.num_classes), torch.arange(2) % irm.num_classes)
+            except (RuntimeError, AssertionError):
+                rule = "one that torch.vmap takes sample by sample, or sharpness=0"
+                check.fail("criterion", rule, type(self.criterion).__name__)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        labels, indices = WithIndex.labels_and_indices(target)
+        logits, invariance, weights = self.trainable_module(input, labels, indices)
+        if weights is None:
+            loss = self.criterion(logits, labels)
+        else:
+            loss = (weights * self._sample_by_sample(logits, labels)).mean()
+        return {"loss": loss + invariance, "output": logits}
+
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Any = unwrap_model) -> dict[str, Any]:
+        masked = self.get_eval_model(ema=ema)
+        if masked is None:
+            return {}
+        suffix = "_ema" if ema else ""
+        with torch.no_grad():
+            state, task_state = unwrap_fn(masked).plain_and_own_state()
+        return {f"state_dict{suffix}": state, f"task_state{suffix}": task_state}
+
+    def load_checkpoint_state(
+        self,
+        state_dict: dict[str, Tensor],
+        task_state: dict[str, Any] | None = None,
+        ema: bool = False,
+        strict: bool = True,
+    ) -> None:
+        if not task_state:
+            rule = "one that EqInvTask saved; start from another by --initial-checkpoint"
+            Arguments("EqInvTask").fail("checkpoint", rule, "one without a task_state")
+        unwrap_model(self.get_eval_model(ema=ema)).load_both(state_dict, task_state, strict)
+
+    def _sample_by_sample(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The criterion, a mean over the batch, of each sample alone: [B]."""
+        losses: Tensor = torch.vmap(self.criterion)(logits[:, None], labels[:, None])
+        return losses
+
+
+class _Masked(nn.Module):
+    """A model with the mask before its classifier, and the loss of class-wise IRM in the same call.
+
+    In one call, as DistributedDataParallel looks at nothing else.
+    """
+
+    def __init__(self, check: Arguments, model: nn.Module, irm: ClassWiseIRM, sharpness: float | str):
+        super().__init__()
+        head = getattr(model, "get_classifier", lambda: None)()
+        if not isinstance(head, nn.Linear):
+            check.fail_type("model", "one of timm's with an nn.Linear as classifier", type(head).__name__)
+        if head.in_features != irm.num_features or head.out_features != irm.num_classes:
+            rule = f"for the model's {head.in_features} features and {head.out_features} classes"
+            check.fail("irm", rule, f"{irm.num_features} and {irm.num_classes}")
+        # In this order, as timm takes the last two parameters for the classifier's: --clip-mode agc leaves them out.
+        self.irm = irm.to(head.weight.device, head.weight.dtype)
+        self.model, self.sharpness = model, sharpness
+        self.head = next(name for name, module in model.named_modules() if module is head)
+        # A bound method, as a copy of this module, the moving average, binds its own. A closure would bind this one.
+        head.register_forward_pre_hook(self._mask)
+        self._seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> Any:
+        """Logits; with labels and indices also the loss of the IRM, and the weights of the samples or None."""
+        self._seen = []
+        logits, seen, self._seen = self.model(x), self._seen, []
+        if labels is None or indices is None:
+            return logits
+        if len(seen) != 1:
+            Arguments("EqInvTask").fail("model", "one that calls its classifier once", f"{len(seen)} calls")
+        invariance, environments = self.irm(seen[0], labels, indices), self.irm.environments
+        weights = environments.weights(indices, sharpness=self.sharpness) if self.sharpness and environments else None
+        return logits, invariance, weights
+
+    def _mask(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        self._seen.append(args[0])
+        return (self.irm.mask(args[0]),)
+
+    def plain_and_own_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state of the plain model that classifies as this one does, and what else this one is made of."""
+        state, name = self.model.state_dict(), f"{self.head}.weight"
+        own = {"irm": self.irm.state_dict(), "head_weight": state[name]}
+        return {**state, name: self.irm.mask.select(state[name])}, own
+
+    def load_both(self, state: dict[str, Tensor], own: dict[str, Any], strict: bool) -> None:
+        self.model.load_state_dict({**state, f"{self.head}.weight": own["head_weight"]}, strict=strict)
+        self.irm.load_state_dict(own["irm"], strict=strict)
