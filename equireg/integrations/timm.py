@@ -35,7 +35,7 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
     Args:
         model: one of timm's, whose classifier is an ``nn.Linear``. Changed in place: the mask comes before that.
         irm: for the features that enter the classifier. Its environments are fitted before the first step.
-        sharpness: as of ``Environments.weights``; 0 for no weights.
+        sharpness: as of ``Environments.weights``; "auto" follows the signs of a bias, and 0 is for no weights.
         options: as of ``ClassificationTask``. ``criterion`` is a mean over the batch.
 
     The call ``task(input [B, C, H, W], target [B, 2])`` takes the targets of ``WithIndex(dataset, in_target=True)``,
@@ -47,7 +47,7 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
             that cannot be taken sample by sample (timm's binary cross entropy), unless ``sharpness`` is 0.
     """
 
-    def __init__(self, model: nn.Module, *, irm: ClassWiseIRM, sharpness: float | str = 1.0, **options: Any) -> None:
+    def __init__(self, model: nn.Module, *, irm: ClassWiseIRM, sharpness: float | str = "auto", **options: Any) -> None:
         check = Arguments("EqInvTask")
         if not isinstance(irm, ClassWiseIRM):
             check.fail_type("irm", "a ClassWiseIRM", type(irm).__name__)
