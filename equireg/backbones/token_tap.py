@@ -30,7 +30,8 @@ class TokenTap:
         model: any module that takes images [B, C, H, W] first.
         layer: the name of a submodule, as in ``model.named_modules()``: ``"blocks.2"``, ``"layer3"``, ``"stages.1"``.
         num_prefix_tokens: class, register and distillation tokens before the patches in an output [B, N, D]. None takes
-            the model's own ``num_prefix_tokens``, 1 for torchvision's ViT, otherwise 0.
+            the ``num_prefix_tokens`` of the model, or of the part of it that has the layer; 1 for torchvision's ViT,
+            otherwise 0.
         channels_last: whether an output with four dimensions is [B, H, W, D] (Swin) and not [B, D, H, W]. None decides
             by the images' aspect and the model's ``output_fmt``.
 
@@ -69,7 +70,10 @@ class TokenTap:
         if hasattr(self.model, "unroll") and hasattr(self.model, "reroll"):
             check.fail("model", "one that keeps its tokens row by row", f"{type(self.model).__name__}, which reorders")
         self.layer, self.channels_last = layer, channels_last
-        self.num_prefix_tokens = prefix_tokens(self.model) if num_prefix_tokens is None else num_prefix_tokens
+        if num_prefix_tokens is None:  # of the model, or of the part of it that has the layer
+            owners = [self.model.get_submodule(owner) for owner in _prefixes(layer)]
+            num_prefix_tokens = next(filter(None, map(prefix_tokens, owners)), 0)
+        self.num_prefix_tokens = num_prefix_tokens
         self._images: dict[int, Grid] = {}  # by thread: height and width of the images
         self._taken: dict[int, tuple[Tensor, Grid, int]] = {}
         self._handles: list[Any] = []
@@ -169,6 +173,12 @@ class TokenTap:
         if output.dim() == 3:
             rule += f", of all patches, none masked, after {self.num_prefix_tokens} others (num_prefix_tokens)"
         self._check.fail("layer", rule, f"{shape} for {of}")
+
+
+def _prefixes(name: str) -> list[str]:
+    """``"a.b.c"`` to ``["", "a", "a.b", "a.b.c"]``."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
 
 
 def _fits(sides: Grid, image: Grid | None) -> bool:

@@ -270,10 +270,15 @@ def test_several_batches_and_masked_tokens_are_refused_in_words():
     several = r"TokenTap: images must be one batch .*, got a list of 2 batches, of 32 x 32"
     with TokenTap(model, "blocks.1"), pytest.raises(TypeError, match=several):
         model([torch.rand(2, 3, 32, 32)] * 2)
-    wrapper = nn.Sequential(model)  # it hides the number of prefix tokens, as lightly's masked ViT does
     hidden = r"of all patches, none masked, after 0 others \(num_prefix_tokens\), got"
-    with TokenTap(wrapper, "0.blocks.1"), pytest.raises(ValueError, match=hidden):
-        wrapper(torch.rand(2, 3, 64, 64))
-    with TokenTap(wrapper, "0.blocks.1", num_prefix_tokens=1) as tap:
-        wrapper(torch.rand(2, 3, 64, 64))
+    with TokenTap(model, "blocks.1", num_prefix_tokens=0), pytest.raises(ValueError, match=hidden):
+        model(torch.rand(2, 3, 64, 64))
+
+
+def test_prefix_tokens_of_a_model_inside_of_another():
+    """As behind a normalisation, or in lightly's masked ViT."""
+    wrapper, images = nn.Sequential(nn.Identity(), vit()), torch.rand(2, 3, 64, 64)
+    with TokenTap(wrapper, "1.blocks.1") as tap, TokenTap(wrapper[1], "blocks.1") as inner:
+        wrapper(images)
     assert tap.grid == (4, 4)
+    assert torch.equal(tap.tokens, inner.tokens)
