@@ -12,17 +12,19 @@ from equireg._checks import Arguments
 __all__ = ["WithIndex"]
 
 
-class WithIndex(Dataset[tuple[Any, ...]]):
+class WithIndex(Dataset[Any]):
     """A map-style dataset whose items end with their index.
 
     Args:
         dataset: gives ``(image, label)`` or anything else for an index, and has a length.
 
     Items are ``(*item, index)``: ``(image, label)`` becomes ``(image, label, index)``, and any other item becomes
-    ``(item, index)``. All other attributes are read from, and set on, the wrapped dataset.
+    ``(item, index)``. A dict, as of Hugging Face, stays one: ``{**item, "index": index}``.
+    All other attributes are read from, and set on, the wrapped dataset.
 
     Raises:
         TypeError: the dataset is iterable-style or has no length, so its samples have no index.
+        ValueError: at a dict that has a key ``"index"`` already.
 
     Example:
         >>> import torch
@@ -39,10 +41,14 @@ class WithIndex(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"WithIndex: index must be in 0 .. {len(self) - 1}, got {index}")
         item = self.dataset[index]
+        if isinstance(item, dict):
+            if "index" in item:
+                Arguments("WithIndex").fail("an item", "without a key 'index'", f"index = {item['index']!r}")
+            return {**item, "index": index % len(self)}
         return (*(item if isinstance(item, tuple) else (item,)), index % len(self))
 
     def __getattr__(self, name: str) -> Any:
