@@ -65,7 +65,9 @@ def resolve(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Element) 
         return None
     target = node["reftarget"]
     package, name = target.split(".")[0], target.split(".")[-1]
-    if package == "equireg" and name in equireg.__all__:
+    if package in equireg.__all__:  # in the text of a module that is imported by itself
+        package, name = "equireg", target
+    if package == "equireg" and name.split(".")[0] in equireg.__all__:
         python = env.get_domain("py")
         return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], f"equireg.{name}", node, content)
     if package in ("torch", "Tensor") and name in ELSEWHERE:

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 SITE = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 PAGES = [README, ROOT / "CONTRIBUTING.md", *SITE]
-OPTIONAL = ("accelerate", "lightly", "matplotlib", "pytorch_lightning", "sklearn", "timm")  # of the extras
+OPTIONAL = ("accelerate", "datasets", "lightly", "matplotlib", "pytorch_lightning", "pytorch_metric_learning")
+OPTIONAL += ("sklearn", "timm", "transformers")  # of the extras
 
 
 def blocks(page, language):

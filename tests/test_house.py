@@ -22,7 +22,7 @@ OUTSIDE = {"torch", "einops", "tqdm", "torchvision", "PIL", "triton", "matplotli
 OUTSIDE |= {"typing_extensions", "numpy"}  # torch depends on the one, torchvision on the other
 # The arrows between rooms: a probe reads token maps; what serves another package's trainer puts rooms together.
 NEIGHBOURS = {"probes": {"backbones"}, "integrations": {"data", "eqinv"}}
-TRAINERS = {"timm"}  # imported by the integrations alone
+TRAINERS = {"timm", "lightning", "pytorch_lightning"}  # imported by the integrations alone
 
 
 def imports(path):
@@ -140,7 +140,8 @@ def test_import_brings_no_optional_package():
         "import equireg\n"
         "assert torch.equal(torch.get_rng_state(), state)\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new & {'torchvision', 'PIL', 'timm', 'lightly', 'sklearn', 'matplotlib', 'tqdm', 'triton'}))"
+        "print(sorted(new & {'torchvision', 'PIL', 'timm', 'lightly', 'sklearn', 'matplotlib', 'tqdm', 'triton', "
+        "'lightning', 'pytorch_lightning'}))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert result.stdout.strip().splitlines()[-1] == "[]"

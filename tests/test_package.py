@@ -181,7 +181,8 @@ def test_public_names_are_those_of_the_inventory():
     """A name that is gone breaks a user's program: taking it out of the inventory needs a word in the changelog."""
     names = (ROOT / "tests/public_names.txt").read_text().split()
     assert names == sorted(set(names))
-    assert set(names) <= set(equireg.__all__), "removed; a new name needs no edit of the inventory"
+    beside = {name for name in names if "." in name}  # of integrations/, whose tests look for them
+    assert set(names) - beside <= set(equireg.__all__), "removed; a new name needs no edit of the inventory"
     assert all(hasattr(equireg, name) for name in equireg.__all__)
     # Whatever else can be reached from the package is a module of it.
     others = {name for name in vars(equireg) if not name.startswith("_")} - set(equireg.__all__)

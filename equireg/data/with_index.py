@@ -15,7 +15,7 @@ from equireg._checks import Arguments
 __all__ = ["WithIndex"]
 
 
-class WithIndex(Dataset[tuple[Any, ...]]):
+class WithIndex(Dataset[Any]):
     """A map-style dataset whose items end with their index.
 
     Args:
@@ -23,7 +23,8 @@ class WithIndex(Dataset[tuple[Any, ...]]):
         in_target: for trainers that hand on ``(image, target)`` alone, such as timm's: see below.
 
     Items are ``(*item, index)``: ``(image, label)`` becomes ``(image, label, index)``, and any other item becomes
-    ``(item, index)``. All other attributes are read from, and set on, the wrapped dataset.
+    ``(item, index)``. A dict, as of Hugging Face, stays one: ``{**item, "index": index}``.
+    All other attributes are read from, and set on, the wrapped dataset.
 
     With ``in_target``, items are ``(image, target)``, where the target is the int64 array ``[label, index]``. A batch
     of targets is int64 [B, 2], by PyTorch's ``default_collate`` and by timm's ``fast_collate``, and
@@ -32,6 +33,7 @@ class WithIndex(Dataset[tuple[Any, ...]]):
     Raises:
         TypeError: the dataset is iterable-style or has no length, so its samples have no index; ``in_target`` is
             neither True nor False; with it, on reading, an item that is not ``(image, label)`` with a whole label.
+        ValueError: at a dict that has a key ``"index"`` already.
 
     Example:
         >>> import torch
@@ -80,12 +82,16 @@ class WithIndex(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"WithIndex: index must be in 0 .. {len(self) - 1}, got {index}")
         item = self.dataset[index]
         if self.in_target:
             return _in_target(item, index % len(self))
+        if isinstance(item, dict):
+            if "index" in item:
+                Arguments("WithIndex").fail("an item", "without a key 'index'", f"index = {item['index']!r}")
+            return {**item, "index": index % len(self)}
         return (*(item if isinstance(item, tuple) else (item,)), index % len(self))
 
     def __getattr__(self, name: str) -> Any:

@@ -25,6 +25,18 @@ def test_items_carry_their_index(workers):
     assert WithIndex(["a", "b"])[1] == ("b", 1)
 
 
+def test_dicts_stay_dicts():
+    items = [{"pixel_values": torch.full((3,), float(n)), "labels": n % 2} for n in range(6)]
+    dataset = WithIndex(items)
+    assert dataset[-1]["index"] == 5
+    assert "index" not in items[5]
+    for batch in DataLoader(dataset, batch_size=4, shuffle=True):
+        assert torch.equal(batch["pixel_values"][:, 0], batch["index"].float())
+        assert torch.equal(batch["labels"], batch["index"] % 2)
+    with pytest.raises(ValueError, match="WithIndex: an item must be without a key 'index', got index = 2"):
+        WithIndex(dataset)[2]
+
+
 def test_other_attributes_are_those_of_the_dataset():
     inner = TensorDataset(torch.arange(3))
     inner.classes = ["cat", "dog"]

@@ -30,7 +30,7 @@ from equireg.integrations.timm import EqInvTask  # noqa: E402
 # timm's data sets leave the files of images open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 DIFF = re.search(r"^```diff\n(.*?)^```", (ROOT / "docs/guides/timm.md").read_text(), re.S | re.M)[1]
 HUNKS = re.split(r"^@@.*\n", DIFF, flags=re.M)[1:]
 IMPORTS, DATASET, TASK = (
@@ -310,3 +310,8 @@ def test_the_patch_of_a_real_train_py(folder, tmp_path):
     timm.create_model(MODEL, num_classes=3, checkpoint_path=str(last))
     refused = run("--epochs", "1", "--mixup", "0.5")
     assert "without --mixup and --cutmix" in refused.stderr
+
+
+def test_public_name():
+    names = (ROOT / "tests/public_names.txt").read_text().split()
+    assert f"{EqInvTask.__module__}.{EqInvTask.__name__}" in names
