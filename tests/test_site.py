@@ -2,8 +2,10 @@
 
 import html
 import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -15,6 +17,7 @@ import pytest
 
 import equireg
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DOCS = Path(__file__).parent.parent / "docs"
 ROOT = DOCS.parent
 MATHML = "{http://www.w3.org/1998/Math/MathML}"
@@ -122,3 +125,48 @@ def test_the_font_has_what_formulas_need(site):
             if element.tag == MATHML + "mi" and len(text) == 1 and text.isascii() and text.isalpha() and text != "h":
                 places = {(0x1D434 if text.isupper() else 0x1D44E - 32) + ord(text) - ord("A")}
             assert places <= known, f"{page}: {text}"
+
+
+# Opens one page after the other in a frame of a browser's width, and leaves what it measured as the page's text.
+MEASURE = """<!doctype html><body><script>
+const found = {};
+async function measure(page) {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = "border: 0; width: WIDTHpx; height: 900px";
+  document.body.append(frame);
+  await new Promise(done => { frame.onload = done; frame.src = page; });
+  const inside = frame.contentDocument, shown = element => element.offsetParent !== null;
+  const formulas = [...inside.querySelectorAll("math")].filter(math => shown(math.parentElement));
+  const pictures = [...inside.images].filter(shown);
+  found[page] = {
+    width: inside.documentElement.scrollWidth,
+    formulas: formulas.length,
+    flat: formulas.filter(math => !math.getBoundingClientRect().width).map(math => math.textContent),
+    broken: pictures.filter(image => !image.naturalWidth).map(image => image.src),
+  };
+  frame.remove();
+}
+(async () => {
+  for (const page of PAGES) await measure(page);
+  document.body.textContent = JSON.stringify(found);
+})();
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1366])  # of a phone, of a laptop
+def test_in_a_browser_no_page_scrolls_sideways_and_all_is_drawn(site, tmp_path, width):
+    names = [name for name in pages(site) if not name.startswith("_modules")]
+    script = tmp_path / "measure.html"
+    addresses = json.dumps([(site / name).as_uri() for name in names])
+    script.write_text(MEASURE.replace("WIDTH", str(width)).replace("PAGES", addresses))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    flags += ["--virtual-time-budget=200000", f"--user-data-dir={tmp_path / 'profile'}"]
+    result = subprocess.run([CHROMIUM, *flags, script.as_uri()], capture_output=True, text=True, timeout=200)  # noqa: S603
+    text = re.search("<body>(.*)</body>", result.stdout, re.DOTALL)
+    assert text, result.stderr
+    found = json.loads(html.unescape(text[1]))
+    assert len(found) == len(names)
+    assert sum(page["formulas"] for page in found.values()) > 50
+    wrong = {name: page for name, page in found.items() if page["width"] > width or page["flat"] or page["broken"]}
+    assert not wrong
