@@ -135,11 +135,13 @@ async function measure(page) {
   frame.style.cssText = "border: 0; width: WIDTHpx; height: 900px";
   document.body.append(frame);
   await new Promise(done => { frame.onload = done; frame.src = page; });
-  const inside = frame.contentDocument, shown = element => element.offsetParent !== null;
+  // On a phone, furo lets the text scroll in itself.
+  const inside = frame.contentDocument, text = inside.querySelector(".content") || inside.body;
+  const shown = element => element.offsetParent !== null;
   const formulas = [...inside.querySelectorAll("math")].filter(math => shown(math.parentElement));
   const pictures = [...inside.images].filter(shown);
   found[page] = {
-    width: inside.documentElement.scrollWidth,
+    width: inside.documentElement.scrollWidth + text.scrollWidth - text.clientWidth,
     formulas: formulas.length,
     flat: formulas.filter(math => !math.getBoundingClientRect().width).map(math => math.textContent),
     broken: pictures.filter(image => !image.naturalWidth).map(image => image.src),
