@@ -157,11 +157,10 @@ plt.show()
 # - **Random weights are the control.** They know nearly as much as trained ones here: digits are
 #   easy, and a convolution keeps much of its input. So a high number alone is no merit of a
 #   training.
-# - **Training for classes** helps the classes a little.
-# - **Training on moved digits** did not remove the movement from the features; it removed it from
-#   the *output*, where all three parameters are told worse than by the other networks. A loss
-#   forgets in the layer that it sees. Where you read features matters: ask each layer before you
-#   take its features for a task.
+# - **Training on upright digits** helps the classes a little.
+# - **Training on moved digits** did not take the movement out of the features. It is the *output*
+#   of this network that tells less of it than the output of the others, for all three parameters.
+#   So where you read features matters: ask each layer before you take its features for a task.
 # - The angle is the hardest, with few pairs: 1,437 to fit the regressor. With more pairs R² comes
 #   out higher. Two thirds of the digits were also used to train the networks.
 #
