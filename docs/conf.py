@@ -20,10 +20,11 @@ author = "The equireg developers"
 copyright = author
 version = release = equireg.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "api_pages", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "api_pages", "mathml"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with what they show: docs/notebooks/build.py
 
 default_role = "py:obj"  # of `name` in docstrings
 

@@ -40,7 +40,7 @@ def sphinx(source, target):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site."""
-    for package in ("sphinx", "myst_parser", "furo", "latex2mathml"):
+    for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
         pytest.importorskip(package, reason="needs the docs extra")
     folder = tmp_path_factory.mktemp("site")
     result = sphinx(DOCS, folder)
