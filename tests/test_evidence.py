@@ -73,11 +73,11 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
     text = write_page(found, tmp_path).read_text()
     # Arms that were not run have no column.
     assert "|  | cross entropy | weights | weights, sharpness auto | weights shuffled |\n" in text
-    assert "| PACS, context shift | 53.0 | **52.0 (−1.0: −1.0 to −1.0)** | **54.0 (+1.0: +1.0 to +1.0)** |" in text
-    assert "- **weights, sharpness auto**: Higher on PACS, context shift." in text
-    assert "- **weights**: Lower on PACS, context shift." in text
-    assert "- **weights shuffled**: No difference that these seeds can tell on PACS, context shift." in text
-    assert "Chosen on validation images: PACS, context shift weights: sharpness 1.5;" in text
+    assert "| PACS, fine-tuned, 90% | 53.0 | **52.0 (−1.0: −1.0 to −1.0)** | **54.0 (+1.0: +1.0 to +1.0)** |" in text
+    assert "- **weights, sharpness auto**: Higher on PACS, fine-tuned, 90%." in text
+    assert "- **weights**: Lower on PACS, fine-tuned, 90%." in text
+    assert "- **weights shuffled**: No difference that these seeds can tell on PACS, fine-tuned, 90%." in text
+    assert "Chosen on validation images: PACS, fine-tuned, 90% weights: sharpness 1.5;" in text
     assert "Time of a step over the base's: weights, sharpness auto 1.50." in text
     assert text.count("Not run.") == 6  # the questions without runs, and the corruptions
     del runs["auto"]["1"]  # only seeds that all arms have are paired
