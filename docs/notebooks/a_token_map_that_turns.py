@@ -207,8 +207,8 @@ plt.show()
 #
 # - With random weights the map already turns in part. A high score alone says little.
 # - After 100 steps all scores are higher, on images that were not trained on.
-# - On photographs the floor does not rise. On digits it does: their maps also became more alike,
-#   and a part of the gain there may be that.
+# - On photographs the floor does not rise. On digits it rises more than the score: less the floor,
+#   their score falls. Their maps became more alike, so the higher score is no gain there.
 # - The score does not say what the tokens are good for. Here SER is the only loss; in a
 #   pre-training it stands beside one that learns what is in the image.
 #
