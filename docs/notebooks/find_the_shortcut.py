@@ -173,7 +173,8 @@ plt.show()
 # - It costs about one point on digits in their own colour.
 # - The control does worse than plain training: it weighs up ordinary digits, and the few that
 #   matter count less. So the gain comes from which samples were found.
-# - The worst class of the two groups rises, but stays low. The line makes the shortcut less attractive; it does not remove it.
+# - The worst class of the two groups rises, but stays low. The line makes the shortcut less
+#   attractive; it does not remove it.
 #
 # This is one small data set with a strong bias that we made. [Results](../results.md) has
 # photographs, five seeds and intervals, and data without a bias, where nothing is gained. [Is my
