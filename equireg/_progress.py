@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from operator import length_hint
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -16,4 +17,12 @@ def progress_bar(iterable: Iterable[Item], description: str, *, shown: bool = Tr
         from tqdm.auto import tqdm
     except ImportError:
         return iterable
-    return tqdm(iterable, desc=description, leave=False)  # type: ignore[no-any-return]
+    return _counted(iterable, tqdm(total=length_hint(iterable) or None, desc=description, leave=False))
+
+
+def _counted(iterable: Iterable[Item], bar: Any) -> Iterator[Item]:
+    # tqdm.auto's own iteration begins a second one: a DataLoader would start its workers, and draw its seed, twice.
+    with bar:
+        for item in iterable:
+            yield item
+            bar.update()

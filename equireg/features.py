@@ -196,7 +196,7 @@ def _modules_of(thing: Any, seen: set[int]) -> Iterator[nn.Module]:
         parts = [thing.func, *thing.args, *thing.keywords.values()]
     elif isinstance(thing, MethodType):
         parts = [thing.__self__]
-    elif isinstance(thing, FunctionType) and not thing.__module__.startswith("torch."):
+    elif isinstance(thing, FunctionType) and not (thing.__module__ or "").startswith("torch."):
         parts = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
         parts += [thing.__globals__.get(name) for name in _globals_of(thing.__code__)]
     elif isinstance(thing, (list, tuple)):

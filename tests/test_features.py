@@ -74,3 +74,34 @@ def test_output_of_another_device_is_brought_to_the_cpu():
 def test_wrong_loaders(batches, error, message):
     with pytest.raises(error, match=message):
         extract_features(nn.Identity(), batches, progress=False)
+
+
+def test_a_bar_begins_a_loader_once():
+    """Twice would start its workers twice, and draw two seeds from the global generator."""
+    pytest.importorskip("tqdm", reason="without it there is no bar")
+
+    class Counted(DataLoader):
+        begun = 0
+
+        def __iter__(self):
+            Counted.begun += 1
+            return super().__iter__()
+
+    loader = Counted(WithIndex(TensorDataset(torch.rand(8, 3), torch.arange(8))), batch_size=4, shuffle=True)
+    torch.manual_seed(0)
+    features, labels, _ = extract_features(nn.Identity(), loader, progress=True)
+    torch.manual_seed(0)
+    plain, same, _ = extract_features(nn.Identity(), loader, progress=False)
+    assert Counted.begun == 2
+    assert torch.equal(features, plain)
+    assert torch.equal(labels, same)
+
+
+def test_encoder_that_calls_a_function_of_no_module():
+    def double(x):
+        return 2 * x
+
+    double.__module__ = None
+    loader = DataLoader(WithIndex(TensorDataset(torch.ones(4, 3), torch.arange(4))), batch_size=4)
+    features, _, _ = extract_features(double, loader)
+    assert features.eq(2).all()
