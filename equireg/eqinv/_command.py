@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from equireg.eqinv.context_weights import SCORES
 from equireg.eqinv.environments import Environments
 from equireg.eqinv.sheet import weight_sheet
 
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     text = "project the features on so many principal axes first; for two or three classes and wide features"
     one.add_argument("--whiten", type=int, metavar="AXES", help=text)
     text = "what the weights rank by; margin goes with --sharpness auto (default: %(default)s)"
-    one.add_argument("--score", choices=("similarity", "margin"), default="similarity", help=text)
+    one.add_argument("--score", choices=SCORES, default="similarity", help=text)
     text = "how unlike the weights are: a number, or auto, from the report (default: %(default)s)"
     one.add_argument("--sharpness", type=number_or_auto, default=1.0, help=text)
     text = "scores above it weigh no more (default: %(default)s)"

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SCORES = ("similarity", "margin")  # a(n), and a(n) by the margin
+
 
 class Shape(NamedTuple):
     """How the scores of each class are spread, [C]: 0 in both for a normal distribution, above it with a long tail."""

@@ -14,7 +14,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from equireg._checks import Arguments, values_visible
 from equireg.eqinv.adjusted_similarity import Adjust, Scores, check_indices, check_samples
-from equireg.eqinv.context_weights import class_weights, standardized
+from equireg.eqinv.context_weights import SCORES, class_weights, standardized
 from equireg.eqinv.halves import bit_of, write_first_half
 from equireg.eqinv.report import EnvironmentsReport
 from equireg.eqinv.whitening import whitened
@@ -128,7 +128,7 @@ class Environments(nn.Module):
             (tensor([2]), tensor([3]))
         """
         check = Arguments("Environments.split")
-        check.option("score", score, ("similarity", "margin"))
+        check.option("score", score, SCORES)
         features = features.detach() if isinstance(features, Tensor) else features
         labels, num_classes = check_samples(check, features, labels, num_classes, adjust)
         if len(labels) == 0:

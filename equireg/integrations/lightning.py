@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from equireg._checks import Arguments
-from equireg.features import check_callable, extract_features
+from equireg.eqinv.context_weights import SCORES
+from equireg.eqinv.fitting import fitted_environments
+from equireg.features import check_callable
 
 try:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -71,7 +73,7 @@ class FitEnvironments(Callback):
         if getattr(environments, "num_samples", None) == 0:
             check.fail("environments", "of full size, Environments(num_classes, num_samples)", "empty ones")
         check_callable(check, "encoder", encoder)
-        check.option("score", score, ("similarity", "margin"))
+        check.option("score", score, SCORES)
         self.environments, self.loader, self.encoder = environments, loader, encoder
         self.epochs = _checked_epochs(check, epochs)
         self.whiten, self.score, self.progress = whiten, score, progress
@@ -86,14 +88,13 @@ class FitEnvironments(Callback):
             self._fit()
 
     def _fit(self) -> None:
-        options: dict[str, Any] = {"whiten": self.whiten, "score": self.score}
+        options: dict[str, Any] = {"encoder": self.encoder, "progress": self.progress}
+        options |= {"whiten": self.whiten, "score": self.score}
         if hasattr(self.environments, "fit_environments"):
-            self.environments.fit_environments(self.loader, encoder=self.encoder, progress=self.progress, **options)
+            self.environments.fit_environments(self.loader, **options)
             return
-        features, labels, indices = extract_features(self.encoder, self.loader, progress=self.progress)
         sizes = {"num_classes": self.environments.num_classes, "num_samples": self.environments.num_samples}
-        found = self.environments.split(features, labels, indices=indices, **sizes, **options)
-        found.release()
+        found = fitted_environments(self.loader, None, None, **sizes, **options)
         self.environments.become(found)
 
 
