@@ -26,7 +26,7 @@ from evidence.experiments import GROUPS, settings_of, tried
 from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import fit
 from evidence.page import accuracies, by_measure, paired, write_page
-from evidence.runs import Job, Place, choose, execute, tuning
+from evidence.runs import Job, Place, choose, execute, tuning, tuning_of_base
 from evidence.turned import differences, numbers
 from evidence.views import crops, simclr_colors
 
@@ -211,15 +211,17 @@ def test_arms_begin_alike(jobs):
 def test_a_whole_group(jobs, images, tmp_path):
     """The settings are chosen, all arms trained, measured and written; what was run is not run again."""
     place = Place("test", images, tmp_path / "runs/test")
-    execute(Job(place, "reconstruction", "off", 1, "test", {}))
+    execute(tuning_of_base(place, "reconstruction")[0])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
     where = ["--data", images, "--runs", tmp_path / "runs", "--docs", tmp_path, "--processes", 1]
     run("--scale", "test", "--only", "reconstruction", *where, OMP_NUM_THREADS="1", MPLCONFIGDIR=str(tmp_path))
     found = json.loads((tmp_path / "results.json").read_text())["runs"]["reconstruction"]
     assert {arm: sorted(seeds) for arm, seeds in found.items()} == {arm: ["0", "1"] for arm in ("off", "one", "two")}
-    assert "Chosen on validation images: 1 image: weight" in (tmp_path / "results.md").read_text()
+    assert "; 1 image: weight" in (tmp_path / "results.md").read_text()
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
-    assert len(after) == 8  # two values on validation images, three arms of two seeds
+    assert len(after) == 11  # on validation images three values of the base and two of an arm; three arms of two seeds
+    first = json.loads((tmp_path / "runs/test/reconstruction/two/0/found.json").read_text())
+    assert first["chosen"].keys() == {"lr", "weight"}
     assert before.items() <= after.items()
 
 

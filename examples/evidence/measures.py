@@ -28,27 +28,58 @@ FOLDERS = {"CIFAR-10": "cifar10", "VIPriors": "tiny-vipriors64"}
 
 def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int) -> dict[str, Any]:
     """Accuracies of linear probes and 20 neighbours on ``split``; of the test images also what ``told`` says."""
-    size, found = s["image_size"], {}
-    features, width = getattr(objective, "probed", objective.backbone), objective.network.num_features
+    found: dict[str, float] = {}
     for name, folder in FOLDERS.items():
-        held_out = folders(data / folder, split, size)
-        test = encode(features, held_out.pixels)
-        for shots in s["shots"][name]:
-            few = folders(data / folder, "train", size, draw=seed, shots=shots)
-            x = encode(features, few.pixels)
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(x, few.labels)
-            found[f"{name}, {shots} per class"] = 100 * probe.score(test, held_out.labels)
-            if folder == s["data"]["folder"]:
-                last = probe  # which has the most labels
-        own = x[:, -width:], few.labels, test[:, -width:], held_out.labels  # of class tokens the last one
-        found[f"{name}, k-NN"] = 100 * equireg.knn_accuracy(*own)
+        accuracies, probe = probed(objective, s, data, split, seed, name)
+        found |= accuracies
+        if folder == s["data"]["folder"]:
+            last = probe
 
     @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(last.decision_function(features(images).float().cpu())).to(images)
+        return torch.from_numpy(last.decision_function(features_of(objective)(images).float().cpu())).to(images)
 
     more = told(objective, logits, s, data) if s["told"] and split == "test" else {}  # accuracy chooses settings
     return {"accuracy": found, **more}
+
+
+def features_of(objective: nn.Module) -> Callable[[Tensor], Tensor]:
+    return getattr(objective, "probed", objective.backbone)
+
+
+def probed(
+    objective: nn.Module, s: Settings, data: Path, split: str, seed: int, name: str
+) -> tuple[dict[str, float], Any]:
+    """Accuracies on one data set, and the linear probe that has the most labels."""
+    found, folder, features = {}, data / FOLDERS[name], features_of(objective)
+    held_out = folders(folder, split, s["image_size"])
+    test, width = encode(features, held_out.pixels), objective.network.num_features
+    for shots in s["shots"][name]:
+        few = folders(folder, "train", s["image_size"], draw=seed, shots=shots)
+        x = encode(features, few.pixels)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(x, few.labels)
+        found[f"{name}, {shots} per class"] = 100 * probe.score(test, held_out.labels)
+    own = x[:, -width:], few.labels, test[:, -width:], held_out.labels  # of class tokens the last one
+    found[f"{name}, k-NN"] = 100 * equireg.knn_accuracy(*own)
+    return found, probe
+
+
+def measure_on_the_way(objective: nn.Module, s: Settings, data: Path, seed: int) -> dict[str, float]:
+    """Of a network that is not yet trained to the end: accuracies on its own data set, and the measures ``curve``."""
+    folder = s["data"]["folder"]
+    found, _ = probed(objective, s, data, "test", seed, next(name for name in FOLDERS if FOLDERS[name] == folder))
+    images = folders(data / folder, "test", s["image_size"])
+    measures = {
+        "equivariance": lambda: equivariance(objective, images.evenly(128).pixels / 255),
+        "street scenes": lambda: street_scenes(objective, data / "camvid128"),
+        "r2": lambda: r2(objective, pairable(data / folder, s), s["r2_epochs"], KINDS_OF_PAIRS[:2]),
+    }
+    return found | {name: value for measured in s["curve"] for name, value in measures[measured]().items()}
+
+
+def pairable(folder: Path, s: Settings) -> Tensor:
+    """All images, as pairs of views need no labels."""
+    return torch.cat([folders(folder, split, s["image_size"]).pixels for split in ("test", "train", "val")])
 
 
 def told(
@@ -57,13 +88,12 @@ def told(
     """What has no test of accuracy on clean images; ``logits`` are of images in 0 .. 1."""
     folder, size = data / s["data"]["folder"], s["image_size"]
     images = folders(folder, "test", size)
-    everything = [images, *(folders(folder, part, size) for part in ("train", "val"))]  # no labels needed
     some, kinds = images.evenly(s["probe_images"]), corrupted_images(folder, size, s["probe_images"])
     moving = equireg.perturbation_stability(logits, batches(some), frames=s["frames"], progress=False).values()
     return {
         "told": {
             **equivariance(objective, images.evenly(128).pixels / 255),
-            **r2(objective, torch.cat([part.pixels for part in everything]), s["r2_epochs"]),
+            **r2(objective, pairable(folder, s), s["r2_epochs"]),
             **quarter_turns(objective, some),
             **street_scenes(objective, data / "camvid128"),
             "corner error, pixels": corner_error(objective, data / FOLDERS["VIPriors"], size, s["r2_epochs"]),
@@ -122,14 +152,17 @@ def equivariance(objective: nn.Module, images: Tensor) -> dict[str, float]:
     return found
 
 
-def r2(objective: nn.Module, pixels: Tensor, epochs: int) -> dict[str, float]:
+KINDS_OF_PAIRS = ("rotation", "translation", "color", "blur")
+
+
+def r2(objective: nn.Module, pixels: Tensor, epochs: int, kinds: tuple[str, ...] = KINDS_OF_PAIRS) -> dict[str, float]:
     """From the means of the last map's quarters, and many pairs: of 2,000, and of pooled maps, it comes out lower."""
 
     def quarters(images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(token_map(objective, images), 2).flatten(1)
 
     found = {}
-    for kind in ("rotation", "translation", "color", "blur"):
+    for kind in kinds:
         views = equireg.IntermediateViews(kind, sigma=(0.1, pixels.shape[-1] / 32))
         generator, parts = torch.Generator().manual_seed(0), (part / 255 for part in pixels.split(250))
         pairs = equireg.extract_view_features(quarters, parts, views, generator=generator, progress=False)

@@ -58,7 +58,8 @@ def encode(features: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
 def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: int) -> float:
     """Train ``objective(pixels, labels, indices, progress)``, or go on from the folder's last checkpoint.
 
-    ``pixels`` are uint8, and ``progress`` is the share of the training that is done. Returns the seconds of a step.
+    ``pixels`` are uint8, and ``progress`` is the share of the training that is done. After the shares ``snapshots`` the
+    network is kept, by the number of steps. Returns the seconds of a step.
     """
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[s["optimizer"]](parameters, lr=s["lr"], weight_decay=s["weight_decay"])
@@ -69,10 +70,17 @@ def fit(objective: nn.Module, images: Images, s: Settings, folder: Path, seed: i
         done.append(step)
         return images.pixels[indices], images.labels[indices], torch.tensor(indices), step / (s["epochs"] * per_epoch)
 
+    snapshots = [round(share * s["epochs"] * per_epoch) for share in s.get("snapshots", ())]
+
+    def keep(step: int) -> None:
+        if step + 1 in snapshots:
+            torch.save(objective.network.state_dict(), folder / f"encoder-{step + 1}.pt")
+
     rate = (steps_down if s["schedule"] == "steps" else warm_cosine)(Namespace(**s))
     AcceleratorState._reset_state()  # a process trains one run after the other, whose precision may differ
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=s["precision"])
     how = {"accelerator": accelerator, "learning_rate": rate, "epochs": s["epochs"], "seed": seed, "settings": s}
+    how["after_step"] = keep
     if hasattr(objective, "before_epoch"):
         how["before_epoch"] = partial(objective.before_epoch, images=images)
     try:

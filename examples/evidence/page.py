@@ -88,9 +88,11 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
                 where = f", {title}" if title else ""
                 tables += [f"What the features tell{where}:", table(features, arms, 3)]
                 drawn["other measures"] |= {measure + where: row for measure, row in features.items()}
-            for arm, name in arms.items():
-                settings = next(iter(runs[arm].values()))["chosen"] if arm in runs else {}
-                chosen += [f"{title} {name}: {setting} {value:g}".strip() for setting, value in settings.items()]
+            settings = {arm: next(iter(runs[arm].values()))["chosen"] for arm in arms if arm in runs}
+            shared = settings.get("off", {}).keys()  # with all arms
+            for arm, values in settings.items():
+                for setting in values.keys() - (shared if arm != "off" else ()):
+                    chosen.append(f"{title} {arms[arm]}: {setting} {values[setting]:g}".strip())
         drawn["accuracy, points"] |= {name: row for name, row in accuracy.items() if not name.endswith("all images")}
         share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
         seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from evidence.datasets import Images, images_of
 from evidence.experiments import Settings
-from evidence.measures import measure
+from evidence.measures import measure, measure_on_the_way
 from evidence.networks import create, encode
 from evidence.turned import TurnedViews
 from evidence.views import crops, simclr_colors
@@ -184,6 +184,12 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
 def results(
     objective: nn.Module, s: Settings, data: Path, runs: Path, folder: Path, split: str, seed: int
 ) -> dict[str, Any]:
-    """The measures of the backbone, whose network is saved as ``encoder.pt``."""
+    """The measures of the backbone, whose network is saved as ``encoder.pt``, and some of those of its snapshots."""
     torch.save(objective.eval().network.state_dict(), folder / "encoder.pt")
-    return measure(objective, s, data, split, seed)
+    found = measure(objective, s, data, split, seed)
+    if split == "test":
+        found["curve"] = {}
+        for path in folder.glob("encoder-*.pt"):
+            objective.network.load_state_dict(torch.load(path, weights_only=True))
+            found["curve"][path.stem.removeprefix("encoder-")] = measure_on_the_way(objective, s, data, seed)
+    return found

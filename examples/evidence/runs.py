@@ -78,16 +78,26 @@ def run_all(place: Place, groups: list[str], processes: int) -> None:
     first = [group for group in GROUPS if group in ENCODERS and (group in needed or group in groups)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for part in (first, [group for group in groups if group not in first]):
-            for jobs, title in ((tuning, "on validation images"), (final, "on test images")):
+            steps = {"of the base": tuning_of_base, "on validation images": tuning, "on test images": final}
+            for title, jobs in steps.items():
                 finish(pool, [job for group in part for job in jobs(place, group)], title)
 
 
+def tuning_of_base(place: Place, group: str) -> list[Job]:
+    """For each value of a setting of the base one run, or several with seeds of their own."""
+    values = [{name: value} for name, values in GROUPS[group].get("tuned", {}).items() for value in values]
+    return [Job(place, group, "off", seed, "val", chosen) for chosen in values for seed in tuning_seeds(group)]
+
+
 def tuning(place: Place, group: str) -> list[Job]:
-    """For each value of a setting one run, or several with seeds of their own."""
-    arms, seeds = GROUPS[group]["arms"], range(TUNING_SEED, TUNING_SEED + GROUPS[group]["settings"]["tuned_on"])
-    return [
-        Job(place, group, arm, seed, "val", chosen) for arm in arms for chosen in tried(group, arm) for seed in seeds
-    ]
+    """The same of the arms, with what was chosen for the base."""
+    base, arms = best(tuning_of_base(place, group)).get("off", {}), GROUPS[group]["arms"]
+    values = [(arm, {**base, **chosen}) for arm in arms for chosen in tried(group, arm)]
+    return [Job(place, group, arm, seed, "val", chosen) for arm, chosen in values for seed in tuning_seeds(group)]
+
+
+def tuning_seeds(group: str) -> range:
+    return range(TUNING_SEED, TUNING_SEED + GROUPS[group]["settings"]["tuned_on"])
 
 
 def final(place: Place, group: str) -> list[Job]:
@@ -96,14 +106,19 @@ def final(place: Place, group: str) -> list[Job]:
 
 
 def choose(place: Place, group: str) -> dict[str, Settings]:
+    """For each arm: what was tried, or is that of an arm that it is like, or of the base."""
+    base, own = best(tuning_of_base(place, group)).get("off", {}), best(tuning(place, group))
+    return {arm: own.get(plan.get("like", arm), base) for arm, plan in GROUPS[group]["arms"].items()}
+
+
+def best(jobs: list[Job]) -> dict[str, Settings]:
     """The values with the highest mean accuracy on validation images, for each arm."""
     values: dict[str, dict[str, list[float]]] = {}
-    for job in tuning(place, group):
+    for job in jobs:
         accuracy = job.found()["accuracy"]
         of_arm = values.setdefault(job.arm, {}).setdefault(json.dumps(job.chosen), [])
         of_arm.append(accuracy.get("val", mean(accuracy.values())))
-    best = {arm: json.loads(max(tried, key=lambda chosen: mean(tried[chosen]))) for arm, tried in values.items()}
-    return {arm: best.get(own.get("like", arm), {}) for arm, own in GROUPS[group]["arms"].items()}
+    return {arm: json.loads(max(tried, key=lambda chosen: mean(tried[chosen]))) for arm, tried in values.items()}
 
 
 def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
@@ -122,8 +137,8 @@ def collect(place: Place) -> dict[str, Any]:
     """The results of every group that is finished: group, arm, seed; the settings are those of experiments.yaml."""
     found: dict[str, Any] = {}
     for group in GROUPS:
-        jobs = final(place, group) if all(job.found() for job in tuning(place, group)) else []
-        for job in jobs if all(job.found() for job in jobs) else ():
+        ready = all(all(job.found() for job in jobs(place, group)) for jobs in (tuning_of_base, tuning, final))
+        for job in final(place, group) if ready else ():
             run = {name: value for name, value in job.found().items() if name != "settings"}
             found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run
     return found
