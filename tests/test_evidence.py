@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -129,7 +130,8 @@ def jobs(images, tmp_path_factory):
 
 
 def test_every_encoder_is_measured_alike_and_not_taken_for_one_of_other_settings(jobs):
-    names = {f"{name}, {what}" for name in ("CIFAR-10", "VIPriors") for what in ("2 per class", "6 per class", "k-NN")}
+    probes = ("2 per class", "6 per class", "6 per class, MLP", "k-NN")
+    names = {f"{name}, {what}" for name in ("CIFAR-10", "VIPriors") for what in probes}
     layers, kinds = ("early", "middle", "last"), ("rotation", "translation", "colour", "blur")
     measured = {f"{what}, {layer} layer" for what in ("equivariance", "quarter turns told") for layer in layers}
     measured |= {f"R², {kind}" for kind in kinds} | {"street scenes, mean IoU", "street scenes, turned"}
@@ -141,6 +143,7 @@ def test_every_encoder_is_measured_alike_and_not_taken_for_one_of_other_settings
             assert all(math.isfinite(value) for value in found["told"].values())
             assert set(found["told"]) == measured
             assert set(found["corrupted"]) == set(KINDS)
+            assert mean(found["corrupted"].values()) == pytest.approx(mean(found["severities"].values()))
         assert 0 < found["step_seconds"] < found["seconds"]
     with pytest.raises(ValueError, match=r"was run with other settings: weight 0.2 \(now 5.0\)"):
         execute(jobs["ipirm-simsiam", "on"]._replace(chosen={"weight": 5.0}))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,6 +24,7 @@ from vipriors.images import NORMALIZE
 
 import equireg
 
+SEVERITIES = range(1, 6)
 FOLDERS = {"CIFAR-10": "cifar10", "VIPriors": "tiny-vipriors64"}
 
 
@@ -59,6 +61,9 @@ def probed(
         x = encode(features, few.pixels)
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(x, few.labels)
         found[f"{name}, {shots} per class"] = 100 * probe.score(test, held_out.labels)
+    if split == "test":
+        mlp = partial(equireg.linear_probe, hidden_dim=512, progress=False)
+        found[f"{name}, {shots} per class, MLP"] = 100 * mlp(x, few.labels, test, held_out.labels)
     own = x[:, -width:], few.labels, test[:, -width:], held_out.labels  # of class tokens the last one
     found[f"{name}, k-NN"] = 100 * equireg.knn_accuracy(*own)
     return found, probe
@@ -90,6 +95,10 @@ def told(
     images = folders(folder, "test", size)
     some, kinds = images.evenly(s["probe_images"]), corrupted_images(folder, size, s["probe_images"])
     moving = equireg.perturbation_stability(logits, batches(some), frames=s["frames"], progress=False).values()
+    right = {
+        (kind, severity): accuracy(torch.cat([logits(images) for images, _ in batches(part)]), part.labels)
+        for (kind, severity), part in kinds.items()
+    }
     return {
         "told": {
             **equivariance(objective, images.evenly(128).pixels / 255),
@@ -100,10 +109,8 @@ def told(
             "accuracy, moving": mean(found.accuracy for found in moving),
             "flip rate, moving": mean(found.flip_rate for found in moving),
         },
-        "corrupted": {
-            kind: accuracy(torch.cat([logits(images) for images, _ in batches(part)]), part.labels)
-            for kind, part in kinds.items()
-        },
+        "corrupted": {kind: mean(right[kind, severity] for severity in SEVERITIES) for kind in KINDS},
+        "severities": {f"severity {s}": mean(right[kind, s] for kind in KINDS) for s in SEVERITIES},
     }
 
 
@@ -112,10 +119,13 @@ def batches(images: Images) -> list[tuple[Tensor, Tensor]]:
 
 
 @cache
-def corrupted_images(folder: Path, size: int, count: int) -> dict[str, Images]:
-    """Some test images under each of the 15 kinds of ImageNet-C, at severity 3."""
+def corrupted_images(folder: Path, size: int, count: int) -> dict[tuple[str, int], Images]:
+    """Some test images under each of the 15 kinds of ImageNet-C, at each of its severities."""
     images = folders(folder, "test", size).evenly(count)
-    return {kind: Images(corrupted(images.pixels, kind, severity=3, seed=0), images.labels) for kind in KINDS}
+    return {
+        (kind, severity): Images(corrupted(images.pixels, kind, severity, seed=0), images.labels)
+        for kind, severity in product(KINDS, SEVERITIES)
+    }
 
 
 def layers_of(network: nn.Module) -> dict[str, str]:
