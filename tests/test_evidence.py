@@ -26,8 +26,9 @@ from evidence.datasets import TEN_KINDS, Images, corrupted_folders, digits, fold
 from evidence.experiments import GROUPS, settings_of, tried
 from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import fit
-from evidence.page import accuracies, by_measure, paired, write_page
+from evidence.page import accuracies, write_page
 from evidence.runs import Job, Place, choose, execute, tuning, tuning_of_base
+from evidence.tables import by_measure, paired
 from evidence.turned import differences, numbers
 from evidence.views import crops, simclr_colors
 
@@ -99,6 +100,27 @@ def test_share_of_the_way_to_the_ceiling(tmp_path):
     assert rows == {"| PACS, frozen, 90%": "75% |", "| PACS, frozen, 90%, all images": " |"}  # lower: no way to go
 
 
+def test_differences_are_followed_along_a_training(tmp_path):
+    """A gain that grows with the steps, over the control; the last network is that of the tables."""
+    runs = {}
+    for (arm, gain), seed in itertools.product({"off": 0, "one": 1, "two": 2}.items(), range(3)):
+
+        def measured(share, gain=gain, seed=seed):
+            r2 = {f"R², {kind}": 0.5 + share * (0.1 + 0.001 * seed) * gain for kind in ("rotation", "translation")}
+            return {"CIFAR-10, 50 per class": 30.0 + seed - share * gain, **r2}
+
+        ends = {"accuracy": measured(1.0), "told": measured(1.0), "chosen": {}}
+        ends |= {"corrupted": {"fog": 20.0 + gain}, "severities": {"severity 1": 20.0 + gain}}
+        runs.setdefault(arm, {})[str(seed)] = {**ends, "curve": {"1271": measured(0.5), "254": measured(0.1)}}
+    found = {"scale": "cpu", "machine": "a", "torch": "2", "dates": {"reconstruction": "2026-01-01"}, "hours": 1.0}
+    text = write_page(found | {"step_seconds": {}, "runs": {"reconstruction": runs}}, tmp_path).read_text()
+    assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
+    assert "| R², rotation | 1 image | VICReg | +0.010: +0.010 to +0.010 | +0.051: +0.049 to +0.052 | +0.101" in text
+    assert "| CIFAR-10, 50 per class | 2 images | VICReg | −0.2: −0.2 to −0.2 | −1.0: −1.0 to −1.0 | −2.0" in text
+    assert "| severity 1 | 20.0 | **22.0 (+2.0: +2.0 to +2.0)** |" in text
+    assert (tmp_path / "results-reconstruction-steps.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Folders as the evidence takes them: four classes of noise, each with a colour of its own."""
@@ -121,7 +143,14 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def jobs(images, tmp_path_factory):
     place, made, threads = Place("test", images, tmp_path_factory.mktemp("runs")), {}, torch.get_num_threads()
-    for name in ("simclr-vipriors/off", "ipirm-simsiam/on", "ser/on", "ser-barlow/on", "vipriors-20/rex"):
+    for name in (
+        "simclr-vipriors/off",
+        "ipirm-simsiam/on",
+        "ser/on",
+        "ser-local/everywhere",
+        "ser-barlow/on",
+        "vipriors-20/rex",
+    ):
         group, arm = name.split("/")
         made[group, arm] = Job(place, group, arm, 0, "test", (tried(group, arm) or [{}])[0])
         execute(made[group, arm])
@@ -149,7 +178,9 @@ def test_every_encoder_is_measured_alike_and_not_taken_for_one_of_other_settings
         execute(jobs["ipirm-simsiam", "on"]._replace(chosen={"weight": 5.0}))
 
 
-@pytest.mark.parametrize("name", ["ipirm-simsiam/on", "ser/on", "ser-barlow/on", "vipriors-20/rex"])
+@pytest.mark.parametrize(
+    "name", ["ipirm-simsiam/on", "ser/on", "ser-local/everywhere", "ser-barlow/on", "vipriors-20/rex"]
+)
 def test_a_stopped_training_ends_in_the_same_bits(jobs, name, tmp_path, monkeypatch):
     job = jobs[tuple(name.split("/"))]
     s, (_, data, runs) = {**job.settings(), "epochs": 3}, job.place
@@ -200,7 +231,7 @@ def test_arms_begin_alike(jobs):
     """The same first weights of what both have; so differences are paired."""
     _, data, runs = jobs["ser", "on"].place
     parts = {"reconstruction": "network.", "vipriors-20": "backbone."}
-    for group in ("ipirm", "ipirm-simsiam", "ser", "ser-barlow", *parts):
+    for group in ("ipirm", "ipirm-simsiam", "ser", "ser-local", "ser-barlow", *parts):
         states = []
         for arm in GROUPS[group]["arms"]:
             s = settings_of("test", group, arm, {"weight": 1.0, "risk_weight": 1.0, "sharpness": 1.0})

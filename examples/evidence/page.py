@@ -3,52 +3,24 @@
 The prose is in ``page.md``, where ``{eqinv}`` and its like stand for what is written here.
 """
 
-import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import product
-from operator import itemgetter
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, NamedTuple
+from statistics import mean
+from typing import Any
 
+from evidence.curves import Curve, along, curve_table, draw_curves
 from evidence.experiments import PLAN
+from evidence.tables import VERDICTS, Rows, by_measure, cells, markdown, paired_seeds, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import t
 
 TITLES = PLAN["titles"]
-VERDICTS = HIGHER, LOWER, NOTHING = "Higher on", "Lower on", "No difference that these seeds can tell on"
-
-
-class Result(NamedTuple):
-    """The mean of an arm; that of its paired differences from the base, and its 95% interval by Student's t."""
-
-    mean: float
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        return HIGHER if self.low > 0 else LOWER if self.high < 0 else NOTHING
-
-
-Rows = dict[str, dict[str, Result]]  # by measure and name of the arm, the base first
-
-
-def paired(values: list[float], base: list[float]) -> Result:
-    """Of ``values[i] - base[i]``; infinite with a single seed."""
-    differences = [value - other for value, other in zip(values, base, strict=True)]
-    center, count = mean(differences), len(differences)
-    half = t.ppf(0.975, count - 1) * stdev(differences) / math.sqrt(count) if count > 1 else math.inf
-    return Result(mean(values), center, center - half, center + half)
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
-    """``results.md`` and ``results-<question>.png`` in ``folder``."""
+    """``results.md`` in ``folder``, and the pictures of its questions."""
     blocks = {question: answer(found, question, folder) for question in PLAN["questions"]}
     blocks["corrupted"] = corruption_table(found["runs"])
     dates = {day: [group for group, own in found["dates"].items() if own == day] for day in found["dates"].values()}
@@ -73,6 +45,7 @@ def wrapped(line: str) -> str:
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     blocks: list[str] = []
     drawn: dict[str, Rows] = {"accuracy, points": {}, "other measures": {}}
+    curves: list[Curve] = []
     for comparison in PLAN["questions"][question]:
         groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
         base = comparison.get("from", "off")
@@ -104,9 +77,17 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
             blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
         if chosen:
             blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
+        curves += [curve for group, runs in groups.items() for curve in along(found["scale"], group, runs, comparison)]
     if not blocks:
         return "Not run."
     draw({title: rows for title, rows in drawn.items() if rows}, folder / f"results-{question}.png")
+    if curves:
+        draw_curves(curves, folder / f"results-{question}-steps.png")
+        blocks += [
+            "Differences along the training, of the networks as they are after so many steps:",
+            curve_table(curves),
+            f"![The same differences against steps](results-{question}-steps.png)",
+        ]
     return "\n\n".join([f"![Paired differences and their 95% intervals](results-{question}.png)", *blocks])
 
 
@@ -124,34 +105,6 @@ def told(run: dict[str, Any]) -> dict[str, float]:
     return run.get("told", {})
 
 
-def paired_seeds(runs: dict[str, Any], arms: dict[str, str]) -> list[str]:
-    """Those that all arms have."""
-    return sorted(set.intersection(*(set(runs[arm]) for arm in arms if arm in runs)), key=int)
-
-
-def by_measure(runs: dict[str, Any], arms: dict[str, str], read: Callable[[Any], dict[str, float]]) -> Rows:
-    """What is read of each run."""
-    arms, seeds = {arm: name for arm, name in arms.items() if arm in runs}, paired_seeds(runs, arms)
-    rows: dict[str, dict[str, list[float]]] = {}
-    for arm, seed in product(arms, seeds):
-        for measure, value in read(runs[arm][seed]).items():
-            rows.setdefault(measure, {}).setdefault(arms[arm], []).append(value)
-    base = next(iter(arms.values()))
-    return {measure: {name: paired(row[name], row[base]) for name in row} for measure, row in rows.items()}
-
-
-def table(rows: Rows, arms: dict[str, str], digits: int, share: Sequence[str] = ()) -> str:
-    """With columns for the share of the way that some go to the last one, a ceiling, where that is higher."""
-    head, lines = ["", *arms.values()], [[measure, *cells(row, arms, digits)] for measure, row in rows.items()]
-    for name in share[:-1]:
-        head.append(f"{name}: share of the way")
-        for line, row in zip(lines, rows.values()):
-            arm, ceiling = row.get(name), row.get(share[-1])
-            there = arm and ceiling and ceiling.verdict == HIGHER
-            line.append(f"{number(100 * arm.difference / ceiling.difference, 0)}%" if there else "")
-    return markdown(head, lines)
-
-
 def corruption_table(runs: dict[str, Any]) -> str:
     """Accuracy under each kind of corruption, of the base and its regularized counterpart in groups that have it."""
     head, lines = [""], {}
@@ -159,31 +112,14 @@ def corruption_table(runs: dict[str, Any]) -> str:
         if {"off", arm} <= runs.get(group, {}).keys():
             head += [base, name]
             arms = {"off": base, arm: name}
-            for kind, row in by_measure(runs[group], arms, itemgetter("corrupted")).items():
+            for kind, row in by_measure(runs[group], arms, under_corruptions).items():
                 lines.setdefault(kind, [kind.replace("_", " ")]).extend(cells(row, arms, 1))
     return markdown(head, lines.values()) if lines else "Not run."
 
 
-def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-
-
-def cells(row: dict[str, Result], arms: dict[str, str], digits: int) -> list[str]:
-    """Means, and in brackets the interval of the difference from the base; bold where that has no 0."""
-    base, *others = arms.values()
-    found = [number(row[base].mean, digits)]
-    for result in map(row.get, others):
-        text = ""
-        if result:
-            difference, low, high = (number(value, digits, "+") for value in result[1:])
-            text = f"{number(result.mean, digits)} ({difference}: {low} to {high})"
-        found.append(text if not result or result.verdict == NOTHING else f"**{text}**")
-    return found
-
-
-def number(value: float, digits: int, sign: str = "") -> str:
-    """With a minus that is as wide as a plus."""
-    return f"{value:{sign}.{digits}f}".replace("-", "−")
+def under_corruptions(run: dict[str, Any]) -> dict[str, float]:
+    """Accuracies by kind, and by severity."""
+    return {**run["corrupted"], **run.get("severities", {})}
 
 
 def sentence(rows: Rows, name: str) -> str:

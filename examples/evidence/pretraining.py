@@ -1,5 +1,6 @@
 """The self-supervised base methods, on lightly's heads and losses, and the one line that each regularizer adds."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,32 @@ class MoCoV3(nn.Module):
         self.projection = heads.MoCoProjectionHead(width, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
         self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
         self.teacher = copy.deepcopy(nn.ModuleList([self.late, self.projection])).requires_grad_(False)
-        self.turned = TurnedViews(s, width, s["patch_size"])
+        blocks = len(self.network.blocks)
+        self.layers = range(blocks) if s.get("everywhere") else [s["layer"] - 1]  # whose maps turn
+        self.turned = TurnedViews(s, width, s["patch_size"], len(self.layers))
+
+    def encode(self, parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Class tokens of all parts of a view, and the maps of its last part."""
+        with contextlib.ExitStack() as stack:
+            taps = [stack.enter_context(equireg.TokenTap(self.network, f"blocks.{layer}")) for layer in self.layers]
+            found = torch.cat([self.late(part) for part in parts])
+            return found, [tap.tokens for tap in taps]
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        views, elements = self.turned(pixels / 255)
-        found = [[self.late(part, return_tokens=True) for part in parts] for parts in views]
-        # One base loss over both parts of the batch.
-        queries = [self.prediction(self.projection(torch.cat([f for f, _ in parts]))) for parts in found]
+        pairs = self.turned(pixels / 255)
+        found = [[self.encode(parts) for parts in pair.views] for pair in pairs]
+        # One base loss over both parts of the batch; queries are of all views, keys of the two global ones.
+        queries = [self.prediction(self.projection(features)) for pair in found for features, _ in pair]
         momentum = cosine(round(1e6 * progress), 10**6, self.s["momentum"], 1.0)
         for student, teacher in zip((self.late, self.projection), self.teacher):
             update_momentum(student, teacher, momentum)
         with torch.no_grad():
             backbone, projection = self.teacher
-            keys = [projection(torch.cat([backbone(part) for part in parts])) for parts in views]
-        loss = contrast(queries[0], keys[1]) + contrast(queries[1], keys[0])
-        return loss + self.turned.regularizer([parts[-1][1] for parts in found], elements), {}
+            keys = [projection(torch.cat([backbone(part) for part in parts])) for parts in pairs[0].views]
+        compared = [(q, k) for i, q in enumerate(queries) for j, k in enumerate(keys) if i != j]
+        loss = 2 * sum(contrast(q, k) for q, k in compared) / len(compared)
+        maps = [[of_view for _, of_view in pair] for pair in found]
+        return loss + sum(map(self.turned.regularizer, maps, [pair.elements for pair in pairs])) / len(pairs), {}
 
     def probed(self, images: Tensor) -> Tensor:
         """What linear probes read."""
@@ -69,12 +81,12 @@ class BarlowTwins(nn.Module):
         self.loss = BarlowTwinsLoss()
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        views, elements = self.turned(pixels / 255)
+        [(views, elements)] = self.turned(pixels / 255)
         features, tokens = [], []
         with equireg.TokenTap(self.network, self.layer) as tap:
             for parts in views:
                 features.append(torch.cat([self.network(part) for part in parts]))
-                tokens.append(tap.tokens)  # of the last part
+                tokens.append([tap.tokens])  # of the last part
         loss = self.loss(*(self.projection(f).float() for f in features)) / self.s["hidden_dim"]
         return loss + self.turned.regularizer(tokens, elements), {}
 

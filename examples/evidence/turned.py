@@ -1,5 +1,7 @@
 """Views of a part of the batch by elements of a group, and what an arm asks of their maps of tokens at one layer."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from evidence.experiments import Settings
@@ -11,43 +13,60 @@ import equireg
 from equireg import GridTransform
 
 
-class TurnedViews(nn.Module):
-    """Two views of each image, in parts that differ in size: cropped and, where the arm has ``turned``, turned ones.
+class Pair(NamedTuple):
+    """Two views of a batch, each in parts that differ in size, and the elements of the last part, if it is turned."""
 
-    ``turned`` says what is asked of these: "views" nothing, which is the control, "ser", "equimod" or "augself".
+    views: list[list[Tensor]]
+    elements: list[GridTransform]
+
+
+class TurnedViews(nn.Module):
+    """Pairs of views of each image: cropped ones and, of a part of the batch where the arm has ``turned``, turned ones.
+
+    ``turned`` says what is asked of these: "views" nothing, which is the control, "ser", "equimod" or "augself". With
+    ``local`` there are two pairs more, of small crops. ``layers`` is the number of maps that SER reads.
     """
 
-    def __init__(self, s: Settings, width: int, stride: int):
+    def __init__(self, s: Settings, width: int, stride: int, layers: int = 1):
         super().__init__()
-        self.s, self.colors = s, equireg.mocov3_photometric(s["image_size"])
-        self.views = equireg.EquivariantViews(s["image_size"], stride, photometric=nn.Identity())
+        self.s = s
+        sizes = [s["image_size"], *[s["image_size"] // 2] * (2 if s.get("local") else 0)]
+        self.views = [equireg.EquivariantViews(size, stride, photometric=nn.Identity()) for size in sizes]
+        self.colors = [equireg.mocov3_photometric(size) for size in sizes]
         differences = {"turns": ("classification", 4), "flip": ("binary", 1), "scale": ("regression", 2)}
         losses = {
-            "ser": lambda: equireg.SERLoss(width, token_norm=True),
+            "ser": lambda: equireg.SERLoss(width, token_norm=True, layers=layers),
             "equimod": lambda: equireg.EquiModLoss(width, num_parameters=7),
             "augself": lambda: equireg.AugSelfLoss(width, differences),
         }
         self.loss = losses[s["turned"]]() if s["turned"] in losses else None
 
-    def forward(self, images: Tensor) -> tuple[list[list[Tensor]], list[GridTransform]]:
-        """Of images in 0 .. 1 each view's parts, normalised; and the elements of the turned part, if there is one."""
+    def forward(self, images: Tensor) -> list[Pair]:
+        """Of images in 0 .. 1 one pair, or a global and two local ones, normalised."""
         cropped, turned = equireg.split_batch(images, self.s["ratio"] if self.s["turned"] else 0.0)
-        views = [[crops(cropped, self.s["image_size"], self.s["crop_scale"])] for _ in range(2)]
-        elements = []
-        if len(turned):
-            *pair, g1, g2 = self.views(turned)
-            views, elements = [[*parts, part] for parts, part in zip(views, pair)], [g1, g2]
-        return [[NORMALIZE(color(part)) for part in parts] for color, parts in zip(self.colors, views)], elements
+        pairs = []
+        for views, colors in zip(self.views, self.colors):
+            side, local = views.image_size[0], bool(pairs)
+            areas = (0.1, 0.4) if local else (self.s["crop_scale"], 1.0)
+            parts, elements = [[crops(cropped, side, *areas)] for _ in range(2)], []
+            if len(turned):  # whole, or both of the same small crop
+                *of_pair, g1, g2 = views(crops(turned, side, *areas) if local else turned)
+                parts, elements = [[*own, part] for own, part in zip(parts, of_pair)], [g1, g2]
+            pairs.append(
+                Pair([[NORMALIZE(color(part)) for part in own] for color, own in zip(colors, parts)], elements)
+            )
+        return pairs
 
-    def regularizer(self, tokens: list[Tensor], elements: list[GridTransform]) -> Tensor | float:
-        """Its weight times the loss on the maps of the turned views."""
+    def regularizer(self, maps: list[list[Tensor]], elements: list[GridTransform]) -> Tensor | float:
+        """Its weight times the loss on the maps of two turned views, each of one layer or more."""
         if self.loss is None or not elements:
             return 0.0
-        (first, second), (g1, g2) = tokens, elements
-        forward, backward = g2 @ g1.inverse(), g1 @ g2.inverse()
+        (first, second), (g1, g2) = maps, elements
         if self.s["turned"] == "ser":
-            loss = self.loss(first, second, g1, g2)
-        elif self.s["turned"] == "equimod":
+            return self.s["weight"] * self.loss(first, second, g1, g2)
+        (first,), (second,) = first, second
+        forward, backward = g2 @ g1.inverse(), g1 @ g2.inverse()
+        if self.s["turned"] == "equimod":
             there, back = (numbers(g).to(first) for g in (forward, backward))
             loss = (self.loss(first, second, there) + self.loss(second, first, back)) / 2
         else:

@@ -9,10 +9,10 @@ from equireg import IntermediateViews
 JITTER = IntermediateViews("color", saturation=0.4)
 
 
-def crops(images: Tensor, size: int, smallest: float) -> Tensor:
-    """Random crops of at least the share ``smallest`` of the area, half of them flipped: [B, 3, size, size]."""
+def crops(images: Tensor, size: int, smallest: float, largest: float = 1.0) -> Tensor:
+    """Random crops of a share of the area between two limits, half of them flipped: [B, 3, size, size]."""
     count, (height, width) = len(images), images.shape[2:]
-    area = torch.empty(count).uniform_(smallest, 1)
+    area = torch.empty(count).uniform_(smallest, largest)
     ratio = torch.empty(count).uniform_(0.75, 1.33).sqrt()
     across, down = ((area.sqrt() * part).clamp(max=1) for part in (ratio, 1 / ratio))
     left, top = torch.rand(count) * (1 - across), torch.rand(count) * (1 - down)

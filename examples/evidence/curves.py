@@ -1,0 +1,73 @@
+"""How differences come about in a training: measured of networks that are kept on its way, and of the last one."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evidence.experiments import PLAN, settings_of
+from evidence.tables import Result, by_measure, difference, markdown
+from matplotlib.figure import Figure
+
+
+class Curve(NamedTuple):
+    """Of one measure: the paired difference of an arm from a base, by the number of steps."""
+
+    measure: str
+    arm: str
+    base: str
+    results: dict[int, Result]
+
+
+def along(scale: str, group: str, runs: dict[str, Any], comparison: dict[str, Any]) -> list[Curve]:
+    """The curves that a comparison names under ``along``, of what was run."""
+    s, found, title = settings_of(scale, group, "off", {}), [], PLAN["titles"].get(group, "")
+    names = {"off": comparison["base"], **comparison["arms"]}
+    for asked in comparison.get("along", ()):
+        arms = {arm: names[arm] for arm in (asked["from"], *asked["arms"]) if arm in runs}
+        if asked["from"] not in runs or len(arms) < 2 or "curve" not in next(iter(runs[asked["from"]].values())):
+            continue
+
+        def measured(run: dict[str, Any], measures: list[str] = asked["measures"]) -> dict[tuple[str, int], float]:
+            last = s["epochs"] * (s["samples"] // s["batch_size"])
+            by_steps = {
+                **{int(step): own for step, own in run["curve"].items()},
+                last: {**run["accuracy"], **run["told"]},
+            }
+            return {(name, step): by_steps[step][name] for name in measures for step in sorted(by_steps)}
+
+        rows = by_measure(runs, arms, measured)
+        for arm in list(arms)[1:]:
+            for measure in asked["measures"]:
+                results = {step: row[names[arm]] for (name, step), row in rows.items() if name == measure}
+                where = f"{title}: {measure}".removeprefix(": ")
+                found.append(Curve(where, names[arm], names[asked["from"]], results))
+    return found
+
+
+def curve_table(curves: list[Curve]) -> str:
+    steps = list(curves[0].results)
+    lines = [
+        [curve.measure, curve.arm, curve.base, *(difference(curve.results[step], digits(curve)) for step in steps)]
+        for curve in curves
+    ]
+    return markdown(["", "of", "from", *(f"{step:,} steps" for step in steps)], lines)
+
+
+def digits(curve: Curve) -> int:
+    return 1 if next(iter(curve.results.values())).mean > 1 else 3  # percent, or a share
+
+
+def draw_curves(curves: list[Curve], path: Path) -> None:
+    """A diagram for each measure, with a line and its intervals for each arm and base."""
+    measures = list(dict.fromkeys(curve.measure for curve in curves))
+    figure = Figure((4.5 * len(measures), 3.8), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
+        for curve in (curve for curve in curves if curve.measure == measure):
+            centers = [result.difference for result in curve.results.values()]
+            half = [result.high - result.difference for result in curve.results.values()]
+            label = f"{curve.arm} less {curve.base}"
+            axes.errorbar(list(curve.results), centers, half, marker="o", capsize=4, label=label)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(title=measure, xlabel="steps", ylabel="difference")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    figure.savefig(path, dpi=140)
