@@ -6,7 +6,7 @@ Three quarters of the patches of an image are hidden, and a decoder predicts the
 the others (He et al., CVPR 2022). It prints a table of the features before and after, and writes a picture of what was
 hidden and predicted. The encoder in --out has timm's keys: the recipe fine-tunes it, with EqInv or without,
 
-    python vipriors finetune --data folder --encoder runs/mae_pretrain/encoder.pt --model vit_tiny_patch16_224
+    python vipriors finetune --data folder --model test_vit --encoder runs/mae_pretrain/encoder.pt
 """
 
 import argparse

@@ -34,8 +34,8 @@ class SelfRegLoss(nn.Module):
         S(a, b) &= \gamma\, d(a_i, b_j) + (1 - \gamma)\, d(a_i, \gamma b_j + (1 - \gamma) b_k) \\
         L &= \lambda_f\, S(z, p(z)) + \lambda_h\, S(h, h)
 
-    Add it to the cross entropy :math:`L_c` as the paper does, scaled by :math:`\min(1, L_c)`, which gets no gradient.
-    Distances are means, as in the authors' code.
+    Add it to the cross entropy :math:`L_c` as the authors' code does, scaled by :math:`\min(1, L_c)`, which gets no
+    gradient. Distances are means over entries, also as there.
 
     The partners are the next sample of the class in the batch, and the one behind that, in a circle: as random as the
     batch, whereas the authors draw two orders of each class. A sample that is alone in its class is its own partner:
@@ -51,7 +51,7 @@ class SelfRegLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: a width that is no whole number above 0, a weight that is no such number, a projection
-            that is no module.
+            that is no module or, when called, gives another shape.
 
     Example:
         >>> selfreg = SelfRegLoss(dim=32)
@@ -118,7 +118,10 @@ class SelfRegLoss(nn.Module):
         features, logits = features.contiguous(), logits.contiguous()  # the same bits whatever the strides
         following = _next_of_class(labels)
         partners = following, following[following]
-        of_features = _dissimilarity(features, self.projection(features), partners, share)
+        projected = self.projection(features)
+        if projected.shape != features.shape:
+            Arguments("SelfRegLoss").fail("projection", "from [B, D] to [B, D]", list(projected.shape))
+        of_features = _dissimilarity(features, projected, partners, share)
         of_logits = _dissimilarity(logits, logits, partners, share)
         loss = self.feature_weight * of_features + self.logit_weight * of_logits
         return SelfRegParts(loss, of_features.detach(), of_logits.detach())

@@ -49,6 +49,9 @@ RECORDS = [
             "labels": Refused(TypeError, "labels must be a tensor of whole", replace(2, lambda y: y / 2)),
             "share": Refused(ValueError, "share must be in 0 .. 1, got 1.5", replace(3, 1.5)),
             "F34 weight": Refused(ValueError, "logit_weight must be .* got -1", options={"logit_weight": -1}),
+            "width": Refused(
+                ValueError, r"projection must be from .* got \[12, 1\]", options={"projection": nn.Linear(5, 1)}
+            ),
             "projection": Refused(TypeError, "projection must be a module or", options={"projection": "linear"}),
         },
         empty=Refused(ValueError, r"features must be of at least one sample, got \[0, 5\]"),
