@@ -102,6 +102,25 @@ def augself(p, features1, features2, there, back, kinds):
     return total
 
 
+def selfreg(p, features, logits, labels, share, weights):
+    """Sample by sample: the next of its class in the batch, round and round, and the one behind that."""
+    hidden, layers = features, [name[:-7] for name in p if p[name].dim() == 2]
+    for layer in layers:
+        hidden = linear(p, layer, hidden)
+        if len(layers) > 1:  # each with a batch norm behind it
+            hidden = batch_norm(p, f"projection.{int(layer.split('.')[1]) + 1}", hidden)
+            hidden = hidden if layer == layers[-1] else hidden.clamp(min=0)
+    total = 0.0
+    for weight, mine, theirs in ((weights[0], features, hidden), (weights[1], logits, logits)):
+        for i in range(len(labels)):
+            own = [j for j in range(len(labels)) if labels[j] == labels[i]]
+            j, k = (own[(own.index(i) + step) % len(own)] for step in (1, 2))
+            mixture = share * theirs[j] + (1 - share) * theirs[k]
+            alone, mixed = (((mine[i] - other) ** 2).sum() for other in (theirs[j], mixture))
+            total = total + weight * (share * alone + (1 - share) * mixed) / mine.numel()
+    return total
+
+
 def reconstruction(p, e1, e2, targets, patch_size):
     """Decoders [linear, (GELU, convolution, rearranged channels) x 4] on the views' tokens side by side."""
     side = math.isqrt(e1.shape[1])

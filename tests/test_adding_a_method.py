@@ -13,18 +13,18 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/adding_a_method.md"
 
 TESTS = ["tests/test_house.py", "tests/test_records.py", "tests/test_docs.py", "tests/test_package.py"]
-CHOSEN = "SpectralDecoupling or spectral_decoupling or circle or public or type_checkers"
+CHOSEN = "ConfidencePenalty or confidence_penalty or circle or public or type_checkers"
 AMONG_THEM = [
-    r"test_house.py::test_arrows_go_down\[\S*spectral_decoupling.py\]",
+    r"test_house.py::test_arrows_go_down\[\S*confidence_penalty.py\]",
     r"test_house.py::test_no_circle",
     r"test_house.py::test_a_name_is_public_once",
     r"test_records.py::test_every_public_loss_has_a_record",
-    r"test_records.py::test_values_and_gradients\[SpectralDecoupling-torch.float16\]",
-    r"test_records.py::test_refuses\[SpectralDecoupling, F34 weight\]",
+    r"test_records.py::test_values_and_gradients\[ConfidencePenalty-torch.float16\]",
+    r"test_records.py::test_refuses\[ConfidencePenalty, F34 weight\]",
     r"test_docs.py::test_every_public_name_is_documented_once",
     r"test_package.py::test_public_names_are_those_of_the_inventory",
     r"test_package.py::test_type_checkers_see_the_names_that_python_finds",
-    r"spectral_decoupling.py::equireg.baselines.spectral_decoupling.SpectralDecoupling",  # its docstring's example
+    r"confidence_penalty.py::equireg.baselines.confidence_penalty.ConfidencePenalty",  # its docstring's example
 ]
 
 

@@ -23,6 +23,7 @@ FLAGS = {
     "eqinv_finetune.py": f"{TINY_RESNET} --runs 1 --checkpoint images/encoder.pt",
     "ipirm_pretrain.py": f"{PRETRAINING} --update-every 1",
     "late_class_token.py": "--data images --epochs 1 --image-size 16 --shots 4",
+    "mae_pretrain.py": f"{PRETRAINING} --image-size 32",
     "planted_partition.py": "--source photographs --data images --rounds 2 --epochs 1",
     "quickstart.py": "--seeds 1 --epochs 1",
     "reconstruction_pretrain.py": PRETRAINING,

@@ -122,3 +122,40 @@ def test_ipirm_looks_before_the_first_epoch(images, monkeypatch):
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)  # the terms of a partition are not in the curve
     assert losses[2][0] == pytest.approx(losses[0][0], rel=1e-3)
     assert all(partition.unique().tolist() == [0, 1] for found in held.values() for partition in found.partitions[1:])
+
+
+def test_mae_sees_only_what_is_not_hidden(images):
+    """Its predictions are of the hidden patches, and do not change with their pixels; those of a whole image would."""
+    example = module_of("mae")
+    vit = example.timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8, dynamic_img_size=True)
+    mae, views = example.MAE(vit, 0.75).eval(), images[:4] / 255
+    torch.manual_seed(0)
+    predicted, pixels, places = mae(views)
+    assert predicted.shape == pixels.shape == (4, 12, 192)
+    assert all(len(set(row)) == 12 and set(row) <= set(range(16)) for row in places.tolist())
+    rows, columns = places // 4 * 8, places % 4 * 8
+    for image, row in enumerate(places.tolist()):
+        for number in range(len(row)):
+            y, x = rows[image, number], columns[image, number]
+            patch = views[image, :, y : y + 8, x : x + 8]
+            assert torch.equal(pixels[image, number], patch.permute(1, 2, 0).flatten())
+            patch.zero_()  # in the image
+    torch.manual_seed(0)
+    assert torch.equal(mae(views)[0], predicted)
+    views[:] = 0
+    torch.manual_seed(0)
+    assert not torch.equal(mae(views)[0], predicted)
+
+
+def test_mae_learns_all_that_it_keeps(images):
+    """Of the encoder nothing stays as it was but the fixed positions; its keys are those of timm."""
+    example = module_of("mae")
+    torch.manual_seed(0)
+    vit = example.timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8, dynamic_img_size=True)
+    mae = example.MAE(vit, 0.75)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    losses = example.train(mae, images, options(epochs=3))
+    after = vit.state_dict()
+    assert {name for name in after if torch.equal(after[name], before[name])} == {"pos_embed"}
+    assert losses[-1] < losses[0]
+    example.timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8).load_state_dict(after)

@@ -77,7 +77,7 @@ def whole(recipe, data, tmp_path_factory):
     """A folder that ``all`` left, with everything that pretraining can have."""
     out = tmp_path_factory.mktemp("whole")
     parts = {"pretrain_method": "mocov2", "pretrain_ser": 0.5, "pretrain_reconstruction": 1}
-    parts |= {"finetune_objective": "released", "finetune_rand_augment": 9, "finetune_sample_weights": "auto"}
+    parts |= {"finetune_objective": "released", "finetune_augment": "rand", "finetune_sample_weights": "auto"}
     recipe.main(["all", *flags(RESNET, data=data, out=out, **parts)])
     return out, ["all", *flags(RESNET, data=data, **parts)]
 
@@ -189,6 +189,9 @@ def test_all_goes_on_where_it_was_killed(recipe, whole, again):
     [
         (["--pretrain-ratio", "0.4"], r"pretrain was made with other settings: ratio 0.5 \(now 0.4\)"),
         (["--finetune-penalty", "off"], "finetune was made with other settings: "),
+        (["--finetune-augment", "trivial"], r"finetune was made .*: augment 'rand' \(now 'trivial'\)"),
+        (["--finetune-label-smoothing", "0.1"], r"finetune was made .*: label_smoothing 0.0 \(now 0.1\)"),
+        (["--finetune-mixup", "0.2", "--finetune-sample-weights", "0"], r"finetune was made .*: mixup 0.0 \(now 0.2\)"),
         (["--seed", "1"], r"pretrain was made with other settings: seed 0 \(now 1\)"),
     ],
 )
@@ -224,6 +227,35 @@ def test_without_earlier_steps_it_is_trained_from_scratch(recipe, whole, tmp_pat
     recipe.main([*whole[1], "--out", str(tmp_path), "--steps", "finetune", "--finetune-sample-weights", "0"])
     options = read(tmp_path / "finetune" / "options.json")
     assert (options["encoder"], options["environments"]) == (None, None)
+
+
+def test_what_mae_pretrained_is_fine_tuned(recipe, data, tmp_path, monkeypatch):
+    """By Steps 2 and 3; a file beside it tells which model it is of, and a size that does not fit is one line."""
+    from mae_pretrain import main as pretrain
+
+    base = ["--data", str(data), "--model", "test_vit", "--image-size", "32", "--patch-size", "8"]
+    training = ["--epochs", "1", "--images", "32", "--batch-size", "16", "--out", str(tmp_path / "mae")]
+    monkeypatch.setattr(sys, "argv", ["mae_pretrain.py", *base, *training])
+    pretrain()
+    encoder = tmp_path / "mae" / "encoder.pt"
+    base += ["--encoder", str(encoder), "--shots", "6", "--out", str(tmp_path / "out"), "--mixed-precision", "no"]
+    recipe.main(["environments", *base])
+    start = []
+    monkeypatch.setattr(import_module("vipriors.finetune"), "fit", lambda *args, **how: start.append(args[3]))
+    recipe.main(["finetune", *base, "--batch-size", "8"])
+    found = read(tmp_path / "out" / "finetune" / "options.json")
+    assert found["encoder"] == hashlib.sha256(encoder.read_bytes()).hexdigest()
+    assert found["environments"] is not None
+    begun, pretrained = start[0].model.state_dict(), torch.load(encoder, weights_only=True)
+    assert all(torch.equal(begun[name], value) for name, value in pretrained.items())
+    for change, message in (
+        (["--patch-size", "16"], "mae/encoder.pt was made with other settings: patch_size 8 (now 16)"),
+        (["--image-size", "48"], "mae/encoder.pt is of another model than --model test_vit --image-size 48"),
+    ):
+        with pytest.raises(SystemExit) as refusal:
+            recipe.program(["environments", *base, *change])
+        assert message in refusal.value.code
+        assert "\n" not in refusal.value.code
 
 
 def test_encoder_of_another_class_token_is_refused(recipe, data, tmp_path):
@@ -297,7 +329,11 @@ def test_help_shows_every_flag_with_its_default(recipe, capsys):
         (["all", "--shots", "9"], "shots must be at most 8"),
         (["finetune", "--penalty-from", "1.5"], "--penalty-from must be in 0 .. 1, got 1.5"),
         (["finetune", "--contrast-weight", "nan"], "--contrast-weight must be in 0 .. inf, got nan"),
-        (["finetune", "--rand-augment", "31"], "--rand-augment must be in 0 .. 30, got 31"),
+        (["finetune", "--magnitude", "31"], "--magnitude must be in 0 .. 30, got 31"),
+        (["finetune", "--augment", "cutmix"], "argument --augment: invalid choice: 'cutmix'"),
+        (["finetune", "--label-smoothing", "1.5"], "--label-smoothing must be in 0 .. 1, got 1.5"),
+        (["finetune", "--mixup", "-1"], "--mixup must be in 0 .. inf, got -1"),
+        (["finetune", "--mixup", "0.2", "--sample-weights", "auto"], "--mixup goes without --sample-weights"),
         (["finetune", "--sample-weights", "high"], "--sample-weights must be a number or auto, got 'high'"),
         (["finetune", "--shots", "6", "--sample-weights", "1"], "run Step 2 (environments) first, or leave"),
         (["all", "--data", "nowhere"], "nowhere"),
@@ -341,7 +377,8 @@ def test_presets_are_the_papers(shots, recipe, data, monkeypatch):
     assert (one.epochs, one.queue_size, one.ratio) == (800, 16384, 0.01)
     assert (one.lr, one.output_dim, one.weight, one.update_every) == (1e-3, 128, 0.2, 50)
     assert (three.epochs, three.lr, three.batch_size, three.weight_decay) == (50, 0.05, 128, 1e-4)
-    assert (three.objective, three.penalty, three.weight, three.rand_augment) == ("paper", "rex", 10, 9)
+    assert (three.objective, three.penalty, three.weight) == ("paper", "rex", 10)
+    assert (three.augment, three.magnitude, three.mixup, three.label_smoothing) == ("rand", 9, 0, 0)
     assert (three.contrast_weight, three.scale, three.penalty_from, three.sample_weights) == (1, 10, 0.2, "0")
     rate = import_module("vipriors.finetune").steps_down(three)
     rates = [rate(10 * epoch, 500) for epoch in (0, 29, 30, 39, 40, 49)]
@@ -519,7 +556,7 @@ def test_fine_tuning_is_the_published_loss(objective, penalty, scale, sharpness,
     """Loss and gradients against loops: cross entropy of one pair of views, EqInv of the other, λ from 20% on."""
     finetune, images = import_module("vipriors.finetune"), import_module("vipriors.images")
     how = {"objective": objective, "penalty": penalty, "scale": scale, "sample_weights": sharpness}
-    options = options_of(recipe, "finetune", data, backbone, weight=3, contrast_weight=0.1, rand_augment=9, **how)
+    options = options_of(recipe, "finetune", data, backbone, weight=3, contrast_weight=0.1, augment="rand", **how)
     features = torch.randn(24, 8, generator=torch.Generator().manual_seed(3))
     environments = Environments.split(features, torch.arange(4).repeat_interleave(6))
     torch.save(environments.state_dict(), tmp_path / "environments.pt")
@@ -566,25 +603,65 @@ def test_fine_tuning_is_the_published_loss(objective, penalty, scale, sharpness,
     torch.testing.assert_close(outputs[1], features_of(classified))
 
 
-def test_rand_augment_is_for_cross_entropy_alone(recipe, data, monkeypatch):
+@pytest.mark.parametrize(
+    ("augment", "strong"),
+    [("crop", None), ("strong", "RandomGrayscale"), ("rand", "RandAugment"), ("trivial", "TrivialAugmentWide")],
+)
+def test_augmentation_is_for_cross_entropy_alone(augment, strong, recipe, data, monkeypatch):
     """Told by one that leaves nothing of an image."""
     finetune, images, magnitudes = import_module("vipriors.finetune"), import_module("vipriors.images"), set()
 
-    def blank(magnitude):
+    def blank(*args, magnitude=None, **how):
         magnitudes.add(magnitude)
         return finetune.v2.Lambda(lambda image: image.point(lambda pixel: 0))
 
-    monkeypatch.setattr(finetune.v2, "RandAugment", blank)
-    for strong, penalty in ((0, "off"), (0, "rex"), (5, "off"), (5, "rex")):
-        options = options_of(recipe, "finetune", data, RESNET, penalty=penalty, rand_augment=strong, epochs=5)
+    if strong:
+        monkeypatch.setattr(finetune.v2, strong, blank)
+    for mixup, penalty in ((0, "off"), (0, "rex"), (0.2, "off"), (0.2, "rex")):
+        how = {"penalty": penalty, "augment": augment, "magnitude": 5, "mixup": mixup, "epochs": 5}
+        options = options_of(recipe, "finetune", data, RESNET, **how)
         views = finetune.Views(options, images.read(options, "train"))
         classified, compared, *_, progress = views(3, [0, 7])  # the 4th of 15 steps
         assert classified.shape == (4, 3, 32, 32)
         assert bool((classified.std((2, 3)) < 1e-5).all()) == bool(strong)
-        assert (compared is None) == ((strong, penalty) != (5, "rex"))
+        assert (compared is None) == (penalty == "off" or not (strong or mixup))
         assert compared is None or bool((compared.std((2, 3)) > 0.01).all())
         assert progress == options.penalty_from == 0.2
-    assert magnitudes == {5}
+    assert magnitudes == {"crop": set(), "rand": {5}}.get(augment, {None})
+
+
+@pytest.mark.parametrize(("mixup", "smoothing"), [(0, 0.2), (0.4, 0), (0.4, 0.2)])
+@pytest.mark.parametrize("penalty", ["off", "rex"])
+def test_mixed_and_smoothed_labels(mixup, smoothing, penalty, recipe, data, monkeypatch):
+    """Cross entropy by its definition, of mixed views in training alone; EqInv sees plain views and whole labels."""
+    finetune, images = import_module("vipriors.finetune"), import_module("vipriors.images")
+    how = {"penalty": penalty, "mixup": mixup, "label_smoothing": smoothing, "penalty_from": 0, "drop_path": 0}
+    options = options_of(recipe, "finetune", data, {**VIT, "late-class-token": 0}, **how)
+    batch = finetune.Views(options, images.read(options, "train"))(0, [0, 1, 6, 7, 12, 13])
+    classified, compared, labels, *_ = batch
+    objective, seen = finetune.Objective(options, 4).train(), []
+    objective.features, features = lambda views: (seen.append(views), features(views))[1], objective.features
+    torch.manual_seed(1)
+    loss, parts = objective(*batch)
+    shares = torch.eye(4)[labels]
+    if mixup:
+        torch.manual_seed(1)
+        share = torch.distributions.Beta(mixup, mixup).sample()
+        partners = [11, *range(11)]
+        assert 0.01 < share < 0.99
+        torch.testing.assert_close(seen[0], share * classified + (1 - share) * classified[partners])
+        shares = share * shares + (1 - share) * shares[partners]
+    shares = (1 - smoothing) * shares + smoothing / 4
+    logs = objective.model.get_classifier()(features(seen[0])).log_softmax(1)
+    torch.testing.assert_close(parts["classification"], -(shares * logs).sum(1).mean())
+    if penalty == "rex":
+        plain = classified if compared is None else compared
+        assert seen[-1] is plain or not mixup
+        torch.testing.assert_close(parts["irm"], objective.irm(features(plain), labels))
+    loss.backward()
+    seen.clear()
+    objective.eval()(*batch)
+    assert torch.equal(seen[0], classified)
 
 
 def test_both_arms_begin_with_one_classifier(recipe, data):

@@ -48,7 +48,14 @@ def create(options: Namespace, encoder: Path | None = None, num_classes: int = 0
         old = {name: made_with(encoder.parent, name) for name in SAME}
         if old["model"] and (changed := differences(old, {name: getattr(options, name) for name in SAME})):
             raise TrainingError(f"{encoder} was made with other settings: {changed}")
-        model.load_state_dict(load(encoder))
+        try:
+            model.load_state_dict(load(encoder))
+        except RuntimeError as error:
+            wrong = str(error).strip().splitlines()[-1].strip()
+            size = f"--image-size {options.image_size} --patch-size {options.patch_size}"
+            raise TrainingError(
+                f"{encoder} is of another model than --model {options.model} {size}: {wrong}"
+            ) from error
     if num_classes:
         model.reset_classifier(num_classes)
     return model.to(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles
 from vipriors.backbone import accuracy, create, encoder_of, frozen_features, is_vit
-from vipriors.images import Augmented, measured, names_hash, read
+from vipriors.images import Augmented, colors, measured, names_hash, read
 from vipriors.run_folder import fit, hash_of, load, made_with, once, save, warm_cosine
 from vipriors.training import TrainingError, seed_everything
 
@@ -43,19 +43,31 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
         "a batch it mostly pushes; with 10 images of a class, SupCon cost two points at 1 and gained 0.4 at 0.1",
     ),
     "scale": (10.0, "length of the features that the classifier sees, with a penalty or without; 0: as they are"),
-    "rand_augment": (0, "magnitude of RandAugment, 0 to 30, on views for cross entropy alone; 0: without"),
+    "augment": (
+        "crop",
+        "what cross entropy alone sees: crops and flips, or these and colours and blur as in pretraining (strong), "
+        "RandAugment or TrivialAugment",
+        ("crop", "strong", "rand", "trivial"),
+    ),
+    "magnitude": (9, "of RandAugment, 1 to 30"),
+    "mixup": (0.0, "of the Beta distribution by which images for cross entropy are mixed; 0: unmixed"),
+    "label_smoothing": (0.0, "share of a label that all classes have"),
     "sample_weights": ("0", "sharpness of the weights of Step 2 in cross entropy, a number or auto; 0: all alike"),
     "drop_path": (0.0, "share of the residual branches of a vision transformer that are dropped"),
 }
 HEAD = ("objective", "penalty", "scale")  # what decides the layers of the classifier
-LARGEST = {"weight": math.inf, "penalty_from": 1, "contrast_weight": math.inf, "scale": math.inf, "rand_augment": 30}
+LARGEST = dict.fromkeys(("weight", "contrast_weight", "scale", "mixup"), math.inf)
+LARGEST |= {"penalty_from": 1, "label_smoothing": 1, "magnitude": 30}
 
 
 def check(options: Namespace) -> None:
     for name, most in LARGEST.items():
         if not 0 <= (value := getattr(options, name)) <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be in 0 .. {most}, got {value}")
-    sharpness_of(options)
+    if sharpness_of(options) and options.mixup:
+        raise ValueError(
+            "--mixup goes without --sample-weights: a mixed image is two samples, each with its own weight"
+        )
 
 
 def sharpness_of(options: Namespace) -> float | str:
@@ -91,13 +103,18 @@ def classifier(options: Namespace, how: dict[str, Any], num_classes: int, encode
 
 
 class Views:
-    """Makes a batch: two views of each image for cross entropy, and two for EqInv, or None where they are the same."""
+    """Makes a batch: two views of each image for cross entropy, and two for EqInv, or None where they are the same.
+
+    EqInv compares plain views, whatever cross entropy sees: the sample of a mixed one would be in no environment.
+    """
 
     def __init__(self, options: Namespace, images: ImageFiles):
         self.images, self.steps = images, len(images) // options.batch_size * options.epochs
-        strong = [v2.RandAugment(magnitude=options.rand_augment)] if options.rand_augment else []
-        self.classified, self.compared = Augmented(options, images, views=2, before=strong), None
-        if strong and options.penalty != "off":
+        policies = {"crop": [], "strong": colors(options), "trivial": [v2.TrivialAugmentWide()]}
+        policies["rand"] = [v2.RandAugment(magnitude=options.magnitude)]
+        more = policies[options.augment]
+        self.classified, self.compared = Augmented(options, images, views=2, before=more), None
+        if options.penalty != "off" and (more or options.mixup):
             self.compared = Augmented(options, images, views=2)
 
     def __call__(self, step: int, indices: list[int]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
@@ -113,6 +130,7 @@ class Objective(nn.Module):
     def __init__(self, options: Namespace, classes: int, encoder: Path | None = None, environments: Path | None = None):
         super().__init__()
         self.options, self.irm, weights = options, None, None
+        self.mix = v2.MixUp(alpha=options.mixup, num_classes=classes) if options.mixup else None
         self.model = classifier(options, vars(options), classes, encoder)
         if options.penalty != "off":
             make = ClassWiseIRM.released if options.objective == "released" else ClassWiseIRM
@@ -135,8 +153,11 @@ class Objective(nn.Module):
         self, classified: Tensor, compared: Tensor | None, labels: Tensor, indices: Tensor, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a batch of ``Views``. λ follows from ``progress`` alone, so that a killed run goes on alike."""
+        mixed = self.training and self.mix is not None
+        classified, targets = self.mix(classified, labels) if mixed else (classified, labels)
         f = self.features(classified)
-        losses = F.cross_entropy(self.model.get_classifier()(f).float(), labels, reduction="none")
+        how = {"reduction": "none", "label_smoothing": self.options.label_smoothing}
+        losses = F.cross_entropy(self.model.get_classifier()(f).float(), targets, **how)
         loss = (losses if self.weights is None else self.weights[indices] * losses).mean()
         parts = {"classification": loss}
         if self.irm is not None:

@@ -69,6 +69,13 @@ def crop(options: Namespace) -> list[Any]:
     return [resized, v2.RandomHorizontalFlip()]
 
 
+def colors(options: Namespace) -> list[Any]:
+    """What self-supervised views change besides: colours and, of images that have details, sharpness."""
+    size, jitter = options.image_size, v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    blur = [v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)], p=0.5)] if size >= 64 else []
+    return [jitter, v2.RandomGrayscale(0.2), *blur]
+
+
 class Augmented:
     """Makes a batch: some ``views`` of each image, with its label and its place in the dataset."""
 

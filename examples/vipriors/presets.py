@@ -28,7 +28,7 @@ PAPER: Values = {
     # The paper contradicts itself on λ: supplementary B prints 2, 10, 100 for 10, 20, 50 images of a class, and beside
     # it that the demand falls with more of them; in Fig. 6a, 10 is best at 20 images. The released commands have 100 at
     # 10 images, and with RandAugment, as here, 10 at all three.
-    "finetune": {"epochs": 50, "batch_size": 128, "lr": 0.05, "weight_decay": 1e-4, "rand_augment": 9, "weight": 10.0},
+    "finetune": {"epochs": 50, "batch_size": 128, "lr": 0.05, "weight_decay": 1e-4, "augment": "rand", "weight": 10.0},
     # IP-IRM, Section 4.2: a rate of 0.1 for 160 images; the best loss of its Table 4.
     "distill": {"epochs": 100, "warmup_epochs": 10, "batch_size": 160, "lr": 0.1, "weight_decay": 1e-4}
     | {"method": "ofd", "optimizer": "sgd"},

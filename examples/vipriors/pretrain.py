@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import equireg
 from vipriors.backbone import create, frozen_features, is_vit
-from vipriors.images import MEAN, NORMALIZE, STD, TO_TENSOR, crop, labelled, names_hash, read, whole
+from vipriors.images import MEAN, NORMALIZE, STD, TO_TENSOR, colors, crop, labelled, names_hash, read, whole
 from vipriors.run_folder import fit, once, save, warm_cosine
 from vipriors.training import seed_everything
 
@@ -81,9 +81,7 @@ class Views(Dataset):
 
     def __init__(self, options: Namespace, images: equireg.ImageFiles):
         self.options, self.images, size = options, images, options.image_size
-        jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-        blur = [v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1)], p=0.5)] if size >= 64 else []
-        self.policy = v2.Compose([*crop(options), jitter, v2.RandomGrayscale(0.2), *blur, *TO_TENSOR, NORMALIZE])
+        self.policy = v2.Compose([*crop(options), *colors(options), *TO_TENSOR, NORMALIZE])
         self.pixels = v2.Compose(whole(options).transforms[:-1])  # in 0 .. 1
         stride = options.patch_size if is_vit(options.model) else STRIDES[LAYER]
         self.turned = equireg.EquivariantViews(size, stride) if options.ser else None
