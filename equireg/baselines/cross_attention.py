@@ -57,6 +57,7 @@ class CrossAttentionReconstruction(nn.Module):
             do not divide the width.
 
     Example:
+        >>> import torch
         >>> head = CrossAttentionReconstruction(192, image_size=32, patch_size=4)
         >>> images = torch.rand(8, 3, 32, 32)  # the first views
         >>> tokens1, tokens2 = torch.randn(2, 8, 64, 192)  # your encoder's, of both views

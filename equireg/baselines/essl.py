@@ -50,6 +50,7 @@ class ESSLLoss(nn.Module):
         TypeError, ValueError: a width that is no whole number above 0.
 
     Example:
+        >>> import torch
         >>> from equireg import GridTransform
         >>> small = torch.rand(8, 3, 16, 16)  # a small crop of each image
         >>> turns = torch.arange(4).repeat_interleave(8)

@@ -68,6 +68,7 @@ class SIELoss(nn.Module):
         TypeError, ValueError: a width that is no whole number above 0, a weight below 0.
 
     Example:
+        >>> import torch
         >>> loss = SIELoss(dim=32, num_parameters=2)
         >>> features, transformed = torch.randn(2, 8, 16, 32)  # of images and their turned views, 16 tokens each
         >>> angle = 2 * torch.pi * torch.rand(8)
