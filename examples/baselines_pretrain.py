@@ -107,8 +107,7 @@ def measure(vit: nn.Module, *train_and_test: tuple[Tensor, Tensor]) -> dict[str,
     images = images[:1000].to(device) / 255
     told = equireg.transformation_accuracy(vit, normalize(images).split(250), list(BLOCKS.values()))
     results |= {f"turn told, {name}, %": 100 * told[layer] for name, layer in BLOCKS.items()}
-    turns = torch.arange(len(images)) % 3 + 1
-    element = equireg.GridTransform(turns, turns < 0, GRID, GRID)
+    element = equireg.GridTransform(turns := torch.arange(len(images)) % 3 + 1, turns < 0, GRID, GRID)
     for (name, layer), shuffled in product(BLOCKS.items(), (False, True)):
         score = equireg.equivariance_score(partial(tokens_of, vit, layer), images, element, shuffled=shuffled)
         results[f"equivariance, {name}" + ", other image" * shuffled] = score.mean().item()
@@ -119,8 +118,9 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
     accuracy, equivariance = (figure := Figure(figsize=(15, 4), layout="constrained")).subplots(1, 2)
     for (name, result), marker in zip(results.items(), "osD"):
         style = {"marker": marker, "linestyle": "", "fillstyle": "none", "markersize": 9, "label": name}
-        accuracy.plot(list(result)[:4], list(result.values())[:4], **style)
-        equivariance.plot(list(result)[4:], list(result.values())[4:], **style)
+        keys, values = [key.replace(", ", "\n") for key in result], list(result.values())
+        accuracy.plot(keys[:4], values[:4], **style)
+        equivariance.plot(keys[4:], values[4:], **style)
     accuracy.legend()
     figure.savefig(path, dpi=110)
 
