@@ -139,6 +139,114 @@ def reconstruction(p, e1, e2, targets, patch_size):
     return sum(errors) / len(errors)
 
 
+# ------------------------------------------------------------------------------------------------- baselines
+
+
+def mean_token(x):
+    return sum(x.unbind(1)) / x.shape[1] if x.dim() == 3 else x
+
+
+def layer_norm(p, name, x):
+    deviation = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = deviation.square().sum(-1, keepdim=True) / x.shape[-1]
+    return deviation / (variance + 1e-5).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def relu_mlp(p, name, x):
+    return linear(p, f"{name}.2", linear(p, f"{name}.0", x).clamp(min=0))
+
+
+def essl(p, features, turns):
+    x = mean_token(features)
+    for layer in (0, 3):
+        x = layer_norm(p, f"predictor.{layer + 1}", linear(p, f"predictor.{layer}", x)).clamp(min=0)
+    logits = linear(p, "predictor.6", x)
+    return sum(torch.exp(z).sum().log() - z[k] for z, k in zip(logits, turns.tolist())) / len(logits)
+
+
+def moved_by(matrices, conditions, x):
+    """A matrix for each row: the sum over k of condition k times matrix k, which takes column d to row o."""
+    width = x.shape[1]
+    of_condition = [matrices[:, k * width : (k + 1) * width] for k in range(conditions.shape[1])]
+    return torch.stack([sum(c * m for c, m in zip(row, of_condition)) @ y for row, y in zip(conditions, x)])
+
+
+def two_sided_contrast(one, other, temperature):
+    """Each row of either side finds its partner among all rows but itself."""
+    z, n = units(torch.cat([one, other])), len(one)
+    losses = []
+    for i in range(2 * n):
+        logits = {j: z[i] @ z[j] / temperature for j in range(2 * n) if j != i}
+        positive = logits.pop((i + n) % (2 * n))
+        losses.append(minus_log_share([positive, *logits.values()]))
+    return sum(losses) / len(losses)
+
+
+def stl(p, *features, temperature, weight):
+    x, x_after, other, other_after = map(mean_token, features)
+    predicted, targets, own, partners = [], [], [], []
+    for start, end, start_of_other, end_of_other in (
+        (x, x_after, other, other_after),
+        (x_after, x, other_after, other),
+    ):
+        t = relu_mlp(p, "transformation", torch.cat([start, end], 1))
+        t_of_other = relu_mlp(p, "transformation", torch.cat([start_of_other, end_of_other], 1))
+        matrices = p["hypernetwork.matrices.weight"]
+        predicted += [moved_by(matrices, t_of_other, start), moved_by(matrices, t, start_of_other)]
+        targets += [end, end_of_other]
+        own, partners = [*own, t], [*partners, t_of_other]
+    embedded = (relu_mlp(p, "projection", torch.cat(rows)) for rows in (predicted, targets))
+    represented = (relu_mlp(p, "transformation_projection", torch.cat(rows)) for rows in (own, partners))
+    return two_sided_contrast(*embedded, temperature) + weight * two_sided_contrast(*represented, temperature)
+
+
+def sie(p, features, transformed, parameters, weights):
+    before, after = mean_token(features), mean_token(transformed)
+    half = before.shape[1] // 2
+    z, z_after = (relu_mlp(p, "heads.0", x[:, :half]) for x in (before, after))
+    e, e_after = (relu_mlp(p, "heads.1", x[:, half:]) for x in (before, after))
+    predicted = moved_by(p["hypernetwork.matrices.weight"], parameters, e)
+    count, width = z.shape
+
+    def covariance(u, j, k):
+        means = [sum(u[:, c]) / count for c in (j, k)]
+        return sum((row[j] - means[0]) * (row[k] - means[1]) for row in u) / (count - 1)
+
+    def variance_term(u):
+        deviations = [torch.sqrt(covariance(u, j, j) + 1e-4) for j in range(width)]
+        return sum((1 - deviation).clamp(min=0) for deviation in deviations) / width
+
+    def covariance_term(u):
+        return sum(covariance(u, j, k) ** 2 for j in range(width) for k in range(width) if j != k) / width
+
+    terms = [
+        sum(((a - b) ** 2).sum() for a, b in zip(one, other)) / (count * width)
+        for one, other in ((z, z_after), (predicted, e_after))
+    ]
+    terms += [sum(term(u) for u in (z, z_after, e, e_after)) for term in (variance_term, covariance_term)]
+    return sum(weight * term for weight, term in zip(weights, terms)) + weights[2] * variance_term(predicted)
+
+
+def cross_attention(p, tokens1, tokens2, images, patch_size, heads):
+    asked, given = layer_norm(p, "norm", tokens1), layer_norm(p, "norm", tokens2)
+    width = tokens1.shape[2] // heads
+    columns, errors = images.shape[3] // patch_size, []
+    for i in range(len(images)):
+        q, k, v = (linear(p, name, x[i]) for name, x in (("query", asked), ("key", given), ("value", given)))
+        for place in range(len(q)):
+            found = []
+            for part in (slice(h * width, (h + 1) * width) for h in range(heads)):
+                shares = torch.exp(torch.stack([q[place, part] @ key[part] for key in k]) / math.sqrt(width))
+                found.append(sum(share * value[part] for share, value in zip(shares / shares.sum(), v)))
+            hidden = linear(p, "decoder.0", linear(p, "out", torch.cat(found)[None]))
+            hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+            painted = linear(p, "decoder.2", hidden)[0].unflatten(0, (images.shape[1], patch_size, patch_size))
+            row, column = place // columns * patch_size, place % columns * patch_size
+            patch = images[i, :, row : row + patch_size, column : column + patch_size]
+            errors.append((painted - patch).square().sum() / patch.numel())
+    return sum(errors) / len(errors)
+
+
 # ------------------------------------------------------------------------------------------------- distillation
 
 

@@ -18,6 +18,7 @@ PACKAGES = {"equireg", "lightly", "matplotlib", "sklearn", "timm", "torch", "tor
 TINY_RESNET = "--data images --epochs 1 --model test_resnet --image-size 32 --shots 4"
 PRETRAINING = "--data images --epochs 1 --images 40 --batch-size 20"
 FLAGS = {
+    "baselines_pretrain.py": f"{PRETRAINING} --method stl",
     "colored_mnist.py": "--source digits --epochs 1 --samples 300",
     "distill.py": TINY_RESNET,
     "eqinv_finetune.py": f"{TINY_RESNET} --runs 1 --checkpoint images/encoder.pt",

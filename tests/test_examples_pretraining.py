@@ -78,6 +78,51 @@ def test_reconstruction_trains_on_the_same_views(images, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(without[::2], without[1::2]))
 
 
+METHODS = ("augself", "cross-attention", "equimod", "essl", "sie", "stl")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_baselines_of_weight_0_are_simclr(method, images):
+    """On the same views; with its weight the method reaches the block that it reads, and those before it."""
+    example = module_of("baselines")
+    assert sorted(example.METHODS) == list(METHODS)
+
+    def trained(name, weight):
+        return example.train(name, images[:8], options(method=method, weight=weight, epochs=1))
+
+    base = trained("SimCLR", 1.0)
+    assert equal(base, trained("last block", 0.0))
+    for name in example.BLOCKS:
+        assert not equal(base.blocks[0], trained(name, 1.0).blocks[0])
+
+
+def test_baselines_give_each_method_what_was_done(images, monkeypatch):
+    """E-SSL's turns are those of the images; STL's other half is turned as the first; the rest is told the angle."""
+    example, images = module_of("baselines"), images[:8] / 255
+    turned, _, angle = example.turning(images)
+    encode = lambda x: x.flatten(1)  # noqa: E731
+
+    def given(method):
+        seen = []
+        example.regularizer(method, lambda *args: seen.extend(args), encode, images, turned, angle)
+        return seen
+
+    quarters, turns = given("essl")
+    for row, k, image in zip(quarters, turns.tolist(), images[::4].repeat(4, 1, 1, 1)):
+        assert torch.equal(row.view_as(image), image.rot90(k, (1, 2)))
+    assert turns.bincount().tolist() == [2, 2, 2, 2]
+    first, first_turned, others, others_turned = (x.view(4, 3, 32, 32) for x in given("stl"))
+    torch.testing.assert_close(first_turned, example.turning.transform(first, angle[:4]))
+    torch.testing.assert_close(others_turned, example.turning.transform(others, angle[:4]))
+    assert torch.equal(torch.cat([first, others]), images)
+    parameters = given("sie")[2]
+    torch.testing.assert_close(torch.atan2(parameters[:, 1], parameters[:, 0]).rad2deg(), angle[:, 0])
+    _, _, there, back = given("augself")
+    assert torch.equal(there["angle"], parameters)
+    torch.testing.assert_close(back["angle"], torch.cat([parameters[:, :1], -parameters[:, 1:]], 1))
+    assert torch.equal(given("cross-attention")[2], images)
+
+
 def ipirm_options(**changes):
     return options(**{"weight": 0.2, "keep": 0, "mix": 0.0, "global_penalty": False, "dummy_scales": "one", **changes})
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equireg._checks import Arguments
-from equireg.baselines._pooled import pooled
+from equireg.baselines._pooled import pooled_pairs
 from equireg.similarity import normalized, pair_lse
 
 __all__ = ["EquiModLoss"]
@@ -94,7 +94,9 @@ class EquiModLoss(nn.Module):
 
     def parts(self, features: Tensor, transformed: Tensor, parameters: Tensor) -> EquiModParts:
         """The loss and, detached, what it is made of: ``.loss``, ``.alignment`` and ``.log_denominator``."""
-        before, after = self._checked(features, transformed, parameters)
+        check = Arguments("EquiModLoss")
+        check.sizes.update(D=self.dim, P=self.num_parameters)
+        before, after = pooled_pairs(check, features, transformed, parameters, "negatives come from other images")
         given = torch.cat([self.projection(before), self.parameters_projection(parameters)], dim=1)
         predicted, target = normalized(self.predictor(given)), normalized(self.projection(after))
         image = torch.arange(len(target), device=target.device)
@@ -105,13 +107,3 @@ class EquiModLoss(nn.Module):
         loss = F.softplus(negatives[0] - alignment / self.temperature, threshold=50).mean()
         average = alignment.detach().mean()
         return EquiModParts(loss, average, (loss + average / self.temperature).detach())
-
-    def _checked(self, features: Tensor, transformed: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Both features [B, D], averaged over their places."""
-        check = Arguments("EquiModLoss")
-        check.sizes.update(D=self.dim, P=self.num_parameters)
-        before, after = (pooled(check, *named) for named in (("features", features), ("transformed", transformed)))
-        check.features("parameters", parameters, "B P")
-        if len(before) < 2:
-            check.fail("features", "of at least 2 images: negatives come from other images", list(features.shape))
-        return before, after

@@ -1,10 +1,10 @@
-"""EquiMod and AugSelf where their records do not reach: tokens, what their options refuse."""
+"""The baselines where their records do not reach: tokens, what the parts tell, what their options refuse."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from equireg import AugSelfLoss, EquiModLoss
+from equireg import AugSelfLoss, CrossAttentionReconstruction, EquiModLoss, ESSLLoss, SIELoss, STLLoss
 
 TARGETS = {"scale": ("regression", 2), "flip": ("binary", 1), "rotation": ("classification", 4)}
 
@@ -32,6 +32,27 @@ def test_tokens_are_averaged():
     torch.testing.assert_close(equimod(tokens, fewer, parameters), equimod(*pooled, parameters))
     there, back = differences(3), differences(3)
     torch.testing.assert_close(augself(tokens, fewer, there, back), augself(*pooled, there, back))
+    essl, stl, sie, turns = ESSLLoss(8, hidden_dim=16), STLLoss(8), SIELoss(8, 1), torch.arange(3)
+    torch.testing.assert_close(essl(tokens, turns), essl(pooled[0], turns))
+    torch.testing.assert_close(stl(tokens, fewer, fewer, tokens), stl(*pooled, *pooled[::-1]))
+    torch.testing.assert_close(sie(tokens, fewer, parameters), sie(*pooled, parameters))
+
+
+def test_essl_tells_how_often_the_turn_is_told():
+    loss = ESSLLoss(8, hidden_dim=16)
+    features, turns = torch.randn(40, 8), torch.randint(4, (40,))
+    told = sum(int(max(range(4), key=row.__getitem__)) == k for row, k in zip(loss.predictor(features).tolist(), turns))
+    assert float(loss.parts(features, turns).accuracy) == pytest.approx(told / 40)
+
+
+def test_sie_counts_each_term_by_its_weight():
+    (features, transformed), parameters = torch.randn(2, 6, 8), torch.rand(6, 2)
+    names = ("invariance", "equivariance", "variance", "covariance")
+    for name in names:
+        loss = SIELoss(8, 2, **{f"{other}_weight": 2.0 * (other == name) for other in names})
+        parts = loss.parts(features, transformed, parameters)
+        expected = getattr(parts, name) + (parts.predictor_variance if name == "variance" else 0)
+        torch.testing.assert_close(parts.loss, 2 * expected)
 
 
 def equimod(features=6, transformed=6, parameters=3):
@@ -40,6 +61,11 @@ def equimod(features=6, transformed=6, parameters=3):
 
 def augself(**changes):
     AugSelfLoss(8, TARGETS, hidden_dim=16)(*torch.randn(2, 6, 4, 8), differences(6), {**differences(6), **changes})
+
+
+def rebuild(tokens2=(6, 9, 8), images1=(6, 3, 4, 6)):
+    head = CrossAttentionReconstruction(8, image_size=(4, 6), patch_size=2)
+    head(torch.randn(6, 6, 8), torch.randn(tokens2), torch.rand(images1))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +82,13 @@ def augself(**changes):
         (lambda: augself(flip=torch.arange(6) % 4), TypeError, r"flip.* must be a"),
         (lambda: augself(rotation=torch.full((6,), 4)), ValueError, r"in 0 .. 3 \(cl"),
         (lambda: augself(scale=torch.rand(6, 3)), ValueError, r"_targets\['scale'\] must be"),
+        (lambda: ESSLLoss(8)(torch.randn(6, 8), torch.rand(6)), TypeError, "quarter_turns must be a tensor of whole"),
+        (lambda: STLLoss(8, transformation_dim=0), ValueError, "transformation_dim must be at least 1"),
+        (lambda: STLLoss(8)(*torch.randn(4, 6, 9)), ValueError, r"features must be \[B, D\] = \[B, 8\], got \[6, 9\]"),
+        (lambda: SIELoss(1, 2), ValueError, "SIELoss: dim must be at least 2"),
+        (lambda: rebuild(tokens2=(6, 0, 8)), ValueError, "tokens2 must be of at least one token"),
+        (lambda: rebuild(tokens2=(5, 9, 8)), ValueError, r"tokens2 must be .*got \[5, 9, 8\]"),
+        (lambda: rebuild(images1=(6, 3, 4, 4)), ValueError, r"images1 must be .*got \[6, 3, 4, 4\]"),
     ],
 )
 def test_refuses(call, kind, message):
