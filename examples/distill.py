@@ -69,7 +69,8 @@ def train(student: nn.Module, teacher: nn.Module | None, method: str, loader: Da
             logits, features, maps = run(student, x)
             with torch.no_grad():
                 goal, goal_features, goal_maps = run(teacher, x) if method in METHODS else (logits, features, maps)
-            loss = criterion(logits, goal, y)  # the one line of "logits"
+            parts = criterion.parts(logits, goal, y)
+            loss = parts.loss  # the one line of "logits": criterion(logits, goal, y)
             if method == "overhaul":
                 loss = loss + overhaul(maps, goal_maps)
             if method == "contrastive":
@@ -78,6 +79,7 @@ def train(student: nn.Module, teacher: nn.Module | None, method: str, loader: Da
             loss.backward()
             optimizer.step()
             schedule.step()
+        bar.set_postfix(divergence=f"{parts.divergence:.3f}", cross_entropy=f"{parts.cross_entropy:.3f}")
         bar.update()
 
 

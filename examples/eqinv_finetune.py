@@ -71,7 +71,9 @@ def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[
             f = backbone(x)
             loss = F.cross_entropy(head(irm.mask(f)), y)
             if epoch >= start and arm != PLAIN:
-                loss = loss + irm(f, y, idx)  # the one line
+                parts = irm.parts(f, y, idx)
+                loss = loss + parts.loss  # the one line: loss + irm(f, y, idx)
+                bar.set_postfix(risk=f"{parts.risk.mean():.3f}", penalty=f"{parts.penalty.mean():.4f}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -51,8 +51,7 @@ def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple
     """The trained ViT, and VICReg's loss of each step."""
     torch.manual_seed(options.seed)  # the same weights at first
     vit = VisionTransformer(32, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0).to(device)
-    # The linear head before the split leaves VICReg as wide an input as without; 0 splits the tokens themselves. With
-    # mean and std the error is in units of the pixels' variance, not of 0 .. 1.
+    # The linear head leaves VICReg its width; 0 splits the tokens themselves. Errors are in units of pixels' variance.
     shape = {"image_size": 32, "patch_size": 8, "num_images": options.num_images, "head_dim": options.head_dim or None}
     head = equireg.IntermediateReconstructionHead(128, **shape, mean=MEAN, std=STD).to(device)
     projector = VICRegProjectionHead(head.invariant_dim if with_head else 128, 512, 512).to(device)
@@ -66,7 +65,7 @@ def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(loader))
     torch.manual_seed(options.seed)  # the same views in the same order
     for epoch in range(1, options.epochs + 1):
-        for batch in tqdm(loader, f"{'with' if with_head else 'without'} reconstruction, epoch {epoch}"):
+        for batch in (bar := tqdm(loader, f"{'with' if with_head else 'without'} reconstruction, epoch {epoch}")):
             view1, view2 = (torch.stack([augment(image) for image in batch.to(device)]) for _ in range(2))
             _, targets, parameters = path(view1)  # what lies half-way, and what each image undergoes
             view2 = path.transform(view2, parameters)  # all of it, on top of the second view
@@ -75,7 +74,9 @@ def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple
                 (invariant1, equivariant1), (invariant2, equivariant2) = map(head.split, (invariant1, invariant2))
             loss = base = vicreg(projector(invariant1.mean(1)), projector(invariant2.mean(1)))
             if with_head:
-                loss = base + options.weight * head(equivariant1, equivariant2, targets)  # the one line
+                parts = head.parts(equivariant1, equivariant2, targets)
+                loss = base + options.weight * parts.loss  # the one line: head(equivariant1, equivariant2, targets)
+                bar.set_postfix(errors=[f"{error:.3f}" for error in parts.errors])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -54,7 +54,7 @@ def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mo
     optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters(), *ser.parameters()], options.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(loader))
     for epoch in range(1, options.epochs + 1):
-        for batch in tqdm(loader, f"{name}, epoch {epoch}"):
+        for batch in (bar := tqdm(loader, f"{name}, epoch {epoch}")):
             cropped, turned = equireg.split_batch(batch.to(device) / 255, options.ratio if with_views else 0.0)
             views = (color(torch.stack([crop(image) for image in cropped])) for color in colors)
             features = [[vit(normalize(view))] for view in views]  # of each view: of its parts, which differ in size
@@ -66,7 +66,9 @@ def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mo
                 features = [[torch.cat(of_view)] for of_view in features]
             loss = base = sum(simclr(head(f1), head(f2)) for f1, f2 in zip(*features))  # or the sum, as in Eq. 3
             if with_views:
-                loss = base + weight * ser(taps[0][1], taps[1][1], g1, g2)  # the one line
+                parts = ser.parts(taps[0][1], taps[1][1], g1, g2)
+                loss = base + weight * parts.loss  # the one line: base + weight * ser(tokens1, tokens2, g1, g2)
+                bar.set_postfix({name: f"{part:.3f}" for name, part in parts._asdict().items()})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -148,10 +148,14 @@ def test_import_brings_no_optional_package():
 
 
 def test_version_stands_in_one_place():
+    """And the changelog tells of it, with its day: what is not released yet stands above."""
     from importlib.metadata import version
 
     assert version("equireg") == equireg.__version__
     assert f"version: {equireg.__version__}" in (ROOT.parent / "CITATION.cff").read_text()
+    first, *released = re.findall("^## (.*)", (ROOT.parent / "CHANGELOG.md").read_text(), re.M)
+    assert first == "Unreleased"
+    assert re.fullmatch(re.escape(equireg.__version__) + r" - \d{4}-\d\d-\d\d", released[0])
 
 
 def test_faults_that_tests_cite_are_explained():

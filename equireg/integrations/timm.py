@@ -54,7 +54,8 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
         if irm.mask.scale is not None:
             check.fail("irm", "one whose mask has no scale, so that it folds into the classifier", irm.mask.scale)
         if (options.get("criterion_kwargs") or {}).get("soft_targets"):
-            check.fail("criterion_kwargs", "those of hard labels, without --mixup and --cutmix", "soft_targets=True")
+            rule = "those of hard labels, without --mixup and --cutmix: a mixture has neither a class nor an index"
+            check.fail("criterion_kwargs", rule, "soft_targets=True")
         super().__init__(_Masked(check, model, irm, sharpness), **options)
         if sharpness:
             try:

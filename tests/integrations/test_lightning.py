@@ -2,16 +2,20 @@
 
 import copy
 import inspect
+import itertools
+import os
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from equireg import ClassWiseIRM, Environments, IPIRMLoss, PartitionUpdater, WithIndex, adjusted_similarity
+from tests.processes import in_processes
 
 lightning = pytest.importorskip("pytorch_lightning", reason="needs the dev extra")
 from pytorch_lightning.callbacks import ModelCheckpoint  # noqa: E402
@@ -254,6 +258,50 @@ def test_parts_are_logged_as_in_a_plain_loop(tmp_path):
     parts = plain.irm.parts(plain.backbone(x), y, idx)
     assert ran.callback_metrics["irm"] == parts.loss
     assert ran.callback_metrics["irm_penalty"] == parts.penalty.mean()
+
+
+class Whole(Classifier):
+    """The loss over the whole batch, and nothing that normalises over the part of a process."""
+
+    def __init__(self):
+        super().__init__(projection=nn.Linear(D, 4), num_samples=N, weight=2.0, gather_distributed=True)
+        self.backbone, self.updater = nn.Sequential(nn.Linear(8, D), nn.ReLU()), PartitionUpdater(N, max_passes=3)
+
+
+def fit_whole(folder, rank=0, world=1, **options):
+    """Three epochs with all callbacks, in order: Lightning's own sampler would shuffle. Arrays outlive a process."""
+    lightning.seed_everything(0, verbose=False)
+    model, x = Whole(), labelled().dataset.tensors[0]
+    views = DataLoader(WithIndex([((x[n], x[n].flip(0)), 0) for n in range(N)]), batch_size=20)
+    callbacks = [
+        FitEnvironments(model.irm, DataLoader(labelled(), batch_size=20), encoder=model.backbone, progress=False),
+        FindPartitions(model.updater, views, encoder=model.backbone, epochs=(1, 2), progress=False),
+        WarmUpWeight(model.irm, steps=5),
+    ]
+    part = DistributedSampler(labelled(), world, rank, shuffle=False)
+    ran = trainer(callbacks, folder, epochs=3, use_distributed_sampler=False, devices=world, **options)
+    ran.fit(model, DataLoader(labelled(), batch_size=16 // world, sampler=part))
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}, model.weights
+
+
+def in_a_process(rank, folder):
+    """As torchrun starts it: Lightning takes the processes that are there."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    return fit_whole(folder, rank, 2, strategy="ddp")
+
+
+def test_two_processes_are_one(tmp_path):
+    """Each takes every second sample of a batch, and the callbacks find the same in both."""
+    one, weights = fit_whole(tmp_path)
+    (first, first_weights), (second, second_weights) = in_processes(2, in_a_process, tmp_path, tmp_path)
+    assert first_weights == second_weights == weights == [2.0 * min(1, (t + 1) / 5) for t in range(9)]
+    assert first.keys() == second.keys() == one.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], name)
+        if not name.startswith("updater"):  # a search may put a sample elsewhere where sums are rounded otherwise
+            np.testing.assert_allclose(value, one[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert first["updater.partitions"].shape == (3, N)
 
 
 def test_what_is_refused():
