@@ -58,22 +58,37 @@ def folders(
     return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), files.labels, files.contexts)
 
 
+def gray_digits(split: str, draw: int | None) -> tuple[Tensor, Tensor, torch.Generator]:
+    """scikit-learn's in 0 .. 1, [N, 1, 8, 8], three fifths of them for training; which, follows from the draw."""
+    generator, gray = torch.Generator().manual_seed(draw or 0), load_digits()
+    order = torch.randperm(len(gray.target), generator=generator)
+    train, val, test = order.tensor_split([int(0.6 * len(order)), int(0.8 * len(order))])
+    order = {"train": train, "val": val, "test": test}[split]
+    return torch.tensor(gray.images)[order][:, None] / 16, torch.tensor(gray.target)[order].long(), generator
+
+
+def painted(gray: Tensor, labels: Tensor, colors: Tensor, palette: Tensor) -> Images:
+    pixels = gray * 255 * palette[colors][:, :, None, None]
+    return Images(pixels.round().to(torch.uint8), labels, colors)
+
+
 @cache
 def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: float = 0.05) -> Images:
     """scikit-learn's, in ten colours for contexts.
 
     In training each digit wears its own colour but for the share ``conflicting``; held out, another's.
     """
-    generator, gray = torch.Generator().manual_seed(draw or 0), load_digits()
-    order = torch.randperm(len(gray.target), generator=generator)
-    train, val, test = order.tensor_split([int(0.6 * len(order)), int(0.8 * len(order))])
-    order = {"train": train, "val": val, "test": test}[split]
-    labels = torch.tensor(gray.target)[order].long()
+    gray, labels, generator = gray_digits(split, draw)
     others = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
     own = (torch.rand(labels.shape, generator=generator) >= conflicting) & (split == "train")
-    colors = torch.where(own, labels, others)
-    pixels = torch.tensor(gray.images)[order][:, None] / 16 * 255 * COLORS[colors][:, :, None, None]
-    return Images(pixels.round().to(torch.uint8), labels, colors)
+    return painted(gray, labels, torch.where(own, labels, others), COLORS)
+
+
+@cache
+def tinted(root: Path, split: str, size: int, *, draw: int | None) -> Images:
+    """scikit-learn's digits in red or blue, at random: a factor that is planted beside the class."""
+    gray, labels, generator = gray_digits(split, draw)
+    return painted(gray, labels, torch.randint(2, labels.shape, generator=generator), torch.eye(3)[[0, 2]])
 
 
 # Ten that differ much from each other, none of them slow; number c is that of class c.
@@ -100,7 +115,7 @@ def corrupted_folders(
     return Images(resize(pixels, [size, size], interpolation=3), labels, kinds)
 
 
-READERS = {"folders": folders, "digits": digits, "corrupted": corrupted_folders}
+READERS = {"folders": folders, "digits": digits, "tinted": tinted, "corrupted": corrupted_folders}
 
 
 def images_of(s: Settings, data: Path, split: str, seed: int) -> Images:

@@ -11,8 +11,9 @@ from evidence.datasets import Images, images_of
 from evidence.experiments import Settings
 from evidence.measures import measure, measure_on_the_way
 from evidence.networks import create, encode
+from evidence.planted import planted
 from evidence.turned import TurnedViews
-from evidence.views import crops, simclr_colors
+from evidence.views import crops, moved, simclr_colors
 from lightly.loss import BarlowTwinsLoss, VICRegLoss
 from lightly.models.modules import heads
 from lightly.models.utils import update_momentum
@@ -140,7 +141,10 @@ class Partitioned(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """The projections of a random view."""
-        view = simclr_colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
+        if self.s["data"]["reader"] == "tinted":
+            view = moved(images)
+        else:
+            view = simclr_colors(crops(images, self.s["image_size"], self.s["crop_scale"]))
         return self.projection(self.backbone(view)).float()
 
     def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
@@ -150,10 +154,15 @@ class Partitioned(nn.Module):
         return parts.loss, {"contrast": parts.global_risk, "group_contrast": risk, "group_penalty": penalty}
 
     def before_epoch(self, epoch: int, images: Images) -> None:
-        """Before the first epoch and every few more one partition: drawn, or found on two views of all images."""
+        """Before the first epoch and every few more one partition: drawn, or found on two views of all images.
+
+        Or before the first one that of true contexts, which is a ceiling.
+        """
         if not self.s["partitions"] or epoch % self.s["update_every"]:
             return
-        if self.s["partitions"] == "random":
+        if self.s["partitions"] == "contexts":
+            self.partitions.add(images.contexts) if epoch == 0 else None
+        elif self.s["partitions"] == "random":
             self.partitions.add(torch.randint(2, (len(images.labels),), device=self.partitions.partitions.device))
         else:
             self.eval()
@@ -198,6 +207,8 @@ def results(
 ) -> dict[str, Any]:
     """The measures of the backbone, whose network is saved as ``encoder.pt``, and some of those of its snapshots."""
     torch.save(objective.eval().network.state_dict(), folder / "encoder.pt")
+    if s["data"]["reader"] == "tinted":
+        return planted(objective, s, data, split, seed)
     found = measure(objective, s, data, split, seed)
     if split == "test":
         found["curve"] = {}

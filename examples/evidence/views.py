@@ -1,6 +1,7 @@
 """Augmentation of a whole batch at once, each image by parameters of its own."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -21,6 +22,15 @@ def crops(images: Tensor, size: int, smallest: float, largest: float = 1.0) -> T
     found = roi_align(images, boxes, size, aligned=True)
     flipped = torch.rand(count, device=images.device) < 0.5
     return torch.where(flipped[:, None, None, None], found.flip(3), found)
+
+
+def moved(images: Tensor) -> Tensor:
+    """Images moved by up to an eighth, brighter or darker, with noise: all but the colour changes."""
+    move = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    move[:, :, 2] = torch.empty(len(images), 2).uniform_(-0.25, 0.25)  # of half a side
+    found = F.grid_sample(images, F.affine_grid(move, list(images.shape), align_corners=False), align_corners=False)
+    brightness = torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(0.6, 1.4)
+    return brightness * found + 0.1 * torch.randn_like(found)
 
 
 def simclr_colors(images: Tensor) -> Tensor:
