@@ -80,6 +80,19 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_labels_of_pictures_can_be_read():
+    """No smaller than 9 points, wherever a picture is drawn."""
+    makers = [
+        path
+        for folder in ("docs", "examples", "tests", "equireg")
+        for path in (Path(__file__).parent.parent / folder).rglob("*.py")
+    ]
+    sizes = re.compile(r"\b(?:fontsize|labelsize|label_fontsize|title_fontsize)=([\d.]+)")
+    found = {path: [float(size) for size in sizes.findall(path.read_text())] for path in makers}
+    assert sum(map(len, found.values())) > 10
+    assert not [path for path, own in found.items() if min(own, default=9) < 9]
+
+
 def test_a_name_is_public_once():
     """``import equireg`` takes the last module that has it, and says nothing."""
     found = {}

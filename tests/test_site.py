@@ -13,7 +13,9 @@ from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import equireg
 
@@ -162,9 +164,7 @@ def test_in_a_browser_no_page_scrolls_sideways_and_all_is_drawn(site, tmp_path, 
     script = tmp_path / "measure.html"
     addresses = json.dumps([(site / name).as_uri() for name in names])
     script.write_text(MEASURE.replace("WIDTH", str(width)).replace("PAGES", addresses))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    flags += ["--virtual-time-budget=200000", f"--user-data-dir={tmp_path / 'profile'}"]
-    result = subprocess.run([CHROMIUM, *flags, script.as_uri()], capture_output=True, text=True, timeout=200)  # noqa: S603
+    result = chromium(tmp_path, script, "--allow-file-access-from-files", "--dump-dom", "--virtual-time-budget=200000")
     text = re.search("<body>(.*)</body>", result.stdout, re.DOTALL)
     assert text, result.stderr
     found = json.loads(html.unescape(text[1]))
@@ -172,3 +172,23 @@ def test_in_a_browser_no_page_scrolls_sideways_and_all_is_drawn(site, tmp_path, 
     assert sum(page["formulas"] for page in found.values()) > 50
     wrong = {name: page for name, page in found.items() if page["width"] > width or page["flat"] or page["broken"]}
     assert not wrong
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1366])
+@pytest.mark.parametrize("page", ["index", "eqinv", "results"])
+def test_a_screenshot_shows_the_page(site, tmp_path, page, width):
+    """It is not white, and nothing dark is cut off at its edges."""
+    picture = tmp_path / "page.png"
+    flags = ["--hide-scrollbars", f"--screenshot={picture}", f"--window-size={width},1600"]
+    chromium(tmp_path, site / f"{page}.html", *flags)
+    with Image.open(picture) as opened:
+        dark = np.asarray(opened.convert("L")) < 128
+    assert dark.shape == (1600, width)
+    assert 0.02 < dark.mean() < 0.5
+    assert not dark[:, [0, -1]].any()
+
+
+def chromium(folder, page, *flags):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *flags]
+    return subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=200)  # noqa: S603

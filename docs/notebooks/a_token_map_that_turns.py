@@ -176,7 +176,7 @@ for axes, kind in zip(panels, unseen):
     for place, (name, scores) in enumerate({"untrained": before, "trained": after}.items()):
         score, floor = torch.tensor([scores[kind, move] for move in moves]).T
         at = torch.arange(3) + 0.4 * (place - 0.5)
-        axes.bar_label(axes.bar(at, score, 0.36, label=name), fmt="%.2f", fontsize=8)
+        axes.bar_label(axes.bar(at, score, 0.36, label=name), fmt="%.2f", fontsize=9)
         axes.hlines(
             floor, at - 0.18, at + 0.18, "black", label="floor: another image" if place else None
         )
