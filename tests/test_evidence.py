@@ -70,7 +70,7 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
         accuracy = {"test": 50 + 3 * seed + gain + 0.01 * seed * gain}
         chosen = {} if arm == "off" else {"sharpness": 1.5}
         runs.setdefault(arm, {})[str(seed)] = {"accuracy": accuracy, "chosen": chosen}
-    found = {"scale": "cpu", "machine": "a_b", "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
+    found = {"scale": "cpu", "machines": {"pacs": "a_b"}, "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
     found |= {"step_seconds": {"pacs": {"off": 1.0, "auto": 1.5}}, "runs": {"pacs": runs}}
     text = write_page(found, tmp_path).read_text()
     # Arms that were not run have no column.
@@ -92,7 +92,7 @@ def test_share_of_the_way_to_the_ceiling(tmp_path):
     for (arm, gain), seed in itertools.product({"off": 0, "weights": 3, "contexts": 4}.items(), range(3)):
         one = {"accuracy": {"test": 40 + gain + 0.1 * seed * gain}, "overall": {"test": 60.0 + seed - gain}}
         runs.setdefault(arm, {})[str(seed)] = {**one, "chosen": {}}
-    found = {"scale": "cpu", "machine": "a", "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
+    found = {"scale": "cpu", "machines": {"pacs": "a"}, "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
     text = write_page(found | {"step_seconds": {}, "runs": {"pacs-frozen": runs}}, tmp_path).read_text()
     lines = text.split("## Do the weights")[1].split("\n## ")[0].splitlines()
     assert "|  | cross entropy | weights | true contexts balanced | weights: share of the way |" in lines
@@ -112,7 +112,13 @@ def test_differences_are_followed_along_a_training(tmp_path):
         ends = {"accuracy": measured(1.0), "told": measured(1.0), "chosen": {}}
         ends |= {"corrupted": {"fog": 20.0 + gain}, "severities": {"severity 1": 20.0 + gain}}
         runs.setdefault(arm, {})[str(seed)] = {**ends, "curve": {"1271": measured(0.5), "254": measured(0.1)}}
-    found = {"scale": "cpu", "machine": "a", "torch": "2", "dates": {"reconstruction": "2026-01-01"}, "hours": 1.0}
+    found = {
+        "scale": "cpu",
+        "machines": {"reconstruction": "a"},
+        "torch": "2",
+        "dates": {"reconstruction": "2026-01-01"},
+        "hours": 1.0,
+    }
     text = write_page(found | {"step_seconds": {}, "runs": {"reconstruction": runs}}, tmp_path).read_text()
     assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
     assert "| R², rotation | 1 image | VICReg | +0.010: +0.010 to +0.010 | +0.051: +0.049 to +0.052 | +0.101" in text

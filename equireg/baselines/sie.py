@@ -51,9 +51,10 @@ class SIELoss(nn.Module):
     that are all 0: describe a transformation by numbers of which none vanish where it does nothing, as the cosine and
     sine of an angle, the classes of quarter turns as 0 and 1, or any parameters with a 1 beside them.
 
-    Written from the formulas, not from the authors' code. Choices made here: heads of two layers without BatchNorm, and
-    weights to start from, to be chosen on validation images. Token maps are averaged over their places. Variances and
-    covariances are those of the images of this process.
+    Written from VICReg's terms and from what other papers report of SIE, not from the paper's full text or its code;
+    check it against these before you publish a comparison. Choices made here: heads of two layers without BatchNorm,
+    and weights to start from, to be chosen on validation images. Token maps are averaged over their places. Variances
+    and covariances are those of the images of this process.
 
     Args:
         dim: D, the width of the features, at least 2; the first half, rounded down, is the invariant one.

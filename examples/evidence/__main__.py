@@ -1,6 +1,7 @@
 """Does it help? Every method with and without its regularizer, several seeds each, and a page that says so.
 
     EQUIREG_DATA=folder python examples/evidence            # trains what is missing, then writes the page
+    EQUIREG_DATA=folder python examples/evidence --scale h100 --processes 6   # more, on one GPU; minutes
     python examples/evidence --page-only                    # writes it anew from docs/results.json
 
 ``folder`` holds cifar10/, tiny-vipriors64/, pacs64/ and camvid128/. A stopped run continues from its folder in
@@ -20,10 +21,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:1] = [str(HERE.parent)]  # where evidence and vipriors lie; in place of this folder
 
-from evidence.experiments import GROUPS, PLAN
+from evidence.experiments import GROUPS, PLAN, groups_of
 from evidence.page import write_page
 
-FOLDERS = ("cifar10", "tiny-vipriors64", "pacs64", "camvid128")
+FOLDERS = {"cpu": ("cifar10", "tiny-vipriors64", "pacs64", "camvid128")}
+FOLDERS |= {"test": FOLDERS["cpu"], "h100": ("cifar10", "tiny-vipriors64", "camvid128")}
 
 
 def main() -> None:
@@ -33,12 +35,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--docs", type=Path, default=HERE.parent.parent / "docs", help="where the page goes")
     parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to train; default: all")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, help="groups to train; default: all of the scale")
     parser.add_argument("--page-only", action="store_true", help="train nothing; write the page from results.json")
     options = parser.parse_args()
     if options.scale == "test" and options.docs == parser.get_default("docs"):
         parser.error("--scale test needs --docs, or it would write over the page")
-    missing = [name for name in FOLDERS if not (options.data / name).is_dir()]
+    options.only = options.only or groups_of(options.scale)
+    if others := sorted(set(options.only) - set(groups_of(options.scale))):
+        parser.error(f"--only: not of --scale {options.scale}: {', '.join(others)}")
+    missing = [name for name in FOLDERS[options.scale] if not (options.data / name).is_dir()]
     if missing and not options.page_only:
         parser.error(f"--data, or the variable EQUIREG_DATA, must name a folder that holds {', '.join(missing)}")
     saved = options.docs / "results.json"
@@ -60,11 +65,12 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     run_all(place, options.only, options.processes)
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     found, today = collect(place), datetime.date.today().isoformat()
-    results: dict[str, dict[str, Any]] = {"runs": {}, "dates": {}, "step_seconds": {}}
+    machine = f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})"
+    results: dict[str, dict[str, Any]] = {"runs": {}, "dates": {}, "machines": {}, "step_seconds": {}}
     for group, plan in GROUPS.items():
         if group in found:
             steps = {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in found[group].items()}
-            fresh = {"runs": found[group], "dates": today, "step_seconds": steps}
+            fresh = {"runs": found[group], "dates": today, "machines": machine, "step_seconds": steps}
         elif known.get("runs", {}).get(group, {"": {}}).keys() <= plan["arms"].keys():
             fresh = {name: known[name][group] for name in results if group in known[name]}
         else:
@@ -74,8 +80,7 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     runs = results["runs"]
     seconds = [run["seconds"] for arms in runs.values() for seeds in arms.values() for run in seeds.values()]
     return {
-        "scale": options.scale,
-        "machine": f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})",
+        "scale": "test" if options.scale == "test" else "cpu",
         "torch": torch.__version__.split("+")[0],
         "hours": sum(seconds) / 3600,
         **results,

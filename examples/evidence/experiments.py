@@ -12,6 +12,11 @@ ENCODERS = dict.fromkeys(own for group in GROUPS.values() if (own := group["sett
 TUNING_SEED = 100  # of no seed that is reported
 
 
+def groups_of(scale: str) -> list[str]:
+    """Those that a scale trains; a test has all."""
+    return [group for group, plan in GROUPS.items() if scale in ("test", plan.get("scale", "cpu"))]
+
+
 def settings_of(scale: str, group: str, arm: str, chosen: Settings) -> Settings:
     """All that decides a run but for its seed: those of the base, of the scale, of the arm, and what was chosen."""
     sizes, own = PLAN["scales"][scale], GROUPS[group]["arms"][arm]

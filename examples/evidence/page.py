@@ -5,13 +5,14 @@ The prose is in ``page.md``, where ``{eqinv}`` and its like stand for what is wr
 
 import re
 import textwrap
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from evidence.curves import Curve, along, curve_table, draw_curves
-from evidence.experiments import PLAN
+from evidence.experiments import PLAN, groups_of
 from evidence.tables import VERDICTS, Rows, by_measure, cells, markdown, paired_seeds, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,15 +24,29 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     """``results.md`` in ``folder``, and the pictures of its questions."""
     blocks = {question: answer(found, question, folder) for question in PLAN["questions"]}
     blocks["corrupted"] = corruption_table(found["runs"])
-    dates = {day: [group for group, own in found["dates"].items() if own == day] for day in found["dates"].values()}
-    newest = max(dates)
-    earlier = "; ".join(f"{', '.join(dates[day])} on {day}" for day in sorted(dates) if day != newest)
-    blocks["date"] = newest + (f" ({earlier})" if earlier else "")
-    blocks["machine"] = re.sub(r"([\\`*_{}\[\]()#!|$~^:<>&])", r"\\\1", found["machine"])
+    measured = [group for group in groups_of("h100") if group in found["runs"]]
+    blocks["h100"] = f"Among the tables above: {', '.join(measured)}." if measured else "Not run: no GPU was at hand."
+    dates, machines = found["dates"], found["machines"]
+    blocks["date"] = but_for(dates, max(dates.values()))
+    blocks["machine"] = but_for(machines, Counter(machines.values()).most_common(1)[0][0])
     text = Path(__file__).with_name("page.md").read_text().format_map({**found, **blocks})
     path = folder / "results.md"
     path.write_text("\n".join(map(wrapped, text.strip().splitlines())) + "\n")
     return path
+
+
+def but_for(values: dict[str, str], most: str) -> str:
+    """The value of most groups; in brackets those of the others."""
+    others = {
+        value: [group for group in values if values[group] == value] for value in sorted({*values.values()} - {most})
+    }
+    exceptions = "; ".join(f"{', '.join(groups)} on {plain(value)}" for value, groups in others.items())
+    return plain(most) + (f" ({exceptions})" if exceptions else "")
+
+
+def plain(text: str) -> str:
+    """As it is, in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]()#!|$~^:<>&])", r"\\\1", text)
 
 
 def wrapped(line: str) -> str:

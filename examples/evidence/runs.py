@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from evidence import classification, pretraining
-from evidence.experiments import ENCODERS, GROUPS, TUNING_SEED, Settings, seeds_of, settings_of, tried
+from evidence.experiments import ENCODERS, GROUPS, TUNING_SEED, Settings, groups_of, seeds_of, settings_of, tried
 from evidence.networks import fit
 from tqdm.auto import tqdm
 from vipriors.training import differences, write_file
@@ -136,7 +136,7 @@ def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
 def collect(place: Place) -> dict[str, Any]:
     """The results of every group that is finished: group, arm, seed; the settings are those of experiments.yaml."""
     found: dict[str, Any] = {}
-    for group in GROUPS:
+    for group in groups_of(place.scale):
         ready = all(all(job.found() for job in jobs(place, group)) for jobs in (tuning_of_base, tuning, final))
         for job in final(place, group) if ready else ():
             run = {name: value for name, value in job.found().items() if name != "settings"}
