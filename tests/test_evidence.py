@@ -24,6 +24,7 @@ from evidence.classification import groups_of, weights_of
 from evidence.corruptions import KINDS, corrupted
 from evidence.datasets import TEN_KINDS, Images, corrupted_folders, digits, folders
 from evidence.experiments import GROUPS, settings_of, tried
+from evidence.landscapes import landscapes
 from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import fit
 from evidence.page import accuracies, write_page
@@ -81,7 +82,7 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
     assert "- **weights shuffled**: No difference that these seeds can tell on PACS, fine-tuned, 90%." in text
     assert "Chosen on validation images: PACS, fine-tuned, 90% weights: sharpness 1.5;" in text
     assert "Time of a step over the base's: weights, sharpness auto 1.50." in text
-    assert text.count("Not run.") == 6  # the questions without runs, and the corruptions
+    assert text.count("Not run.") == 7  # the questions without runs, corruptions and landscapes
     del runs["auto"]["1"]  # only seeds that all arms have are paired
     row = by_measure(runs, {"off": "base", "auto": "arm"}, partial(accuracies, "PACS"))["PACS"]
     assert (row["base"].mean, row["arm"].difference) == pytest.approx((53.0, 1.01))
@@ -125,6 +126,20 @@ def test_differences_are_followed_along_a_training(tmp_path):
     assert "| CIFAR-10, 50 per class | 2 images | VICReg | −0.2: −0.2 to −0.2 | −1.0: −1.0 to −1.0 | −2.0" in text
     assert "| severity 1 | 20.0 | **22.0 (+2.0: +2.0 to +2.0)** |" in text
     assert (tmp_path / "results-reconstruction-steps.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_landscape_has_the_means_of_a_grid(tmp_path):
+    runs = {}
+    for arm, plan in GROUPS["ser-sweep"]["arms"].items():
+        turned = 0.3 + plan.get("ratio", 0) + plan.get("weight", 0)
+        runs[arm] = {
+            str(seed): {"curve": {"75": {}, "750": {"equivariance, early layer": turned + seed}}} for seed in (0, 1)
+        }
+    text = landscapes({"ser-sweep": runs}, tmp_path)
+    assert "| equivariance, early layer; base: 0.800 | weight 0 | weight 0.5 | weight 2 |" in text
+    assert "| ratio 0.125 | 0.925 | 1.425 | 2.925 |" in text
+    assert (tmp_path / "results-ser-sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert landscapes({}, tmp_path) == "Not run."
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from evidence.experiments import GROUPS, PLAN, groups_of
 from evidence.page import write_page
 
 FOLDERS = {"cpu": ("cifar10", "tiny-vipriors64", "pacs64", "camvid128")}
-FOLDERS |= {"test": FOLDERS["cpu"], "h100": ("cifar10", "tiny-vipriors64", "camvid128")}
+FOLDERS |= {"test": FOLDERS["cpu"], "h100": ("cifar10", "tiny-vipriors64", "camvid128"), "sweep": ("cifar10",)}
 
 
 def main() -> None:

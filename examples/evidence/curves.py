@@ -32,11 +32,12 @@ def along(scale: str, group: str, runs: dict[str, Any], comparison: dict[str, An
                 **{int(step): own for step, own in run["curve"].items()},
                 last: {**run["accuracy"], **run["told"]},
             }
-            return {(name, step): by_steps[step][name] for name in measures for step in sorted(by_steps)}
+            there = [name for name in measures if all(name in own for own in by_steps.values())]
+            return {(name, step): by_steps[step][name] for name in there for step in sorted(by_steps)}
 
         rows = by_measure(runs, arms, measured)
         for arm in list(arms)[1:]:
-            for measure in asked["measures"]:
+            for measure in dict.fromkeys(name for name, _ in rows):
                 results = {step: row[names[arm]] for (name, step), row in rows.items() if name == measure}
                 where = f"{title}: {measure}".removeprefix(": ")
                 found.append(Curve(where, names[arm], names[asked["from"]], results))

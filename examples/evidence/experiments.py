@@ -1,5 +1,6 @@
 """Reads ``experiments.yaml``: what is compared, and the settings of each run."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import yaml
 Settings = dict[str, Any]
 PLAN: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("experiments.yaml").read_text())
 GROUPS: dict[str, Any] = PLAN["groups"]
+for plan in GROUPS.values():  # a grid has an arm for each of its places
+    places = product(*([(name, value) for value in values] for name, values in plan.get("grid", {}).items()))
+    plan["arms"] |= {", ".join(f"{name} {value:g}" for name, value in place): dict(place) for place in places if place}
 ENCODERS = dict.fromkeys(own for group in GROUPS.values() if (own := group["settings"].get("encoder")))
 TUNING_SEED = 100  # of no seed that is reported
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from evidence.curves import Curve, along, curve_table, draw_curves
 from evidence.experiments import PLAN, groups_of
+from evidence.landscapes import landscapes
 from evidence.tables import VERDICTS, Rows, by_measure, cells, markdown, paired_seeds, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,6 +25,7 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     """``results.md`` in ``folder``, and the pictures of its questions."""
     blocks = {question: answer(found, question, folder) for question in PLAN["questions"]}
     blocks["corrupted"] = corruption_table(found["runs"])
+    blocks["landscapes"] = landscapes(found["runs"], folder)
     measured = [group for group in groups_of("h100") if group in found["runs"]]
     blocks["h100"] = f"Among the tables above: {', '.join(measured)}." if measured else "Not run: no GPU was at hand."
     dates, machines = found["dates"], found["machines"]

@@ -98,7 +98,7 @@ def contrast(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
 
 
 class VICReg(nn.Module):
-    """Bardes, Ponce and LeCun, 2022; with ``images`` half-way between its views, rebuilt from half of the features."""
+    """Bardes, Ponce and LeCun, 2022; with ``images`` half-way between its views, rebuilt from part of the features."""
 
     def __init__(self, s: Settings, samples: int):
         super().__init__()
@@ -108,8 +108,10 @@ class VICReg(nn.Module):
         self.views = equireg.IntermediateViews("all", num_intermediate=images or 1, reconstruct="se2", sigma=sigma)
         width = self.network.embed_dim
         if images:
-            # Twice the width, so that VICReg keeps its own (the paper's linear head).
-            shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": images, "head_dim": 2 * width}
+            # So wide that VICReg keeps its own width (the paper's linear head).
+            share = s.get("share", 0.5)
+            shape = {"image_size": size, "patch_size": s["patch_size"], "num_images": images}
+            shape |= {"head_dim": round(width / (1 - share)), "equivariant_fraction": share}
             self.head = equireg.IntermediateReconstructionHead(width, **shape, mean=NORMALIZE.mean, std=NORMALIZE.std)
         self.projection = heads.VICRegProjectionHead(width, s["hidden_dim"], s["hidden_dim"])
         # Its 25 : 25 : 1, on a scale where a regularizer of weight 1 counts; Adam does not mind.
