@@ -51,9 +51,10 @@ def detection_probe(
         \text{box} = (x - l,\; y - t,\; x + r,\; y + b), \qquad
         (l, t, r, b) = s \exp(W f(\rho_g(x)) + w_0)
 
-    A place learns the smallest box that holds its centre, or no class: the focal loss of the logits, summed over places
-    and divided by the number of places with a box, and the mean generalised-IoU loss of their boxes. There is no
-    centreness: a place's score is its class's probability. Features are standardised and both maps found by L-BFGS from
+    A place learns the smallest box that holds its centre within a stride of the box's own, or no class: the focal loss
+    of the logits, summed over places and divided by the number of places with a box, and the mean generalised-IoU loss
+    of their boxes. There is no centreness, since places far from a box's centre do not learn it: a place's score is its
+    class's probability. Features are standardised and both maps found by L-BFGS from
     zero, as in ``linear_probe``: without a learning rate or a seed. All training tokens are held in memory.
 
     Of each image the 100 boxes with the highest scores remain after non-maximum suppression within classes, at an IoU
@@ -210,7 +211,9 @@ def _training_places(
         for boxes, labels, _ in targets:
             sides = torch.cat((centres[:, None] - boxes[:, :2], boxes[:, 2:] - centres[:, None]), 2)  # [places, N, 4]
             area = (boxes[:, 2:] - boxes[:, :2]).prod(1).expand(sides.shape[:2])
-            area = torch.where(sides.amin(2) > 0, area, math.inf)
+            off_centre = (sides[..., :2] - sides[..., 2:]).abs() / 2
+            held = (sides.amin(2) > 0) & (off_centre <= stride[:2]).all(2)
+            area = torch.where(held, area, math.inf)
             # One box more, of the places that lie in none.
             place = F.pad(area, (0, 1), value=torch.finfo(area.dtype).max).argmin(1)
             classes.append(F.pad(labels, (0, 1), value=num_classes)[place])
