@@ -52,15 +52,16 @@ def detection_probe(
         (l, t, r, b) = s \exp(W f(\rho_g(x)) + w_0)
 
     A place learns the smallest box that holds its centre within a stride of the box's own, or no class: the focal loss
-    of the logits, summed over places and divided by the number of places with a box, and the mean generalised-IoU loss
-    of their boxes. There is no centreness, since places far from a box's centre do not learn it: a place's score is its
-    class's probability. Features are standardised and both maps found by L-BFGS from
-    zero, as in ``linear_probe``: without a learning rate or a seed. All training tokens are held in memory.
+    of the logits (Lin et al., 2017), summed over places and divided by the number of places with a box, and the mean
+    generalised-IoU loss of their boxes (Rezatofighi et al., 2019). There is no centreness, since places far from a
+    box's centre do not learn it: a place's score is its class's probability. Features are standardised and weights
+    found by L-BFGS from zero, as in ``linear_probe``: without a learning rate or a seed. All training tokens are held
+    in memory.
 
     Of each image the 100 boxes with the highest scores remain after non-maximum suppression within classes, at an IoU
-    of 0.6. The measure is Pascal VOC's since 2010. A box is right if the box of its class that it overlaps most has an
-    IoU of at least 0.5, and no box with a higher score has found that one. Over the right ones among the n boxes of a
-    class, with the precision :math:`p(k)` down to the score at which k of them are found,
+    of 0.6. The measure is Pascal VOC's since 2010. A box is right if the true box of its class that it overlaps most
+    has an IoU of at least 0.5 with it, and no box with a higher score has found that one. For a class with n true
+    boxes, and the precision :math:`p(k)` down to the score at which k of them are found, 0 where so many never are,
 
     .. math:: \text{AP} = \frac{1}{n} \sum_{k=1}^{n} \max_{j \ge k} p(j)
 
@@ -94,7 +95,7 @@ def detection_probe(
     Example:
         >>> images = torch.zeros(8, 2, 32, 48)
         >>> targets = []
-        >>> for n in range(8):  # a square of one of two colours, that tells its own edges
+        >>> for n in range(8):  # a square in the colour of its class
         ...     x, y, c = 4 * n, 2 * n, n % 2
         ...     images[n, c, y : y + 16, x : x + 16] = 1
         ...     box = torch.tensor([[x, y, x + 16.0, y + 16.0]])
@@ -119,7 +120,8 @@ def detection_probe(
         head = _fit(standardize(x), classes, distances, num_classes, weight_decay, max_iterations)
         for images, targets in _batches("loader", loader, num_classes, progress):
             for name, move in MOVES.items():
-                tokens, moved = token_map("detection_probe", encode, move(images).to(device)), move(images)
+                moved = move(images)
+                tokens = token_map("detection_probe", encode, moved.to(device))
                 logits, logs = F.linear(standardize(tokens.permute(0, 2, 3, 1)), *head).split([num_classes, 4], -1)
                 centres, stride = _places(tokens, moved)
                 for scores, log in zip(logits.flatten(1, 2).sigmoid().cpu(), logs.flatten(1, 2).cpu()):
@@ -133,7 +135,7 @@ def detection_probe(
 
 
 def mean_average_precision(
-    found: list[tuple[Tensor, ...]], truths: list[tuple[Tensor, ...]], num_classes: int, overlap: float = 0.5
+    found: list[tuple[Tensor, ...]], truths: list[tuple[Tensor, ...]], num_classes: int
 ) -> float:
     """Of each image's (boxes, labels, scores) against its (boxes, labels, difficult): the mean over classes that occur.
 
@@ -151,7 +153,7 @@ def mean_average_precision(
             overlaps = box_iou(boxes[labels == c][order].double(), true_boxes[of_class].double())
             taken = torch.zeros_like(hard)
             for value, row in zip(score[labels == c][order].tolist(), overlaps):
-                hit = len(row) > 0 and bool(row.max() >= overlap)
+                hit = len(row) > 0 and bool(row.max() >= 0.5)
                 place = int(row.argmax()) if hit else 0
                 if hit and hard[place]:
                     continue
