@@ -38,6 +38,7 @@ from tests.records.running import (
 )
 
 NO_LOSSES = {
+    "BoxFiles",
     "ClassRisks",
     "ColorBias",
     "Environments",
@@ -56,6 +57,7 @@ NO_LOSSES = {
     "WithIndex",
     "adjusted_similarity",
     "dense_probe",
+    "detection_probe",
     "ensemble",
     "equivariance_score",
     "extract_features",
@@ -75,6 +77,7 @@ NO_LOSSES = {
     "read_image_folder",
     "read_nico",
     "read_vipriors",
+    "read_voc",
     "split_batch",
     "transformation_accuracy",
     "transformation_r2",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.probes._features import enough_for_epochs, seeded, standardized
+from equireg.probes._linear import fit_linear
 from equireg.probes._mlp import fit_mlp, mlp
 from equireg.similarity import normalized
 
@@ -146,21 +147,10 @@ def logistic_regression(
     x: Tensor, targets: Tensor, classes: int, weight_decay: float, max_iterations: int
 ) -> tuple[Tensor, Tensor]:
     """Weight [C, D] and bias [C] of the least cross entropy with classes [N], or with weights of classes [N, C]."""
-    # The line search needs full precision, even if the encoder ran under autocast.
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        y = targets.clone()
-        weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
-        bias = torch.zeros(classes, device=x.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
-
-        def objective() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(F.linear(x, weight, bias), y) + weight_decay / 2 * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        optimizer.step(objective)  # type: ignore[arg-type]
-    return weight.detach(), bias.detach()
+    with torch.inference_mode(False):
+        y = targets.clone()  # for the gradient, which an inference tensor cannot serve
+    bias = torch.zeros(classes, device=x.device)
+    return fit_linear(x, lambda scores: F.cross_entropy(scores, y), bias, weight_decay, max_iterations)
 
 
 def _check_samples(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,17 +13,10 @@ from equireg._checks import Arguments
 from equireg._progress import progress_bar
 from equireg.features import check_callable, frozen
 from equireg.probes._features import standardizer
+from equireg.probes._maps import MOVES, token_map
 from equireg.probes.classification import logistic_regression
 
 __all__ = ["dense_probe"]
-
-# Of [..., H, W]: the torch.rot90 direction, counter-clockwise.
-_MOVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "upright": lambda x: x,
-    "90": lambda x: x.rot90(1, (-2, -1)),
-    "180": lambda x: x.rot90(2, (-2, -1)),
-    "flip": lambda x: x.flip(-1),
-}
 
 
 @torch.no_grad()
@@ -100,10 +92,10 @@ def dense_probe(
         standardize = standardizer(x)
         weight, bias = logistic_regression(standardize(x), counts, num_classes, weight_decay, max_iterations)
 
-        table = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in _MOVES}
+        table = {name: torch.zeros(num_classes, num_classes, dtype=torch.int64) for name in MOVES}
         for images, masks in _batches("loader", loader, num_classes, ignored, progress):
-            for name, move in _MOVES.items():
-                tokens = _token_map(encode, move(images).to(device))
+            for name, move in MOVES.items():
+                tokens = token_map("dense_probe", encode, move(images).to(device))
                 scores = F.linear(standardize(tokens.movedim(1, -1)), weight, bias).movedim(-1, 1)
                 truth = move(masks).to(scores.device)
                 answers = F.interpolate(scores, truth.shape[1:], mode="bilinear", align_corners=False).argmax(1)
@@ -124,7 +116,7 @@ def _training_tokens(
     """Tokens [N, D] that cover a labelled pixel, and how many of each class they cover, with a mean sum of 1."""
     features, counts = [], []
     for images, masks in _batches("train_loader", loader, classes, ignored, progress):
-        tokens = _token_map(encode, images.to(device))
+        tokens = token_map("dense_probe", encode, images.to(device))
         (h, w), (height, width) = tokens.shape[2:], masks.shape[1:]
         if height % h or width % w:
             Arguments("dense_probe").fail("train_loader", f"of masks of whole tokens, {h} x {w}", [height, width])
@@ -155,24 +147,6 @@ def _batches(
         yield images, masks
     if empty:
         Arguments("dense_probe").fail(name, "of at least one batch", "none")
-
-
-def _token_map(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The tokens of images as a map [B, D, h, w], in fp32."""
-    check = Arguments("dense_probe")
-    check.sizes["B"] = len(images)
-    tokens = check.floats("encode(images)", encode(images)).detach().float()
-    if tokens.dim() == 4:
-        check.features("encode(images)", tokens, "B D h w")
-        return tokens
-    check.features("encode(images)", tokens, "B T D")
-    height, width = images.shape[2:]
-    h = round(math.sqrt(tokens.shape[1] * height / width))
-    if h < 1 or tokens.shape[1] % h or h * width != tokens.shape[1] // h * height:
-        rule = f"tokens of a grid with the aspect of images of {height} x {width}, without class or register tokens"
-        check.fail("encode(images)", rule, list(tokens.shape))
-    placed: Tensor = tokens.transpose(1, 2).unflatten(2, (h, -1))
-    return placed
 
 
 def _confusion(answers: Tensor, truth: Tensor, classes: int, ignored: int) -> Tensor:
