@@ -14,7 +14,9 @@ __all__ = ["within_class_variance"]
 def within_class_variance(features: Tensor, labels: Tensor, *, relative: bool = False) -> float:
     r"""Mean squared distance of features from the mean of their class.
 
-    .. math:: V = \frac{1}{N} \sum_n \lVert x_n - p_{y_n} \rVert^2, \qquad p_k = \text{mean of } x_n \text{ with } y_n = k
+    .. math:: V = \frac{1}{N} \sum_n \lVert x_n - p_{y_n} \rVert^2
+
+    with :math:`p_k` the mean of the features of class k.
 
     EqInv (Wang et al., 2022), Fig. 6b, follows it over a training, of features and of masked features; the paper writes
     no formula. V grows with the square of the features' length, and a mask :math:`\sigma(m) < 1` makes it smaller
@@ -26,7 +28,7 @@ def within_class_variance(features: Tensor, labels: Tensor, *, relative: bool = 
         relative: divide by the mean squared distance from the mean of all features.
 
     Returns:
-        V, at least 0; relative, from 0 (a class is a point) to 1 (all classes have one mean), and NaN where all features
+        V, at least 0; relative, from 0 (a class is a point) to 1 (all classes have one mean); NaN if all features
         are the same.
 
     Raises:
