@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from functools import lru_cache, partial
 from pathlib import Path
@@ -187,6 +188,23 @@ def test_commands_are_one_line_each():
     assert len(lines) == 2
     assert lines[0].endswith(".venv/bin/python examples/quickstart.py")
     assert " && .venv/bin/python -m pytest" in lines[1]
+
+
+def test_table_of_the_papers_tables():
+    """It counts itself; its commands, and the groups of the report that it names, exist."""
+    page = DOCS / "papers.md"
+    text = page.read_text()
+    found = Counter(", ".join(re.findall(r"^\| (?:Table|Fig)[^|]*\| ([^|]*) \|", text, re.M)).split(", "))
+    count = f"Of {found.total()}, **{found['made']} were made** and **{found['in part']} in part**"
+    assert count in text
+    assert f"**{found['not made']} were not made**" in text
+    assert set(found) == {"made", "in part", "not made"}
+    skip_without("import matplotlib, timm, lightly, sklearn")
+    for command in set(re.findall(r"`(python [^`]+)`", text)):
+        check_command(page, command)
+    plan = (ROOT / "examples/evidence/experiments.yaml").read_text()
+    for groups in re.findall(r"`--only ([^`]+)`", text):
+        assert all(f"\n  {group}:\n" in plan for group in groups.split()), groups
 
 
 # -------------------------------------------------------------------------------------------------- links and pictures

@@ -22,6 +22,7 @@ FLAGS = {
     "colored_mnist.py": "--source digits --epochs 1 --samples 300",
     "distill.py": TINY_RESNET,
     "eqinv_finetune.py": f"{TINY_RESNET} --runs 1 --checkpoint images/encoder.pt",
+    "eqinv_pictures.py": "--digits 200 --pretraining 1 --epochs 1",
     "ipirm_pretrain.py": f"{PRETRAINING} --update-every 1",
     "late_class_token.py": "--data images --epochs 1 --image-size 16 --shots 4",
     "mae_pretrain.py": f"{PRETRAINING} --image-size 32",
@@ -148,3 +149,42 @@ def test_late_class_token_is_exact_without_positions(run_alone, made_images):
     assert "the wrapped ViT: the same" in output
     with_positions = [float(score) for score in re.findall(r"^layer 6 +(\S+) +\S+ +(?=\S)", output, re.M)]
     assert with_positions[0] < 0.99
+
+
+@pytest.fixture
+def pictures():
+    """What eqinv_pictures.py defines."""
+    for package in PACKAGES:
+        pytest.importorskip(package, reason="needs the examples extra")
+    return runpy.run_path(str(EXAMPLES / "eqinv_pictures.py"))
+
+
+def test_activation_maps_sum_up_to_the_logits(pictures):
+    """Of any backbone that ends with the mean of a map, with a mask and without."""
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=0).eval()
+    head, mask = torch.nn.Linear(model.num_features, 5), equireg.FeatureMask(model.num_features)
+    images, classes = torch.rand(4, 3, 64, 96), torch.tensor([0, 4, 2, 2])
+    for select in (mask, torch.nn.Identity()):
+        maps = pictures["activation_maps"](model, "layer4", select, head, images, classes)
+        assert maps.shape[0] == 4
+        assert maps[0].numel() > 1
+        assert maps.std() > 0
+        logits = head(select(model(images)))[torch.arange(4), classes]
+        torch.testing.assert_close(maps.mean((1, 2)) + head.bias[classes], logits)
+
+
+def test_scenes_have_one_colour_around_the_digit(pictures):
+    """That of the class in as many as are asked for, and in test images of any."""
+    parts = pictures["scenes"](1.0, 500)
+    assert [len(part.labels) for part in parts] == [300, 200]
+    for part in parts:
+        around = part.places == 0
+        assert (part.places.sum((1, 2)) == 64).all()
+        for image, context, place in zip(part.images, part.contexts, around):
+            assert (image[:, place] == pictures["COLORS"][context][:, None]).all()
+            assert (image[:, ~place] > pictures["COLORS"][context][:, None]).any()
+    train, test = parts
+    assert torch.equal(train.labels, train.contexts)
+    assert 0 < (test.labels == test.contexts).float().mean() < 0.3

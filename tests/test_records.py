@@ -82,6 +82,7 @@ NO_LOSSES = {
     "transformation_accuracy",
     "transformation_r2",
     "weight_sheet",
+    "within_class_variance",
 }
 
 
