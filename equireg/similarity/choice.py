@@ -54,7 +54,6 @@ def read(path: Path) -> tuple[Measured, ...]:
 TABLE = read(Path(__file__).with_name("choice.json"))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def override() -> str | None:
     """The form that the environment asks for, for all calls that do not."""
     asked = os.environ.get(VARIABLE) or None
