@@ -117,8 +117,18 @@ def test_past_its_time_a_benchmark_says_what_is_left():
     ]
     assert found[-1]["not_measured"] == "the 5 seconds of this benchmark were spent"
     assert "Not measured: all (the 5 seconds" in page.results([group(benchmark="gpu", rows=found)], DOCS)
-    everything = [row["version"] for row in gpu.within(9, [("first", rows("first"))], clock=lambda: 0)]
-    assert everything == ["a", "b"]
+    assert len(list(gpu.within(9, [("first", rows("first")), ("second", rows("second"))], clock=lambda: 0))) == 4
+
+
+def test_a_part_that_fails_leaves_the_others(capsys):
+    def failing():
+        yield {"work": "first", "version": "a", "seconds": 1.0}
+        raise RuntimeError("an illegal access")
+
+    found = list(gpu.within(9, [("first", failing()), ("second", iter([{"work": "second"}]))]))
+    reason = {"version": "all", "not_measured": "an illegal access"}
+    assert found[1:] == [{"work": "first, what is left", **reason}, {"work": "second"}]
+    assert "an illegal access" in capsys.readouterr().err
 
 
 def test_the_file_of_the_automatic_choice(tmp_path):

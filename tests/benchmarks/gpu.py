@@ -6,6 +6,7 @@ fails.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -106,18 +107,21 @@ def parts(settings: Settings) -> Iterator[tuple[str, Iterator[Row]]]:
 def within(
     budget: float, parts: Iterable[tuple[str, Iterator[Row]]], clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Row]:
-    """The rows of the parts until so many seconds are spent; then for each part a row that says so."""
-    start = clock()
+    """The rows of the parts until so many seconds are spent; a row for what is left of a part, and why."""
+    start, spent = clock(), f"the {budget:g} seconds of this benchmark were spent"
     for title, rows in parts:
-        for row in rows if clock() - start <= budget else ():
-            yield row
-            if clock() - start > budget:
-                break
-        else:
-            if clock() - start <= budget:
-                continue
-        reason = f"the {budget:g} seconds of this benchmark were spent"
-        yield {"work": f"{title}, what is left", "version": "all", "not_measured": reason}
+        left = spent if clock() - start > budget else None
+        try:
+            for row in rows if left is None else ():
+                yield row
+                if clock() - start > budget:
+                    left = spent
+                    break
+        except Exception as error:  # what was measured, and what can still be, is worth keeping
+            traceback.print_exc()
+            left = reason(error)
+        if left is not None:
+            yield {"work": f"{title}, what is left", "version": "all", "not_measured": left}
 
 
 def in_precision(kind: str, settings: Settings) -> Iterator[Row]:
