@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import page, pictures, record
+from equireg.similarity import choice
+from tests.benchmarks import gpu, gpu_choice, page, pictures, record
 from tests.benchmarks.measure import QUICK, SIZES_LIMIT, compare, medians
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -97,3 +98,59 @@ def test_versions_run_in_turns_and_one_that_fails_is_named():
     assert rows[0]["seconds"] < 1
     with pytest.raises(RuntimeError, match="no kernel"):
         list(compare("work", {"b": fail}, QUICK))
+
+
+def test_past_its_time_a_benchmark_says_what_is_left():
+    seconds = iter(range(100))
+
+    def rows(name):
+        yield from ({"work": name, "version": version, "seconds": 1.0} for version in "ab")
+
+    parts = [(name, rows(name)) for name in ("first", "second", "third")]
+    found = list(gpu.within(5, parts, clock=lambda: next(seconds)))
+    assert [(row["work"], row["version"]) for row in found] == [
+        ("first", "a"),
+        ("first", "b"),
+        ("second", "a"),
+        ("second, what is left", "all"),
+        ("third, what is left", "all"),
+    ]
+    assert found[-1]["not_measured"] == "the 5 seconds of this benchmark were spent"
+    assert "Not measured: all (the 5 seconds" in page.results([group(benchmark="gpu", rows=found)], DOCS)
+    assert len(list(gpu.within(9, [("first", rows("first")), ("second", rows("second"))], clock=lambda: 0))) == 4
+
+
+def test_a_part_that_fails_leaves_the_others(capsys):
+    def failing():
+        yield {"work": "first", "version": "a", "seconds": 1.0}
+        raise RuntimeError("an illegal access")
+
+    found = list(gpu.within(9, [("first", failing()), ("second", iter([{"work": "second"}]))]))
+    reason = {"version": "all", "not_measured": "an illegal access"}
+    assert found[1:] == [{"work": "first, what is left", **reason}, {"work": "second"}]
+    assert "an illegal access" in capsys.readouterr().err
+
+
+def test_the_file_of_the_automatic_choice(tmp_path):
+    """For each kind the faster form at the largest size; another card's rows stay, its own are replaced."""
+
+    def row(version, size, seconds, learns="features", width=256):
+        kind = {"learns": learns, "precision": "bf16", "width": width}
+        return {"work": "", "version": f"pair_lse, {version}", "size": size, "seconds": seconds, **kind}
+
+    slower = [row("triton", 512, 1.0), row("chunked", 512, 1.02)]  # within the noise
+    small = [row("triton", 64, 0.1), row("chunked", 64, 1.0)]
+    faster = [row("triton", 9, 1.0, "weights", 128), row("chunked", 9, 2.0, "weights", 128)]
+    others = [{"work": "", "version": "pair_lse, triton", "seconds": 0.1}, row("triton", 512, 1.0, "weights", 64)]
+    path = tmp_path / "choice.json"
+    path.write_text("[]\n")
+    for name, date in (("B", "a day"), ("A", "a day"), ("B", "later")):
+        gpu_choice.write([*small, *slower, *faster, *others], {"card": name, "capability": [9, 0], "date": date}, path)
+    found = choice.read(path)
+    assert [(entry.card, entry.date, entry.learns, entry.width, entry.backend) for entry in found] == [
+        ("A", "a day", "features", 256, "chunked"),
+        ("A", "a day", "weights", 128, "triton"),
+        ("B", "later", "features", 256, "chunked"),
+        ("B", "later", "weights", 128, "triton"),
+    ]
+    assert gpu_choice.PATH.exists()

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import equireg
-from equireg.similarity import log_sum_exp, normalization
+from equireg.similarity import choice, normalization
 from tests.records import RECORDS
 from tests.records.record import (
     AS_REFERENCE,
@@ -120,7 +120,7 @@ def test_docstring_says_how_it_behaves_across_processes(record):
 def test_values_and_gradients(record, streamed, dtype, monkeypatch):
     """And every input and parameter that should learn gets something finite to learn from."""
     if streamed:  # pair_lse chooses by size
-        monkeypatch.setattr(log_sum_exp, "_DENSE_ENTRIES", 0)
+        monkeypatch.setattr(choice, "_DENSE_ENTRIES", 0)
     loss, args = record.build(dtype), record.sample(dtype)
     scale = 2.0**10 if dtype == torch.float16 else 1.0  # as a gradient scaler, or small gradients vanish in fp16
     expected, expected_gradients = exactly(record, loss, args, scale)
@@ -164,7 +164,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised inside opcheck itself
 def test_opcheck_of_every_registered_operator(monkeypatch):  # K12
     """With arguments that they get from the losses; one that no loss calls fails."""
-    monkeypatch.setattr(log_sum_exp, "_DENSE_ENTRIES", 0)
+    monkeypatch.setattr(choice, "_DENSE_ENTRIES", 0)
     monkeypatch.setattr(normalization, "_ENTRIES", 0)
     forward, backward = Calls(), Calls()
     for record in RECORDS:

@@ -60,6 +60,7 @@ class PartitionLoss(nn.Module):
     """What the losses share: the groups of a batch in each partition, and the sum over groups and partitions."""
 
     partitions: PartitionUpdater | Tensor
+    _split: Tensor
 
     def __init__(
         self,
@@ -92,7 +93,8 @@ class PartitionLoss(nn.Module):
                 got = f"groups {sorted(set(partition.tolist()))[:8]} in partition {p}"
                 check.fail("partitions", "of groups 0 .. K - 1, each with a sample", got)
         self.register_buffer("partitions", partitions.long().clone(), persistent=False)  # an argument, not a state
-        self._split = (partitions != partitions[:, :1]).any(1).nonzero().flatten().tolist()
+        several = (partitions != partitions[:, :1]).any(1)
+        self.register_buffer("_split", partitions.long()[several], persistent=False)  # taken once: a step must not wait
         self._most = int(partitions.max()) + 1
 
     def groups_of(self, indices: Tensor) -> tuple[Tensor, int]:
@@ -100,7 +102,7 @@ class PartitionLoss(nn.Module):
         table = self.partitions
         if isinstance(table, PartitionUpdater):
             return table.partitions[1:, indices], table.num_groups
-        return table[self._split][:, indices], self._most
+        return self._split[:, indices], self._most
 
     def check_indices(self, check: Arguments, indices: Tensor) -> Tensor:
         indices = check.integers("indices", indices, "N")

@@ -9,15 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments, refuse_forward_mode
-from equireg.similarity import dense, operator
+from equireg.similarity import choice, dense, operator
 from equireg.similarity.dense import Pairs, Problem, accumulation_dtype
 from equireg.similarity.fused.mean_contrast import formed_at_once
 from equireg.similarity.fused.mean_contrast import serves as formed_at_once_serves
 
 __all__ = ["pair_lse"]
-
-# Below this many entries of the matrix, storing it is faster than streaming it.
-_DENSE_ENTRIES = 2**15
 
 
 def pair_lse(
@@ -62,17 +59,18 @@ def pair_lse(
         backend: ``"dense"`` stores the matrix; ``"chunked"`` streams it in O((M + N) · D) memory; ``"triton"`` streams
             it in kernels for Nvidia GPUs of compute capability 8.0 and later, for float16, bfloat16 and, where
             ``torch.set_float32_matmul_precision`` allows rounded products, float32; D up to 512, E up to 8, without
-            ``row_select``. None chooses between the first two by size; ``"triton"`` runs only on request.
-            Differentiating a streamed form twice raises.
+            ``row_select``. None takes what the environment variable ``EQUIREG_BACKEND`` names; without it the first two
+            by size, and ``"triton"`` where it was measured to be faster on a GPU like this one (so far on none). The
+            logger ``equireg`` tells once, at INFO, what was chosen. Differentiating a streamed form twice raises.
 
     Returns:
         ``lse`` and ``mean``, each [E, M] (E = 1 without ``col_weight``), in float32, or float64 for float64 inputs.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, an unknown relation or backend, groups or ids of one side only;
-            on CPU also a negative or NaN weight and a selection out of range.
-        RuntimeError: ``backend="triton"`` where it cannot run, with the reason.
+        ValueError: shapes or devices that do not fit, an unknown relation or backend (also in ``EQUIREG_BACKEND``),
+            groups or ids of one side only; on CPU also a negative or NaN weight and a selection out of range.
+        RuntimeError: ``"triton"`` is asked for where it cannot run, with the reason.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -96,7 +94,7 @@ def pair_lse(
         scale = torch.full((), scale, dtype=accumulation_dtype(x.dtype), device=x.device)
 
     check.option("relation", relation, ("all", "ne", "eq"))
-    check.option("backend", backend, (None, "dense", "chunked", "triton"))
+    check.option("backend", backend, (None, *choice.BACKENDS))
     row_group, col_group = _both(check, "group", row_group, col_group)
     if (relation == "all") != (row_group is None):
         rule = "None with relation 'all'" if relation == "all" else f"given with relation {relation!r}"
@@ -117,7 +115,7 @@ def pair_lse(
     x = x.contiguous()
     y = x if same else y.contiguous()
     if backend is None:
-        backend = _fastest(len(x) * len(y))
+        backend = choice.chosen(x, y)
     symmetric = y is x and col_group is row_group and col_id is row_id
     pairs = Pairs(relation, row_group, col_group, row_id, col_id)
     problem = Problem(x, None if symmetric else y, scale, pairs, col_weight, row_select)
@@ -150,15 +148,10 @@ def mean_contrast(
     """
     scale = 1 / temperature
     columns = (x, p) if keys is None else keys
-    if formed_at_once_serves(len(x), 2 * len(columns[0]), x.device):
+    if choice.override() is None and formed_at_once_serves(len(x), 2 * len(columns[0]), x.device):
         return formed_at_once(x, p, keys, scale, row_group, key_group)
     lse, _ = pair_lse(x, torch.cat(columns), scale, relation="ne", row_group=row_group, col_group=key_group.repeat(2))
     return F.softplus(lse[0] - (x * p).sum(1) * scale, threshold=50).mean()
-
-
-def _fastest(entries: int) -> str:
-    # Not "triton": no measurement on a GPU shows yet that its kernels beat "chunked".
-    return "dense" if entries <= _DENSE_ENTRIES else "chunked"
 
 
 def _both(check: Arguments, kind: str, row: Tensor | None, col: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

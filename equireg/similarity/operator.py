@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equireg.similarity import choice
 from equireg.similarity.dense import Outcome, Pairs, Problem, accumulation_dtype
 from equireg.similarity.streamed import chunked
 from equireg.similarity.triton import launch
@@ -24,7 +25,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def streamed(problem: Problem, backend: str) -> Result:
-    """``lse`` and ``mean``, each [E, M], by ``"chunked"`` or ``"triton"``."""
+    """``lse`` and ``mean``, each [E, M], by ``"chunked"``, ``"triton"`` or the one of them that was measured faster."""
     x, y, scale, pairs, col_weight, row_select = problem
     lse: Tensor
     mean: Tensor
@@ -43,7 +44,7 @@ def pair_lse(*inputs: Any) -> Result:
     problem, backend, _ = _nested(*inputs)
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(problem.x.device.type, enabled=False):
-        return launch.forward(problem) if backend == "triton" else chunked.forward(problem)
+        return launch.forward(problem) if choice.measured(backend, problem) == "triton" else chunked.forward(problem)
 
 
 @pair_lse.register_fake
@@ -63,7 +64,7 @@ def pair_lse_backward(*inputs: Any) -> Gradients:
     problem, backend, rest = _nested(*inputs)
     x, outcome = problem.x, Outcome(*rest)
     with torch.autocast(x.device.type, enabled=False):
-        backward = launch.backward if backend == "triton" else chunked.backward
+        backward = launch.backward if choice.measured(backend, problem) == "triton" else chunked.backward
         by_row, by_col, by_weight = backward(problem, outcome)
         grad_scale = by_row.new_zeros(())
         if outcome.needs_x:

@@ -1,7 +1,8 @@
 """``python -m tests.benchmarks``: every benchmark, against its baselines, on this machine.
 
 What it finds goes to docs/benchmarks.json, and from there to the tables of docs/benchmarks.md and the pictures beside.
-With names only those run, and the others keep what was measured before. Run from the root of the repository.
+With names only those run, and the others keep what was measured before. ``gpu`` also writes the file that the automatic
+choice of ``pair_lse`` follows. Run from the root of the repository.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import page, pictures, record
+from tests.benchmarks import gpu_choice, page, pictures, record
 from tests.benchmarks.measure import Settings
 from tests.benchmarks.run import in_a_process
 
@@ -51,6 +52,8 @@ def main() -> int:
             traceback.print_exc()
             failed.append(name)
             continue
+        if name == "gpu" and device == "cuda" and not options.quick:
+            gpu_choice.write(group["rows"], record.card(group["date"]))
         groups = record.updated(groups, group)
         publish(groups, folder)  # after each, so that a run that is stopped keeps what it has
     publish(groups, folder)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from equireg import ClassWiseIRM
-from tests.benchmarks.measure import Row, Settings, compare
+from tests.benchmarks.measure import Row, Runs, Settings, compare
 
 PER_CLASS, WIDTH, TEMPERATURE, WEIGHT = 50, 128, 0.1, 10.0
 
@@ -75,41 +75,48 @@ def lean_loop(z, labels, indices, members, num_samples, penalty):
     return torch.stack(losses).mean()
 
 
+def title(penalty: str) -> str:
+    return f"Class-wise IRM step ({penalty}), a batch of 2 and a dataset of {PER_CLASS} samples a class"
+
+
+def steps(classes: int, penalty: str, settings: Settings) -> Runs:
+    """Forward and backward pass of each version, which first are checked to compute the same."""
+    torch.manual_seed(0)
+    num_samples = classes * PER_CLASS
+    features, labels = torch.randn(num_samples, WIDTH), torch.arange(num_samples) % classes
+    features, labels = features.to(settings.device), labels.to(settings.device)
+    irm = ClassWiseIRM(WIDTH, classes, weight=WEIGHT, penalty=penalty, projection=nn.Identity(), detach=False).to(
+        settings.device
+    )
+    irm.fit_environments(features, labels)
+    nn.init.zeros_(irm.mask.weight)  # the same factor everywhere, which the normalisation takes out
+    members = [irm.environments.members(k) for k in range(classes)]
+
+    # Two views of one image of each class.
+    indices = (torch.randperm(PER_CLASS)[0] * classes + torch.arange(classes).repeat(2)).to(settings.device)
+    noise = torch.randn(2 * classes, WIDTH).to(settings.device)
+    z = (features[indices] + noise).requires_grad_()
+    arguments = (z, labels[indices], indices, members, num_samples, penalty)
+    versions = {
+        "loop over classes, as released": lambda: released_loop(*arguments),
+        "loop over classes, anchors only": lambda: lean_loop(*arguments),
+        "ClassWiseIRM": lambda: irm(*arguments[:3]),
+    }
+
+    def step(version):
+        z.grad = None
+        loss = version()
+        loss.backward()
+        return loss.detach(), z.grad
+
+    expected = step(versions["loop over classes, as released"])
+    for version in versions.values():
+        for got, value in zip(step(version), expected):
+            torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-5)
+    return {name: lambda v=version: step(v) for name, version in versions.items()}
+
+
 def benchmark(settings: Settings) -> Iterator[Row]:
     sizes = (3, 4, 5, 5) if settings.quick else (50, 100, 200, 200)
     for classes, penalty in zip(sizes, ("rex", "rex", "rex", "irmv1")):
-        torch.manual_seed(0)
-        num_samples = classes * PER_CLASS
-        features, labels = torch.randn(num_samples, WIDTH), torch.arange(num_samples) % classes
-        features, labels = features.to(settings.device), labels.to(settings.device)
-        irm = ClassWiseIRM(WIDTH, classes, weight=WEIGHT, penalty=penalty, projection=nn.Identity(), detach=False).to(
-            settings.device
-        )
-        irm.fit_environments(features, labels)
-        nn.init.zeros_(irm.mask.weight)  # the same factor everywhere, which the normalisation takes out
-        members = [irm.environments.members(k) for k in range(classes)]
-
-        # Two views of one image of each class.
-        indices = (torch.randperm(PER_CLASS)[0] * classes + torch.arange(classes).repeat(2)).to(settings.device)
-        noise = torch.randn(2 * classes, WIDTH).to(settings.device)
-        z = (features[indices] + noise).requires_grad_()
-        arguments = (z, labels[indices], indices, members, num_samples, penalty)
-        versions = {
-            "loop over classes, as released": lambda a=arguments: released_loop(*a),
-            "loop over classes, anchors only": lambda a=arguments: lean_loop(*a),
-            "ClassWiseIRM": lambda irm=irm, a=arguments: irm(*a[:3]),
-        }
-
-        def step(version, z=z):
-            z.grad = None
-            loss = version()
-            loss.backward()
-            return loss.detach(), z.grad
-
-        expected = step(versions["loop over classes, as released"])
-        for version in versions.values():
-            for got, value in zip(step(version), expected):
-                torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-5)
-        runs = {name: lambda v=version, step=step: step(v) for name, version in versions.items()}
-        work = f"Class-wise IRM step ({penalty}), a batch of 2 and a dataset of {PER_CLASS} samples a class"
-        yield from compare(work, runs, settings, size=classes, unit="classes")
+        yield from compare(title(penalty), steps(classes, penalty, settings), settings, size=classes, unit="classes")

@@ -1,16 +1,20 @@
 """``pair_lse`` where it is to be fast: its kernels on a GPU against dense forms, FlexAttention and the bare products.
 
 How much of the GPU a version uses is counted against the fastest product of two 8,192 × 8,192 matrices of the same
-dtype. Last the memory in the shape of the SER loss, up to where the dense form fails.
+dtype. Then the losses at the sizes of a GPU, and the memory in the shape of the SER loss, up to where the dense form
+fails.
 """
 
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.benchmarks.gpu_losses import FAILURES, LOSSES
 from tests.benchmarks.gpu_shapes import Shape, Version, partition, ser
 from tests.benchmarks.measure import Row, Settings, compare, difference, peak, reason, synchronize
 from tests.benchmarks.ser import precision
@@ -21,7 +25,9 @@ PRECISIONS = {
     "tf32": (torch.float32, "high", 5e-3),
     "fp32": (torch.float32, "highest", 1e-4),
 }
-FAILURES = (RuntimeError, NotImplementedError)  # out of memory, no kernel, a kernel that does not compile
+COMPILED = ("dense, torch.compile", "FlexAttention")
+# Seconds after which nothing new is begun, so that all ends within eight minutes.
+BUDGET = 400.0
 
 
 def step(version: Version, arguments: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -85,19 +91,56 @@ def peak_of(version: Version, shape: Shape, size: int, dtype: torch.dtype, setti
     return why
 
 
-def benchmark(settings: Settings) -> Iterator[Row]:
-    for kind, (dtype, products, tolerance) in PRECISIONS.items():
-        with precision(products):
-            top = ceiling(dtype, settings)
-            for shape in (ser(settings), partition(settings)):
-                running, failed = able(shape, dtype, tolerance)
-                work = f"{shape.title}, {kind}, ceiling {top / 1e12:,.0f} TFLOP/s"
-                for size in shape.sizes:
-                    labels = {"size": size, "unit": shape.unit}
-                    for name, why in failed.items():
-                        yield {"work": work, "version": name, **labels, "not_measured": why}
-                    yield from timed(work, shape, running, size, dtype, top, settings, labels)
-    yield from memory_curve(ser(settings), settings)
+def benchmark(settings: Settings, budget: float = BUDGET) -> Iterator[Row]:
+    yield from within(budget, parts(settings))
+
+
+def parts(settings: Settings) -> Iterator[tuple[str, Iterator[Row]]]:
+    """In order of worth, for what is left when the time is spent is not measured."""
+    yield "pair_lse in bf16", in_precision("bf16", settings)
+    yield from ((title, loss(settings)) for title, loss in LOSSES.items())
+    yield "Memory", memory_curve(ser(settings), settings)
+    yield "pair_lse in tf32", in_precision("tf32", settings)
+    yield "pair_lse in fp32", in_precision("fp32", settings)
+
+
+def within(
+    budget: float, parts: Iterable[tuple[str, Iterator[Row]]], clock: Callable[[], float] = time.monotonic
+) -> Iterator[Row]:
+    """The rows of the parts until so many seconds are spent; a row for what is left of a part, and why."""
+    start, spent = clock(), f"the {budget:g} seconds of this benchmark were spent"
+    for title, rows in parts:
+        left = spent if clock() - start > budget else None
+        try:
+            for row in rows if left is None else ():
+                yield row
+                if clock() - start > budget:
+                    left = spent
+                    break
+        except Exception as error:  # what was measured, and what can still be, is worth keeping
+            traceback.print_exc()
+            left = reason(error)
+        if left is not None:
+            yield {"work": f"{title}, what is left", "version": "all", "not_measured": left}
+
+
+def in_precision(kind: str, settings: Settings) -> Iterator[Row]:
+    """Both shapes. What has to be compiled for each size takes longest to prepare: it is compared in bf16 alone."""
+    dtype, products, tolerance = PRECISIONS[kind]
+    with precision(products):
+        top = ceiling(dtype, settings)
+        for shape in (ser(settings), partition(settings)):
+            if kind != "bf16":
+                kept = {name: version for name, version in shape.versions.items() if name not in COMPILED}
+                shape = replace(shape, versions=kept, sizes=shape.sizes[:1])
+            running, failed = able(shape, dtype, tolerance)
+            work = f"{shape.title}, {kind}, ceiling {top / 1e12:,.0f} TFLOP/s"
+            for size in shape.sizes:
+                labels = {"size": size, "unit": shape.unit}
+                labels |= {"learns": shape.learns, "precision": kind, "width": shape.width}
+                for name, why in failed.items():
+                    yield {"work": work, "version": name, **labels, "not_measured": why}
+                yield from timed(work, shape, running, size, dtype, top, settings, labels)
 
 
 def timed(
@@ -119,7 +162,7 @@ def timed(
 
     runs: dict[str, Any] = {name: lambda v=version: step(v, arguments) for name, version in running.items()}
     runs["the bare products"] = lambda: shape.floor(*(part.detach() for part in arguments))
-    for row in compare(work, runs, settings, memory=memory, may_fail=FAILURES, **labels):
+    for row in compare(work, runs, settings, repeats=5, memory=memory, may_fail=FAILURES, **labels):
         if "seconds" in row:
             rate = shape.flops(size) / row["seconds"]
             row |= {"rate": rate, "of_ceiling": rate / top}
@@ -129,7 +172,8 @@ def timed(
 def memory_curve(shape: Shape, settings: Settings) -> Iterator[Row]:
     """Peak memory with growing numbers of images; a version that has failed is not asked for more."""
     dtype, _, tolerance = PRECISIONS["bf16"]
-    running, _ = able(shape, dtype, tolerance)
+    kept = {name: version for name, version in shape.versions.items() if name not in COMPILED}
+    running, _ = able(replace(shape, versions=kept), dtype, tolerance)
     for images in (2, 4, 6, 8, 16) if settings.quick else (8, 16, 32, 64, 128, 256, 512, 1024):
         for name in list(running):
             row = {"work": f"Memory, {shape.title}, bf16", "version": name, "size": images, "unit": shape.unit}

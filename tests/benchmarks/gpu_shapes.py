@@ -25,6 +25,8 @@ class Shape:
     sizes: tuple[int, ...]
     versions: dict[str, Version]
     inputs: Callable[[int, torch.dtype], tuple[Tensor, Tensor]]  # of a size
+    learns: str  # as the table of the automatic choice calls it
+    width: int
     flops: Callable[[int], float]  # of the products that a version which keeps no matrix has to form
     floor: Callable[[Tensor, Tensor], None]
 
@@ -65,9 +67,11 @@ def ser(settings: Settings) -> Shape:
     return Shape(
         title=f"SER shape, {tokens} tokens an image, D = {width}, forward + backward",
         unit="images",
-        sizes=(2,) if settings.quick else (64, 256, 512),
+        sizes=(2,) if settings.quick else (64, 512),
         versions=versions(dense, streamed, lambda x, y: flex.lse_of_other_images(x, y, tokens, scale), settings),
         inputs=inputs,
+        learns="features",
+        width=width,
         flops=lambda images: 4 * 2 * (images * tokens) * (2 * images * tokens) * width,
         floor=bare_products,
     )
@@ -107,6 +111,8 @@ def partition(settings: Settings) -> Shape:
         sizes=(64,) if settings.quick else (100_000,),
         versions=versions(dense, streamed, lambda x, w: flex.lse_with_weights(x, w, scale), settings),
         inputs=inputs,
+        learns="weights",
+        width=width,
         flops=lambda rows: 2 * 2 * rows * rows * width,
         floor=floor,
     )

@@ -41,7 +41,8 @@ def _section(group: Group, folder: Path) -> str:
         parts.append(f"![{TITLES[group['benchmark']]}: cost against size, both axes logarithmic]({picture.name})\n")
     for work in dict.fromkeys(row["work"] for row in group["rows"]):
         rows = [row for row in group["rows"] if row["work"] == work]
-        tables = _by_size(rows) if any("size" in row for row in rows) else [_by_quantity(rows)]
+        measured = [row for row in rows if "not_measured" not in row]
+        tables = _by_size(rows) if any("size" in row for row in rows) else [_by_quantity(rows)] if measured else []
         parts += [f"**{_below(TITLES[group['benchmark']], work)}**\n", *tables]
         parts += _left_out(rows)
     return "\n".join(parts)

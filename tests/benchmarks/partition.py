@@ -101,6 +101,10 @@ def sizes(settings: Settings) -> dict[str, list[int]]:
     return {**found, PASS: [2**k for k in range(10, 15)] + [50_000]}
 
 
+def title() -> str:
+    return f"Step of the search for a partition, D = {WIDTH}, K = {GROUPS}"
+
+
 def steps():
     runs = {name: lambda arguments, v=v: step(v, arguments) for name, v in VERSIONS.items()}
     return {**runs, PASS: one_pass}
@@ -132,9 +136,8 @@ def benchmark(settings: Settings) -> Iterator[Row]:
         def memory(name, samples=samples):
             return peak_megabytes(__name__, f"{name} {samples}", settings)
 
-        work = f"Step of the search for a partition, D = {WIDTH}, K = {GROUPS}"
         repeats = 1 if samples > 16_384 else min(settings.repeats, 3)
-        yield from compare(work, runs, settings, repeats=repeats, memory=memory, size=samples, unit="samples")
+        yield from compare(title(), runs, settings, repeats=repeats, memory=memory, size=samples, unit="samples")
 
 
 def planted(samples: int = 50_000, few: int = 2048) -> None:

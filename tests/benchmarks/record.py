@@ -43,6 +43,12 @@ def machine(device: str, threads: int, packages: tuple[str, ...] = ()) -> str:
     return ", ".join(parts)
 
 
+def card(date: str) -> dict[str, Any]:
+    """The GPU, and when it was measured, as the file of the automatic choice names it."""
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    return {"card": name, "capability": list(capability), "date": date, "torch": torch.__version__}
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

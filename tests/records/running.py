@@ -29,7 +29,8 @@ def same(one, other):
 
 def objective(result):
     """A number that weighs every entry of every output differently, so that each gradient counts."""
-    weights = [torch.arange(1.0, part.numel() + 1).view_as(part).cos().to(part.dtype) for part in outputs(result)]
+    places = [torch.arange(1.0, part.numel() + 1, device=part.device) for part in outputs(result)]
+    weights = [place.view_as(part).cos().to(part.dtype) for place, part in zip(places, outputs(result))]
     return sum((part * weight).sum() for part, weight in zip(outputs(result), weights))
 
 
