@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.benchmarks.gpu_losses import FAILURES, LOSSES
 from tests.benchmarks.gpu_shapes import Shape, Version, partition, ser
+from tests.benchmarks.gpu_tiles import other_tiles
 from tests.benchmarks.measure import Row, Settings, compare, difference, peak, reason, synchronize
 from tests.benchmarks.ser import precision
 
@@ -97,10 +98,13 @@ def benchmark(settings: Settings, budget: float = BUDGET) -> Iterator[Row]:
 
 def parts(settings: Settings) -> Iterator[tuple[str, Iterator[Row]]]:
     """In order of worth, for what is left when the time is spent is not measured."""
+    losses = [(title, loss(settings)) for title, loss in LOSSES.items()]
     yield "pair_lse in bf16", in_precision("bf16", settings)
-    yield from ((title, loss(settings)) for title, loss in LOSSES.items())
-    yield "Memory", memory_curve(ser(settings), settings)
     yield "pair_lse in tf32", in_precision("tf32", settings)
+    yield losses[0]
+    yield "Memory", memory_curve(ser(settings), settings)
+    yield from losses[1:]
+    yield "Tiles", other_tiles(settings)
     yield "pair_lse in fp32", in_precision("fp32", settings)
 
 

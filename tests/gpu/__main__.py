@@ -94,7 +94,20 @@ class Table:
 def run(seconds: float, marked: str = "gpu", only: list[str] | None = None) -> int:
     """The exit status; the table is printed."""
     table = Table(seconds)
-    options = ["-q", "-m", marked, "--tb=short", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-o", "addopts="]
+    # A warning of a release that the suite does not know is no failure of the card.
+    options = [
+        "-q",
+        "-W",
+        "default",
+        "-m",
+        marked,
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={ROOT}",
+        "-o",
+        "addopts=",
+    ]
     status = pytest.main([*options, *(only or files())], plugins=[table])
     print("\n" + "\n".join(table.lines()), flush=True)
     return int(status)

@@ -40,6 +40,7 @@ def test_repeats_bit_for_bit(name, device):
         assert same(step(*on(case, device, case[1][0].dtype)), first)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # that the test does without them
 @every_device
 @every_work
 def test_compiles_whole(name, device):

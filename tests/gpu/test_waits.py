@@ -10,8 +10,10 @@ from tests.records import RECORDS
 from tests.records.record import outputs
 from tests.records.running import every_record
 
-# PyTorch's own, of autocast for a device that is not there.
-pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available:UserWarning")
+pytestmark = [  # PyTorch's own, of autocast for a device that is not there, and of the search for waits
+    pytest.mark.filterwarnings("ignore:.*CUDA is not available:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
+]
 every_way = pytest.mark.parametrize("streamed", [False, True])
 
 

@@ -1,0 +1,70 @@
+"""Other tiles for the Triton kernels than those of their table, in the shapes in which ``pair_lse`` has to be fast.
+
+Each changes one entry and leaves the others. The table stays as it is until a row here says otherwise.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from equireg.similarity.triton import tiles
+from equireg.similarity.triton.tiles import Tile, tile_of
+from tests.benchmarks.gpu_losses import FAILURES
+from tests.benchmarks.gpu_shapes import Shape, partition, ser
+from tests.benchmarks.measure import Row, Runs, Settings, compare, difference, reason
+
+TRITON = "pair_lse, triton"
+# Whether each fits on the chip shows when it is compiled; one that does not has a row that says so.
+CANDIDATES = {
+    "forward": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    "weights": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 128, 4, 3)),
+    "features": (Tile(64, 64, 256, 8, 2), Tile(64, 32, 256, 4, 2), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 2)),
+}
+
+
+@contextlib.contextmanager
+def instead(role: str, tile: Tile) -> Iterator[None]:
+    """The kernels of a role, of 16 bits, in another tile."""
+    before = tiles.TILES[role, 2]
+    tiles.TILES[role, 2] = {512: tile}
+    try:
+        yield
+    finally:
+        tiles.TILES[role, 2] = before
+
+
+def other_tiles(settings: Settings) -> Iterator[Row]:
+    for shape in (ser(settings), partition(settings)):
+        for role in ("forward", shape.learns):
+            yield from of_role(shape, role, settings)
+
+
+def of_role(shape: Shape, role: str, settings: Settings) -> Iterator[Row]:
+    dtype = torch.float16 if settings.quick else torch.bfloat16  # the interpreter has no bf16
+    small, arguments = (shape.inputs(size, dtype) for size in (64 if shape.unit == "rows" else 2, shape.sizes[0]))
+    work, labels = f"Tiles of {role}, {shape.title}, bf16", {"size": shape.sizes[0], "unit": shape.unit}
+    runs: Runs = {}
+    expected = run(shape, "dense eager", small)
+    for tile in dict.fromkeys((tile_of(role, 2, shape.width), *CANDIDATES[role])):
+        name = f"{TRITON} with {tile.rows} x {tile.cols} x {tile.width}, {tile.warps} warps, {tile.stages} stages"
+        try:
+            with instead(role, tile):
+                if not difference(run(shape, TRITON, small), expected) <= 5e-2:
+                    raise RuntimeError("its values are not those of the dense form")
+        except FAILURES as error:
+            yield {"work": work, "version": name, **labels, "not_measured": reason(error)}
+            continue
+
+        def in_tile(tile: Tile = tile) -> None:
+            with instead(role, tile):
+                run(shape, TRITON, arguments)
+
+        runs[name] = in_tile
+    yield from compare(work, runs, settings, repeats=3, may_fail=FAILURES, **labels)
+
+
+def run(shape: Shape, version: str, arguments: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The gradients of a step."""
+    learning = [part for part in arguments if part.requires_grad]
+    return list(torch.autograd.grad(shape.versions[version](*arguments).mean(), learning))
