@@ -163,7 +163,8 @@ class Partitioned(nn.Module):
         if not self.s["partitions"] or epoch % self.s["update_every"]:
             return
         if self.s["partitions"] == "contexts":
-            self.partitions.add(images.contexts) if epoch == 0 else None
+            if epoch == 0:
+                self.partitions.add(images.contexts)
         elif self.s["partitions"] == "random":
             self.partitions.add(torch.randint(2, (len(images.labels),), device=self.partitions.partitions.device))
         else:
