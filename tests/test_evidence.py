@@ -168,6 +168,7 @@ def jobs(images, tmp_path_factory):
         "simclr-vipriors/off",
         "ipirm-simsiam/on",
         "ser/on",
+        "ser-h100/on",
         "ser-local/everywhere",
         "ser-barlow/on",
         "vipriors-20/rex",
