@@ -73,11 +73,12 @@ def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[
             if epoch >= start and arm != PLAIN:
                 parts = irm.parts(f, y, idx)
                 loss = loss + parts.loss  # the one line: loss + irm(f, y, idx)
-                bar.set_postfix(risk=f"{parts.risk.mean():.3f}", penalty=f"{parts.penalty.mean():.4f}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+        if epoch >= start and arm != PLAIN:
+            bar.set_postfix(risk=f"{parts.risk.mean():.3f}", penalty=f"{parts.penalty.mean():.4f}", refresh=False)
         bar.update()
 
     modules.eval()

@@ -76,7 +76,7 @@ def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple
             if with_head:
                 parts = head.parts(equivariant1, equivariant2, targets)
                 loss = base + options.weight * parts.loss  # the one line: head(equivariant1, equivariant2, targets)
-                bar.set_postfix(errors=[f"{error:.3f}" for error in parts.errors])
+                bar.set_postfix(errors=[f"{error:.3f}" for error in parts.errors], refresh=False)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -68,7 +68,7 @@ def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mo
             if with_views:
                 parts = ser.parts(taps[0][1], taps[1][1], g1, g2)
                 loss = base + weight * parts.loss  # the one line: base + weight * ser(tokens1, tokens2, g1, g2)
-                bar.set_postfix({name: f"{part:.3f}" for name, part in parts._asdict().items()})
+                bar.set_postfix({name: f"{part:.3f}" for name, part in parts._asdict().items()}, refresh=False)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -124,6 +124,16 @@ def test_differences_are_followed_along_a_training(tmp_path):
     assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
     assert "| R², rotation | 1 image | VICReg | +0.010: +0.010 to +0.010 | +0.051: +0.049 to +0.052 | +0.101" in text
     assert "| CIFAR-10, 50 per class | 2 images | VICReg | −0.2: −0.2 to −0.2 | −1.0: −1.0 to −1.0 | −2.0" in text
+    longer = {
+        arm: {seed: {**run, "curve": {"3": run["curve"]["254"]}} for seed, run in own.items()}
+        for arm, own in runs.items()
+    }
+    del longer["one"]
+    both = {"reconstruction": runs, "reconstruction-h100": longer}
+    pages = {"machines": dict.fromkeys(both, "a"), "dates": dict.fromkeys(both, "2026-01-01"), "runs": both}
+    text = write_page({**found, "step_seconds": {}, **pages}, tmp_path).read_text()
+    assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
+    assert "|  | of | from | 3 steps | 3,900 steps |" in text  # another length, another table
     assert "| severity 1 | 20.0 | **22.0 (+2.0: +2.0 to +2.0)** |" in text
     assert (tmp_path / "results-reconstruction-steps.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -24,8 +24,8 @@ sys.path[:1] = [str(HERE.parent)]  # where evidence and vipriors lie; in place o
 from evidence.experiments import GROUPS, PLAN, groups_of
 from evidence.page import write_page
 
-FOLDERS = {"cpu": ("cifar10", "tiny-vipriors64", "pacs64", "camvid128")}
-FOLDERS |= {"test": FOLDERS["cpu"], "h100": ("cifar10", "tiny-vipriors64", "camvid128"), "sweep": ("cifar10",)}
+FOLDERS = ("cifar10", "tiny-vipriors64", "camvid128")
+MORE = {"cpu": ("pacs64",), "test": ("pacs64",)}  # of a scale that trains classifiers
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     options.only = options.only or groups_of(options.scale)
     if others := sorted(set(options.only) - set(groups_of(options.scale))):
         parser.error(f"--only: not of --scale {options.scale}: {', '.join(others)}")
-    missing = [name for name in FOLDERS[options.scale] if not (options.data / name).is_dir()]
+    missing = [name for name in (*FOLDERS, *MORE.get(options.scale, ())) if not (options.data / name).is_dir()]
     if missing and not options.page_only:
         parser.error(f"--data, or the variable EQUIREG_DATA, must name a folder that holds {', '.join(missing)}")
     saved = options.docs / "results.json"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evidence.experiments import PLAN, settings_of
-from evidence.tables import Result, by_measure, difference, markdown
+from evidence.tables import Result, by_measure, difference, digits_of, markdown
 from matplotlib.figure import Figure
 
 
@@ -44,17 +44,15 @@ def along(scale: str, group: str, runs: dict[str, Any], comparison: dict[str, An
     return found
 
 
-def curve_table(curves: list[Curve]) -> str:
-    steps = list(curves[0].results)
-    lines = [
-        [curve.measure, curve.arm, curve.base, *(difference(curve.results[step], digits(curve)) for step in steps)]
-        for curve in curves
+def curve_tables(curves: list[Curve]) -> list[str]:
+    """One for all trainings of the same length."""
+    by_steps: dict[tuple[int, ...], list[list[str]]] = {}
+    for measure, arm, base, results in curves:
+        differences = [difference(result, digits_of(result.mean)) for result in results.values()]
+        by_steps.setdefault(tuple(results), []).append([measure, arm, base, *differences])
+    return [
+        markdown(["", "of", "from", *(f"{step:,} steps" for step in steps)], lines) for steps, lines in by_steps.items()
     ]
-    return markdown(["", "of", "from", *(f"{step:,} steps" for step in steps)], lines)
-
-
-def digits(curve: Curve) -> int:
-    return 1 if next(iter(curve.results.values())).mean > 1 else 3  # percent, or a share
 
 
 def draw_curves(curves: list[Curve], path: Path) -> None:

@@ -5,9 +5,10 @@ from statistics import mean
 from typing import Any
 
 from evidence.experiments import GROUPS, PLAN
-from evidence.tables import markdown, number
+from evidence.tables import digits_of, markdown, number
 from matplotlib.figure import Figure
 
+Grid = dict[str, list[float]]  # the values of the setting that goes down, and of the one that goes across
 Plane = list[list[float]]
 
 
@@ -17,13 +18,12 @@ def landscapes(runs: dict[str, Any], folder: Path) -> str:
     for plan in PLAN["landscapes"]:
         group = plan["group"]
         if group in runs:
-            (across, rows), (down, columns) = GROUPS[group]["grid"].items()
-            known = measured(next(iter(runs[group]["off"].values())))
-            base = {name: average(runs[group]["off"], name) for name in plan["measures"] if name in known}
-            planes = {measure: plane(runs[group], measure, across, rows, down, columns) for measure in base}
-            blocks += [f"**{plan['title']}.**", *tables(planes, base, across, rows, down, columns)]
-            draw(planes, across, rows, down, columns, folder / f"results-{group}.png")
-            blocks.append(f"![{plan['title']}](results-{group}.png)")
+            grid, off = GROUPS[group]["grid"], runs[group]["off"]
+            known = measured(next(iter(off.values())))
+            planes = {name: plane(runs[group], name, grid) for name in plan["measures"] if name in known}
+            tables = [table(name, average(off, name), values, grid) for name, values in planes.items()]
+            draw(planes, grid, folder / f"results-{group}.png")
+            blocks += [f"**{plan['title']}.**", *tables, f"![{plan['title']}](results-{group}.png)"]
     return "\n\n".join(blocks) or "Not run."
 
 
@@ -37,27 +37,24 @@ def measured(run: dict[str, Any]) -> dict[str, float]:
     return run["curve"][max(run["curve"], key=int)]
 
 
-def plane(runs: dict[str, Any], measure: str, across: str, rows: list[float], down: str, columns: list[float]) -> Plane:
-    return [[average(runs[f"{across} {row:g}, {down} {col:g}"], measure) for col in columns] for row in rows]
+def plane(runs: dict[str, Any], measure: str, grid: Grid) -> Plane:
+    (down, rows), (across, columns) = grid.items()
+    return [[average(runs[f"{down} {row:g}, {across} {col:g}"], measure) for col in columns] for row in rows]
 
 
-def tables(
-    planes: dict[str, Plane], base: dict[str, float], across: str, rows: list[float], down: str, columns: list[float]
-) -> list[str]:
-    found = []
-    for measure, values in planes.items():
-        digits = 1 if base[measure] > 1 else 3
-        lines = [[f"{across} {row:g}", *(number(v, digits) for v in line)] for row, line in zip(rows, values)]
-        head = [f"{measure}; base: {number(base[measure], digits)}", *(f"{down} {column:g}" for column in columns)]
-        found.append(markdown(head, lines))
-    return found
+def table(measure: str, base: float, values: Plane, grid: Grid) -> str:
+    (down, rows), (across, columns) = grid.items()
+    head = [f"{measure}; base: {number(base, digits_of(base))}", *(f"{across} {column:g}" for column in columns)]
+    lines = [[f"{down} {row:g}", *(number(v, digits_of(base)) for v in line)] for row, line in zip(rows, values)]
+    return markdown(head, lines)
 
 
-def draw(planes: dict[str, Plane], across: str, rows: list[float], down: str, columns: list[float], path: Path) -> None:
+def draw(planes: dict[str, Plane], grid: Grid, path: Path) -> None:
+    (down, rows), (across, columns) = grid.items()
     figure = Figure((4.2 * len(planes), 3.6), layout="constrained")
     for axes, (measure, values) in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes.items()):
         picture = axes.imshow(values, aspect="auto")
-        axes.set(title=measure, xlabel=down, ylabel=across)
+        axes.set(title=measure, xlabel=across, ylabel=down)
         axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
         axes.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
         figure.colorbar(picture, ax=axes)

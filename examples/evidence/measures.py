@@ -110,7 +110,7 @@ def told(
             "flip rate, moving": mean(found.flip_rate for found in moving),
         },
         "corrupted": {kind: mean(right[kind, severity] for severity in SEVERITIES) for kind in KINDS},
-        "severities": {f"severity {s}": mean(right[kind, s] for kind in KINDS) for s in SEVERITIES},
+        "severities": {f"severity {level}": mean(right[kind, level] for kind in KINDS) for level in SEVERITIES},
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from evidence.curves import Curve, along, curve_table, draw_curves
+from evidence.curves import Curve, along, curve_tables, draw_curves
 from evidence.experiments import PLAN, groups_of
 from evidence.landscapes import landscapes
 from evidence.tables import VERDICTS, Rows, by_measure, cells, markdown, paired_seeds, table
@@ -81,8 +81,8 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
             settings = {arm: next(iter(runs[arm].values()))["chosen"] for arm in arms if arm in runs}
             shared = settings.get("off", {}).keys()  # with all arms
             for arm, values in settings.items():
-                for setting in values.keys() - (shared if arm != "off" else ()):
-                    chosen.append(f"{title} {arms[arm]}: {setting} {values[setting]:g}".strip())
+                own = [setting for setting in values if arm == "off" or setting not in shared]
+                chosen += [f"{title} {arms[arm]}: {setting} {values[setting]:g}".strip() for setting in own]
         drawn["accuracy, points"] |= {name: row for name, row in accuracy.items() if not name.endswith("all images")}
         share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
         seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
@@ -102,7 +102,7 @@ def answer(found: dict[str, Any], question: str, folder: Path) -> str:
         draw_curves(curves, folder / f"results-{question}-steps.png")
         blocks += [
             "Differences along the training, of the networks as they are after so many steps:",
-            curve_table(curves),
+            *curve_tables(curves),
             f"![The same differences against steps](results-{question}-steps.png)",
         ]
     return "\n\n".join([f"![Paired differences and their 95% intervals](results-{question}.png)", *blocks])

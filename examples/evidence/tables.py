@@ -83,6 +83,11 @@ def difference(result: Result, digits: int) -> str:
     return f"{center}: {low} to {high}"
 
 
+def digits_of(value: float) -> int:
+    """Behind the point: of percents, or of shares."""
+    return 1 if value > 1 else 3
+
+
 def number(value: float, digits: int, sign: str = "") -> str:
     """With a minus that is as wide as a plus."""
     return f"{value:{sign}.{digits}f}".replace("-", "−")
