@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg._progress import progress_bar
 
 # Of [..., H, W]: the torch.rot90 direction, counter-clockwise.
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,3 +36,17 @@ def token_map(probe: str, encode: Callable[[Tensor], Tensor], images: Tensor) ->
         check.fail("encode(images)", rule, list(tokens.shape))
     placed: Tensor = tokens.transpose(1, 2).unflatten(2, (h, -1))
     return placed
+
+
+def image_batches(
+    probe: str, name: str, loader: Iterable[Any], what: str, progress: bool
+) -> Iterator[tuple[Arguments, Tensor, Any]]:
+    """Of each batch (images, ``what``) its checks, which know B, H and W, the images, and the other part as it is."""
+    empty = True
+    for batch in progress_bar(loader, f"{probe.replace('_', ' ')}, {name}", shown=progress):
+        check, empty = Arguments(probe), False
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            check.fail_type(name, f"a loader of (images, {what})", type(batch).__name__)
+        yield check, check.features(f"images of {name}", batch[0], "B C H W"), batch[1]
+    if empty:
+        Arguments(probe).fail(name, "of at least one batch", "none")

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments
-from equireg._progress import progress_bar
 from equireg.features import check_callable, frozen
 from equireg.probes._features import standardizer
-from equireg.probes._maps import MOVES, token_map
+from equireg.probes._maps import MOVES, image_batches, token_map
 from equireg.probes.classification import logistic_regression
 
 __all__ = ["dense_probe"]
@@ -136,17 +135,10 @@ def _batches(
     name: str, loader: Iterable[Any], classes: int, ignored: int, progress: bool
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """The images and masks of each batch, checked."""
-    empty = True
-    for batch in progress_bar(loader, f"dense probe, {name}", shown=progress):
-        check, empty = Arguments("dense_probe"), False
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            check.fail_type(name, "a loader of (images, masks)", type(batch).__name__)
-        images = check.features(f"images of {name}", batch[0], "B C H W")
-        masks = check.integers(f"masks of {name}", batch[1], "B H W")
+    for check, images, given in image_batches("dense_probe", name, loader, "masks", progress):
+        masks = check.integers(f"masks of {name}", given, "B H W")
         check.below(f"masks of {name}", masks.masked_fill(masks == ignored, 0), classes, f"or {ignored}, ignored")
         yield images, masks
-    if empty:
-        Arguments("dense_probe").fail(name, "of at least one batch", "none")
 
 
 def _confusion(answers: Tensor, truth: Tensor, classes: int, ignored: int) -> Tensor:

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import Arguments
-from equireg._progress import progress_bar
 from equireg.features import check_callable, frozen
 from equireg.probes._features import standardizer
 from equireg.probes._linear import fit_linear
-from equireg.probes._maps import MOVES, token_map
+from equireg.probes._maps import MOVES, image_batches, token_map
 
 __all__ = ["detection_probe"]
 
@@ -232,18 +231,12 @@ def _batches(
     name: str, loader: Iterable[Any], num_classes: int, progress: bool
 ) -> Iterable[tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]]:
     """The images of each batch, and the boxes, labels and difficulty of each image, checked, on the CPU."""
-    empty = True
-    for batch in progress_bar(loader, f"detection probe, {name}", shown=progress):
-        check, empty = Arguments("detection_probe"), False
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            check.fail_type(name, "a loader of (images, targets)", type(batch).__name__)
-        images = check.features(f"images of {name}", batch[0], "B C H W")
-        if not isinstance(batch[1], (tuple, list)) or len(batch[1]) != len(images):
-            got = f"{len(batch[1])}" if isinstance(batch[1], (tuple, list)) else type(batch[1]).__name__
+    for check, images, targets in image_batches("detection_probe", name, loader, "targets", progress):
+        listed = isinstance(targets, (tuple, list))
+        if not listed or len(targets) != len(images):
+            got = f"{len(targets)}" if listed else type(targets).__name__
             check.fail(f"targets of {name}", f"a list of {len(images)} dicts, one for each image", got)
-        yield images, [_target(f"{name}'s target", target, images, num_classes) for target in batch[1]]
-    if empty:
-        Arguments("detection_probe").fail(name, "of at least one batch", "none")
+        yield images, [_target(f"{name}'s target", target, images, num_classes) for target in targets]
 
 
 def _target(name: str, target: Any, images: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
