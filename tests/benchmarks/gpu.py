@@ -42,7 +42,7 @@ def step(version: Version, arguments: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 def able(shape: Shape, dtype: torch.dtype, tolerance: float) -> tuple[dict[str, Version], dict[str, str]]:
     """The versions that give what the dense form gives, with gradients, and of the others why they are left out."""
-    small = shape.inputs(64 if shape.unit == "rows" else 2, dtype)
+    small = shape.inputs(shape.small, dtype)
 
     def values(version: Version) -> Iterator[Tensor]:
         with torch.no_grad():  # first, so that what cannot be differentiated here is compared nevertheless

@@ -30,6 +30,11 @@ class Shape:
     flops: Callable[[int], float]  # of the products that a version which keeps no matrix has to form
     floor: Callable[[Tensor, Tensor], None]
 
+    @property
+    def small(self) -> int:
+        """The size at which versions are checked to agree."""
+        return 64 if self.unit == "rows" else 2
+
 
 def versions(dense: Version, streamed: Callable[[str], Version], by_flex: Version, settings: Settings):
     return {

@@ -10,11 +10,11 @@ import torch
 
 from equireg.similarity.triton import tiles
 from equireg.similarity.triton.tiles import Tile, tile_of
+from tests.benchmarks.gpu_choice import KERNELS
 from tests.benchmarks.gpu_losses import FAILURES
 from tests.benchmarks.gpu_shapes import Shape, partition, ser
 from tests.benchmarks.measure import Row, Runs, Settings, compare, difference, reason
 
-TRITON = "pair_lse, triton"
 # Whether each fits on the chip shows when it is compiled; one that does not has a row that says so.
 CANDIDATES = {
     "forward": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
@@ -42,15 +42,15 @@ def other_tiles(settings: Settings) -> Iterator[Row]:
 
 def of_role(shape: Shape, role: str, settings: Settings) -> Iterator[Row]:
     dtype = torch.float16 if settings.quick else torch.bfloat16  # the interpreter has no bf16
-    small, arguments = (shape.inputs(size, dtype) for size in (64 if shape.unit == "rows" else 2, shape.sizes[0]))
+    small, arguments = (shape.inputs(size, dtype) for size in (shape.small, shape.sizes[0]))
     work, labels = f"Tiles of {role}, {shape.title}, bf16", {"size": shape.sizes[0], "unit": shape.unit}
     runs: Runs = {}
     expected = run(shape, "dense eager", small)
     for tile in dict.fromkeys((tile_of(role, 2, shape.width), *CANDIDATES[role])):
-        name = f"{TRITON} with {tile.rows} x {tile.cols} x {tile.width}, {tile.warps} warps, {tile.stages} stages"
+        name = f"{KERNELS} with {tile.rows} x {tile.cols} x {tile.width}, {tile.warps} warps, {tile.stages} stages"
         try:
             with instead(role, tile):
-                if not difference(run(shape, TRITON, small), expected) <= 5e-2:
+                if not difference(run(shape, KERNELS, small), expected) <= 5e-2:
                     raise RuntimeError("its values are not those of the dense form")
         except FAILURES as error:
             yield {"work": work, "version": name, **labels, "not_measured": reason(error)}
@@ -58,7 +58,7 @@ def of_role(shape: Shape, role: str, settings: Settings) -> Iterator[Row]:
 
         def in_tile(tile: Tile = tile) -> None:
             with instead(role, tile):
-                run(shape, TRITON, arguments)
+                run(shape, KERNELS, arguments)
 
         runs[name] = in_tile
     yield from compare(work, runs, settings, repeats=3, may_fail=FAILURES, **labels)
