@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from equireg._checks import Arguments
 from equireg.data.with_index import WithIndex
 from equireg.eqinv.class_wise_irm import ClassWiseIRM
+from equireg.integrations._mixtures import FastCollateMixup, Mixture, Mixup
 
-__all__ = ["EqInvTask"]
+__all__ = ["EqInvTask", "FastCollateMixup", "Mixup"]
 
 
 class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
@@ -39,12 +40,15 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
         options: as of ``ClassificationTask``. ``criterion`` is a mean over the batch.
 
     The call ``task(input [B, C, H, W], target [B, 2])`` takes the targets of ``WithIndex(dataset, in_target=True)``,
-    and returns ``{"loss": 0-d, "output": logits [B, C]}``.
+    and returns ``{"loss": 0-d, "output": logits [B, C]}``. With ``criterion_kwargs=dict(soft_targets=True)`` it takes
+    mixtures, with the targets [B, 6] of :class:`Mixup` or :class:`FastCollateMixup` of this module, which stand for
+    timm's: the criterion of each of its two samples then counts by its share and its own weight, and to
+    :math:`L_\text{IRM}` a mixture is the sample that has the larger share of it.
 
     Raises:
         TypeError, ValueError: a model whose classifier is no ``nn.Linear`` of ``irm.num_features``; an ``irm`` whose
-            mask has a scale, which does not fold into a linear layer; soft targets, of Mixup or CutMix; a criterion
-            that cannot be taken sample by sample (timm's binary cross entropy), unless ``sharpness`` is 0.
+            mask has a scale, which does not fold into a linear layer; mixtures of timm's own; a criterion that cannot
+            be taken sample by sample (timm's binary cross entropy), unless ``sharpness`` is 0.
     """
 
     def __init__(self, model: nn.Module, *, irm: ClassWiseIRM, sharpness: float | str = "auto", **options: Any) -> None:
@@ -53,24 +57,38 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
             check.fail_type("irm", "a ClassWiseIRM", type(irm).__name__)
         if irm.mask.scale is not None:
             check.fail("irm", "one whose mask has no scale, so that it folds into the classifier", irm.mask.scale)
-        if (options.get("criterion_kwargs") or {}).get("soft_targets"):
-            rule = "those of hard labels, without --mixup and --cutmix: a mixture has neither a class nor an index"
-            check.fail("criterion_kwargs", rule, "soft_targets=True")
         super().__init__(_Masked(check, model, irm, sharpness), **options)
+        self.mixed = bool((options.get("criterion_kwargs") or {}).get("soft_targets"))
         if sharpness:
+            labels = torch.arange(2) % irm.num_classes
+            some = torch.eye(irm.num_classes)[labels] if self.mixed else labels
             try:
-                self._sample_by_sample(torch.zeros(2, irm.num_classes), torch.arange(2) % irm.num_classes)
+                self._sample_by_sample(torch.zeros(2, irm.num_classes), some)
             except (RuntimeError, AssertionError):
                 rule = "one that torch.vmap takes sample by sample, or sharpness=0"
                 check.fail("criterion", rule, type(self.criterion).__name__)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if self.mixed:
+            return self._of_mixtures(input, Mixture.of(target))
         labels, indices = WithIndex.labels_and_indices(target)
         logits, invariance, weights = self.trainable_module(input, labels, indices)
         if weights is None:
             loss = self.criterion(logits, labels)
         else:
-            loss = (weights * self._sample_by_sample(logits, labels)).mean()
+            loss = (weights[0] * self._sample_by_sample(logits, labels)).mean()
+        return {"loss": loss + invariance, "output": logits}
+
+    def _of_mixtures(self, input: Tensor, mixture: Mixture) -> dict[str, Tensor]:
+        labels, indices = mixture.larger()
+        both = torch.stack([mixture.indices, mixture.other_indices])
+        logits, invariance, weights = self.trainable_module(input, labels, indices, both)
+        first, other = mixture.soft(logits.shape[1])
+        if weights is None:
+            loss = self.criterion(logits, other.lerp(first, mixture.share[:, None]))
+        else:
+            of_first, of_other = (self._sample_by_sample(logits, soft) for soft in (first, other))
+            loss = (mixture.share * weights[0] * of_first + (1 - mixture.share) * weights[1] * of_other).mean()
         return {"loss": loss + invariance, "output": logits}
 
     def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Any = unwrap_model) -> dict[str, Any]:
@@ -122,8 +140,17 @@ class _Masked(nn.Module):
         head.register_forward_pre_hook(self._mask)
         self._seen: list[Tensor] = []
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> Any:
-        """Logits; with labels and indices also the loss of the IRM, and the weights of the samples or None."""
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        indices: Tensor | None = None,
+        weighed: Tensor | None = None,
+    ) -> Any:
+        """Logits; with labels and indices [B] also the loss of the IRM, and the weights [S, B] or None.
+
+        Those of the samples ``weighed`` [S, B], by default of ``indices`` alone.
+        """
         self._seen = []
         logits, seen, self._seen = self.model(x), self._seen, []
         if labels is None or indices is None:
@@ -131,8 +158,11 @@ class _Masked(nn.Module):
         if len(seen) != 1:
             Arguments("EqInvTask").fail("model", "one that calls its classifier once", f"{len(seen)} calls")
         invariance, environments = self.irm(seen[0], labels, indices), self.irm.environments
-        weights = environments.weights(indices, sharpness=self.sharpness) if self.sharpness and environments else None
-        return logits, invariance, weights
+        if not self.sharpness or environments is None:
+            return logits, invariance, None
+        weighed = indices[None] if weighed is None else weighed
+        weights = environments.weights(weighed.flatten(), sharpness=self.sharpness)
+        return logits, invariance, weights.view(weighed.shape)
 
     def _mask(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         self._seen.append(args[0])

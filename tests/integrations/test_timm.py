@@ -10,6 +10,7 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,15 @@ from PIL import Image
 timm = pytest.importorskip("timm", reason="needs timm, of the examples extra")
 pytest.importorskip("timm.task", reason="needs a timm with tasks")
 
-from timm.data import Mixup, create_dataset, create_loader, resolve_data_config  # noqa: E402
+from timm.data import create_dataset, create_loader, resolve_data_config  # noqa: E402
 from timm.models.volo import VOLO  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint  # noqa: E402
 from timm.utils import CheckpointSaver  # noqa: E402
 
 from equireg import ClassWiseIRM, Environments, WithIndex  # noqa: E402
-from equireg.integrations.timm import EqInvTask  # noqa: E402
+from equireg.integrations._mixtures import Mixture  # noqa: E402
+from equireg.integrations.timm import EqInvTask, FastCollateMixup, Mixup  # noqa: E402
 
 # timm's data sets leave the files of images open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -52,7 +54,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def patched(folder, prefetcher=True, resume="", smoothing=0.1):
+def patched(folder, prefetcher=True, resume="", smoothing=0.1, soft=False, collate_fn=None):
     """What the patched main() makes of its arguments, by the lines of the guide."""
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=3)
@@ -63,7 +65,7 @@ def patched(folder, prefetcher=True, resume="", smoothing=0.1):
         "data_config": resolve_data_config({"img_size": 32}, model=model),
         "dataset_train": create_dataset("", root=folder, split="train", is_training=True),
         "device": torch.device("cpu"),
-        "loss_kwargs": {"smoothing": smoothing},
+        "loss_kwargs": {"soft_targets": True} if soft else {"smoothing": smoothing},
         "model": model,
     }
     exec(f"{IMPORTS}\n{DATASET}", names)  # noqa: S102
@@ -75,6 +77,7 @@ def patched(folder, prefetcher=True, resume="", smoothing=0.1):
         num_workers=0,
         device=names["device"],
         use_prefetcher=prefetcher,
+        collate_fn=collate_fn,
     )
     exec(f"{TASK}\n{REST_OF_THE_CALL}", names)  # noqa: S102
     task = names["task"]
@@ -131,6 +134,81 @@ def test_the_loss_is_that_of_the_formula(folder, prefetcher, autocast):
     assert result["loss"].dtype == torch.float32
     torch.testing.assert_close(result["loss"], expected, rtol=1e-3 if autocast else 1e-6, atol=1e-6)
     torch.testing.assert_close(result["output"], logits)
+
+
+MIXING = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "num_classes": 3}
+
+
+def draw_from(seed):
+    np.random.seed(seed)  # noqa: NPY002  # timm draws from NumPy's global generator
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem", "half"])
+def test_mixtures_are_timms_and_know_their_samples(mode):
+    """Both ways of timm: the same pixels and the same soft labels as its own, from the same random numbers."""
+    pixels = np.random.default_rng(0).integers(256, size=(6, 3, 32, 32), dtype=np.uint8)
+    target = torch.tensor([[0, 8], [1, 3], [2, 9], [0, 1], [1, 0], [1, 7]])
+    ways = [lambda mix: mix([(image.copy(), label) for image, label in zip(pixels, targets.numpy())])]
+    kinds = [(timm.data.FastCollateMixup, FastCollateMixup)]
+    if mode != "half":  # of collating alone
+        ways.append(lambda mix: mix(torch.from_numpy(pixels).float(), targets))
+        kinds.append((timm.data.Mixup, Mixup))
+    for (theirs, ours), way in zip(kinds, ways):
+        seen = set()
+        for seed in range(6):
+            draw_from(seed)
+            targets = target[:, 0]
+            expected, soft = way(theirs(mode=mode, **MIXING))
+            draw_from(seed)
+            targets = target
+            images, mixed = way(ours(mode=mode, **MIXING))
+            assert torch.equal(images, expected)
+            mixture = Mixture.of(mixed)
+            first, other = mixture.soft(3)
+            torch.testing.assert_close(other.lerp(first, mixture.share[:, None]), soft)
+            count = len(images)
+            assert mixture.indices.tolist() == target[:count, 1].tolist()
+            assert mixture.other_indices.tolist() == target.flip(0)[:count, 1].tolist()
+            seen |= {round(share, 3) for share in mixture.share.tolist()}
+        assert len(seen) > 4
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0])
+def test_the_loss_of_mixtures_is_that_of_the_formula(folder, sharpness):
+    """Both samples of a mixture by share, weight and smoothed label; to IRM it is the larger one."""
+    task, loader, _ = patched(folder, soft=True)
+    images, target = batch_of(loader)
+    draw_from(3)
+    images, mixed = Mixup(mode="elem", **MIXING)(images, target)
+    masked = task.get_trainable_module().train()
+    masked.sharpness = sharpness
+    irm, plain = copy.deepcopy(masked.irm), timm.create_model(MODEL, num_classes=3).train()
+    plain.load_state_dict(masked.model.state_dict())
+    result = task(images, mixed)
+    features = plain.forward_head(plain.forward_features(images), pre_logits=True)
+    logits = plain.get_classifier()(irm.mask(features))
+    shares = mixed[:, 4].tolist()
+    assert min(shares) < 0.4
+    assert max(shares) > 0.6
+    larger = [i if share >= 0.5 else 5 - i for i, share in enumerate(shares)]
+    expected = irm(features, *target[larger].unbind(1))
+    weights = irm.environments.weights(sharpness=1.0) if sharpness else torch.ones(24)
+    for i, share in enumerate(shares):
+        logs = logits[i].log_softmax(0)
+        for part, (label, index) in ((share, target[i].tolist()), (1 - share, target[5 - i].tolist())):
+            expected = expected - part * weights[index] * (0.9 * logs[label] + 0.1 * logs.mean()) / 6
+    torch.testing.assert_close(result["loss"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_epoch_of_mixtures_through_the_prefetcher(folder):
+    task, loader, optimizer = patched(folder, soft=True, collate_fn=FastCollateMixup(**MIXING))
+    before = copy.deepcopy(task.get_trainable_module().state_dict())
+    train(task, loader, optimizer, 0)
+    assert not torch.equal(before["irm.mask.weight"], task.get_trainable_module().state_dict()["irm.mask.weight"])
+    loader.mixup_enabled = False  # as train.py does from --mixup-off-epoch on
+    images, mixed = next(iter(loader))
+    assert mixed[:, 4].tolist() == [1.0] * 6
+    assert task(images, mixed)["loss"].isfinite()
 
 
 def test_environments_are_those_of_the_model_and_the_folder(folder):
@@ -246,8 +324,6 @@ def test_what_is_refused(folder, tmp_path):
     model = timm.create_model(MODEL, num_classes=3)
     width = model.get_classifier().in_features
     irm = ClassWiseIRM(width, 3)
-    with pytest.raises(ValueError, match=r"without --mixup and --cutmix: a mixture has .* got soft_targets=True"):
-        EqInvTask(model, irm=irm, criterion_kwargs={"soft_targets": True})
     with pytest.raises(ValueError, match=r"criterion must be .* sharpness=0, got BinaryCrossEntropy"):
         EqInvTask(copy.deepcopy(model), irm=irm, criterion_kwargs={"loss_type": "bce"}, verbose=False)
     EqInvTask(copy.deepcopy(model), irm=irm, sharpness=0, criterion_kwargs={"loss_type": "bce"}, verbose=False)
@@ -265,11 +341,17 @@ def test_what_is_refused(folder, tmp_path):
         resume_task_checkpoint(patched(folder)[0], str(tmp_path / "plain.pth.tar"))
     task, loader, _ = patched(folder)
     images, target = batch_of(loader)
-    soft = Mixup(num_classes=3)(images, target[:, 0])[1]
+    soft = timm.data.Mixup(num_classes=3)(images.clone(), target[:, 0])[1]
     with pytest.raises(TypeError, match="mixtures, as of Mixup or CutMix, have no index"):
         task(images, soft)
     with pytest.raises(ValueError, match=r"\[B, 2\] of whole numbers, as WithIndex.*got \[6\]"):
         task(images, target[:, 0])
+    of_mixtures = EqInvTask(copy.deepcopy(model), irm=irm, criterion_kwargs={"soft_targets": True}, verbose=False)
+    for theirs in (soft, target):
+        with pytest.raises(ValueError, match=r"\[B, 6\], as of Mixup .* timm's own have no index, got \[6, [23]\]"):
+            of_mixtures(images, theirs)
+    with pytest.raises(ValueError, match="multi_label must be False"):
+        Mixup(multi_label=True)
     with pytest.raises((RuntimeError, ValueError)):  # the unpatched task does not train on indices in silence
         ClassificationTask(model, verbose=False)(images, target)
 
@@ -308,10 +390,12 @@ def test_the_patch_of_a_real_train_py(folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert len((tmp_path / "out/second/summary.csv").read_text().splitlines()) == 2
     timm.create_model(MODEL, num_classes=3, checkpoint_path=str(last))
-    refused = run("--epochs", "1", "--mixup", "0.5")
-    assert "without --mixup and --cutmix" in refused.stderr
+    for more in ([], ["--no-prefetcher"]):
+        result = run("--epochs", "1", "--mixup", "0.5", "--cutmix", "1.0", *more)
+        assert result.returncode == 0, result.stderr
 
 
 def test_public_name():
     names = (ROOT / "tests/public_names.txt").read_text().split()
-    assert f"{EqInvTask.__module__}.{EqInvTask.__name__}" in names
+    for name in ("EqInvTask", "FastCollateMixup", "Mixup"):
+        assert f"equireg.integrations.timm.{name}" in names
