@@ -53,15 +53,15 @@ def pretrained(options: argparse.Namespace, num_classes: int, seed: int) -> nn.M
 
 
 def train(student: nn.Module, teacher: nn.Module | None, method: str, loader: DataLoader, epochs: int, bar: tqdm):
-    """Train on the labels and, where ``method`` is one of METHODS, from the teacher."""
+    """Train on the labels and, where ``method`` is one of METHODS, from the teacher. Returns parts of the loss."""
     criterion = equireg.DistillationLoss(beta=None if method == "logits" else 0.0)  # 0: cross entropy alone
     widths = [stage["num_chs"] for stage in student.feature_info][-4:]
     overhaul = equireg.OverhaulDistillation(widths, widths).to(DEVICE)
     contrastive = equireg.ContrastiveDistillation(widths[-1], widths[-1], num_samples=len(loader.dataset)).to(DEVICE)
     if method == "overhaul":
         overhaul.fit_margins(run(teacher, x.to(DEVICE))[2] for x, _, _ in loader)
-    parameters = [*student.parameters(), *overhaul.parameters(), *contrastive.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    modules, told = nn.ModuleList([student, overhaul, contrastive]), []
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     for _ in range(epochs):
         for x, y, idx in loader:
@@ -79,8 +79,10 @@ def train(student: nn.Module, teacher: nn.Module | None, method: str, loader: Da
             loss.backward()
             optimizer.step()
             schedule.step()
-        bar.set_postfix(divergence=f"{parts.divergence:.3f}", cross_entropy=f"{parts.cross_entropy:.3f}")
+        told.append((parts.cross_entropy.item(), parts.divergence.item()))
+        bar.set_postfix(zip(("cross entropy", "divergence"), told[-1]), refresh=False)
         bar.update()
+    return told
 
 
 @torch.no_grad()
@@ -91,19 +93,20 @@ def predict(model: nn.Module, batches: DataLoader, views: str) -> Tensor:
     return torch.cat([equireg.predict_tta(model, x, **merge) if merge else model(x).softmax(1) for x in images]).cpu()
 
 
-def report(table: dict[str, dict[str, float]], path: Path) -> None:
+def report(table: dict[str, dict[str, float]], told: list, path: Path) -> None:
     print("\ntest accuracy, %".ljust(28) + "".join(f"{views:>12}" for views in VIEWS))
     for name, row in table.items():
         print(name.ljust(27) + "".join(f"{value:12.1f}" for value in row.values()))
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes, curves = Figure(figsize=(13, 3.6), layout="constrained").subplots(1, 2)
+    curves.semilogy(told, label=("cross entropy", "divergence from the teacher"))
+    curves.set(xlabel="epoch", title="DistillationLoss of the first student, in the last batch")
+    curves.legend()
     for views, marker in zip(VIEWS, "osD"):
         axes.plot([row[views] for row in table.values()], list(table), marker, label=views)
     axes.set(xlabel="test accuracy, %", ylim=(len(table) - 0.5, -0.5))
-    axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    axes.figure.savefig(path, dpi=110)
     print(f"\n{path}")
 
 
@@ -122,28 +125,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/distill"))
     options = parser.parse_args()
-
     size = options.image_size
     crop = [v2.RandomResizedCrop(size, scale=(0.5, 1)), v2.RandomHorizontalFlip(), v2.RandAugment()]
     images = equireg.read_image_folder(options.data / "train", transform=v2.Compose([*crop, *TO_TENSOR]))
     few = equireg.WithIndex(equireg.k_shot(images, options.shots, seed=options.seed))
     loader = DataLoader(few, min(100, len(few)), shuffle=True, drop_last=True)
     test = equireg.read_image_folder(options.data / "test", transform=v2.Compose([v2.Resize([size] * 2), *TO_TENSOR]))
-
-    models: dict[str, nn.Module] = {}
+    models, told = {}, {}
     with tqdm(total=(2 + len(options.methods)) * options.epochs, unit="epoch") as bar:
         for name in ("teacher", "control: no teacher", *options.methods):
             bar.set_description(name)
             model = pretrained(options, len(images.classes), options.seed + (name != "teacher"))
-            train(model, models.get("teacher"), name, loader, options.epochs, bar)
+            told[name] = train(model, models.get("teacher"), name, loader, options.epochs, bar)
             models[name] = model.eval()
-
     table: dict[str, dict[str, float]] = {name: {} for name in (*models, "ensemble of all")}
     for views in VIEWS:
         each = [predict(model, DataLoader(test, 250), views) for model in models.values()]
         for row, probabilities in zip(table.values(), [*each, equireg.ensemble(each)]):
             row[views] = 100 * (probabilities.argmax(1) == test.labels).float().mean().item()
-    report(table, options.out / "distill.png")
+    report(table, told[options.methods[0]], options.out / "distill.png")
 
 
 if __name__ == "__main__":

@@ -32,16 +32,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def images_of(options: argparse.Namespace, part: str, augment: bool = False) -> Dataset:
     size = options.image_size
-    crop = (
-        [v2.RandomResizedCrop(size, scale=(0.3, 1)), v2.RandomHorizontalFlip()] if augment else [v2.Resize([size] * 2)]
-    )
+    crop = [v2.RandomResizedCrop(size, (0.3, 1)), v2.RandomHorizontalFlip()] if augment else [v2.Resize([size] * 2)]
     normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     transform = v2.Compose([*crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize])
     return read_image_folder(options.data / part, transform=transform)
 
 
-def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[float, Environments | None]:
-    """Fine-tune once. Returns the test accuracy in percent, and the environments."""
+def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[float, Environments, list]:
+    """Fine-tune once: the test accuracy in percent, the environments, and the parts of the loss by epoch."""
     torch.manual_seed(seed)
     # An index is a place among the images that the seed draws. The same seed draws the same images.
     augmented, plain = (
@@ -59,7 +57,7 @@ def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[
     loader = DataLoader(augmented, min(options.batch_size, len(augmented)), shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=options.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(loader))
-    start = 0 if options.checkpoint else options.epochs // 3
+    start, told = 0 if options.checkpoint else options.epochs // 3, []
     for epoch in range(options.epochs):
         if epoch == start:
             features, labels, idx = extract_features(backbone, DataLoader(plain, 250), progress=False)
@@ -78,7 +76,8 @@ def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[
             optimizer.step()
             schedule.step()
         if epoch >= start and arm != PLAIN:
-            bar.set_postfix(risk=f"{parts.risk.mean():.3f}", penalty=f"{parts.penalty.mean():.4f}", refresh=False)
+            told.append((parts.risk.mean().item(), parts.penalty.mean().item()))
+            bar.set_postfix(zip(("risk", "penalty"), told[-1]), refresh=False)
         bar.update()
 
     modules.eval()
@@ -86,7 +85,7 @@ def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[
     with torch.no_grad():  # the classifier sees features through the mask here too
         answers = [(head(irm.mask(backbone(x.to(DEVICE)))).argmax(1).cpu(), y) for x, y in test]
     right = torch.cat([predicted == y for predicted, y in answers])
-    return 100 * right.float().mean().item(), irm.environments
+    return 100 * right.float().mean().item(), irm.environments, told
 
 
 def shares(environments: Environments) -> Tensor:
@@ -97,22 +96,24 @@ def shares(environments: Environments) -> Tensor:
     return (first @ member / member.sum(0)).fill_diagonal_(float("nan"))
 
 
-def report(table: dict[str, list[float]], environments: Environments, path: Path) -> None:
+def report(table: dict[str, list[float]], environments: Environments, told: list, path: Path) -> None:
     print(f"\n{'test accuracy, %':24}{'mean':>8}{'gain':>8}    runs")
     for arm, values in table.items():
         mean, gain = statistics.mean(values), statistics.mean(values) - statistics.mean(table[PLAIN])
         print(f"{arm:24}{mean:8.1f}{gain:+8.1f}    {'  '.join(f'{value:.1f}' for value in values)}")
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, middle, right = Figure(figsize=(15, 4), layout="constrained").subplots(1, 3)
     for run in zip(*table.values()):
         left.plot(ARMS, run, "o-")
     left.set(ylabel="test accuracy, %", xmargin=0.2, title="each line: one draw of labelled images")
+    middle.semilogy(told, label=("risk", "penalty"))
+    middle.set(xlabel="epoch with the line", title="parts of ClassWiseIRM, in the last batch")
+    middle.legend()
     grid = right.imshow(shares(environments.cpu()).numpy(), vmin=0, vmax=1, cmap="coolwarm")
     right.set(xlabel="class", ylabel="anchor class", title="share of each class in Env#1 of the anchor class")
-    figure.colorbar(grid)
+    right.figure.colorbar(grid)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    left.figure.savefig(path, dpi=110)
     print(f"\n{path}")
 
 
@@ -140,9 +141,9 @@ def main() -> None:
         for seed in range(options.seed, options.seed + options.runs):
             for arm in ARMS:
                 bar.set_description(f"seed {seed}, {arm}")
-                accuracy, found[arm] = train(options, arm, seed, bar)
+                accuracy, *found[arm] = train(options, arm, seed, bar)
                 table[arm].append(accuracy)
-    report(table, found[EQINV], options.out / "eqinv_finetune.png")
+    report(table, *found[EQINV], options.out / "eqinv_finetune.png")
 
 
 if __name__ == "__main__":

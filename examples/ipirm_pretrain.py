@@ -47,8 +47,8 @@ def two_views(images: Tensor) -> tuple[Tensor, Tensor]:
     return first.to(device), second.to(device)
 
 
-def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[float]]:
-    """The trained encoder, and the contrast of all images in each step, which is SimCLR's loss."""
+def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[tuple]]:
+    """The trained encoder; in each step the contrast of all images, SimCLR's loss, and the groups' squared slopes."""
     torch.manual_seed(options.seed)  # the same weights, order and views in every run
     resnet = timm.create_model("resnet18", num_classes=0, channels=(32, 64, 128, 256))  # half of its width
     resnet.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=2, padding=1, bias=False)  # for small images
@@ -82,7 +82,7 @@ def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mod
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(contrast.item())
+            losses.append((contrast.item(), 0.0 if run == BASE else parts.of_groups[1].item()))
     return encoder.eval(), losses
 
 
@@ -105,17 +105,18 @@ def accuracies(encoder: nn.Module, *datasets: TensorDataset) -> dict[str, float]
     return {"k-NN": 100 * knn_accuracy(*samples), "linear": 100 * linear_probe(*samples)}
 
 
-def draw(table: dict[str, dict[str, float]], losses: dict[str, list[float]], path: Path) -> None:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+def draw(table: dict[str, dict[str, float]], losses: dict[str, list[tuple]], path: Path) -> None:
+    *curves, bars = Figure(figsize=(14, 4), layout="constrained").subplots(1, 3)
     for i, (run, row) in enumerate(table.items()):
-        curves.plot(losses[run], label=run)
+        for axes, values in zip(curves, zip(*losses[run])):
+            axes.plot(values, label=run)
         bars.bar_label(bars.bar([i, i + 4], row.values(), color=f"C{i}"), fmt="%.1f")
-    curves.set(xlabel="step", title="contrast of all images (partitions add to the loss)")
-    curves.legend()
+    curves[0].set(xlabel="step", title="contrast of all images (partitions add to the loss)")
+    curves[1].set(xlabel="step", title="squared slopes of the groups, a sum over partitions")
+    curves[0].legend()
     bars.set_xticks([1, 5], ["k-NN", "linear"])
     bars.set(title="accuracy of the frozen features, %")
-    figure.savefig(path, dpi=110)
+    bars.figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -133,7 +134,6 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     training, test = read_images(options.data / "train", options.images), read_images(options.data / "test", 2000)
-
     table, losses = {}, {}
     for run in RUNS:
         encoder, losses[run] = train(run, training.tensors[0], options)

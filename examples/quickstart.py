@@ -38,8 +38,7 @@ class Digits(NamedTuple):
 
 def colored_digits(seed: int, bias: float) -> tuple[Digits, Digits, Digits]:
     """Training digits (60%) that wear the colour of their class in ``bias`` of all cases; validation and test: any."""
-    generator = torch.Generator().manual_seed(seed)
-    digits = load_digits()
+    generator, digits = torch.Generator().manual_seed(seed), load_digits()
     order = torch.randperm(len(digits.target), generator=generator)
     gray, labels = torch.tensor(digits.images).float()[order] / 16, torch.tensor(digits.target).long()[order]
     cuts = int(0.6 * len(labels)), int(0.8 * len(labels))
@@ -70,11 +69,12 @@ def train(data: Digits, weights: Tensor, seed: int, epochs: int, bar: tqdm, irm:
             f, y = backbone(data.images[idx]), data.labels[idx]
             logits = head(irm.mask(f) if irm else f)
             loss = (weights[idx] * F.cross_entropy(logits, y, reduction="none")).mean()  # the one line
-            loss = loss + irm(f, y, idx) if irm else loss
+            loss = loss + (parts := irm.parts(f, y, idx)).loss if irm else loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+        bar.set_postfix({"penalty of ClassWiseIRM": parts.penalty.mean().item()} if irm else {}, refresh=False)
         bar.update()
     return backbone.eval(), (irm.fold_into(head) if irm else head).eval()
 

@@ -47,8 +47,8 @@ def tokens_of(vit: nn.Module, images: Tensor) -> Tensor:
     return vit.forward_features(normalize(images))[:, 1:]
 
 
-def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[float]]:
-    """The trained ViT, and VICReg's loss of each step."""
+def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[tuple]]:
+    """The trained ViT, and of each step VICReg's loss, and that of the reconstruction."""
     torch.manual_seed(options.seed)  # the same weights at first
     vit = VisionTransformer(32, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0).to(device)
     # The linear head leaves VICReg its width; 0 splits the tokens themselves. Errors are in units of pixels' variance.
@@ -81,7 +81,7 @@ def train(with_head: bool, images: Tensor, options: argparse.Namespace) -> tuple
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(base.item())
+            losses.append((base.item(), *([parts.loss.item()] if with_head else [])))
     return vit.eval(), losses
 
 
@@ -105,19 +105,19 @@ def measure(vit: nn.Module, pairs: Tensor, *train_and_test: tuple[Tensor, Tensor
     return results
 
 
-def draw(results: dict[str, dict[str, float]], losses: dict[str, list[float]], path: Path) -> None:
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    curves, r2, accuracy = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+def draw(results: dict[str, dict[str, float]], losses: dict[str, list[tuple]], path: Path) -> None:
+    curves, r2, accuracy = Figure(figsize=(14, 4), layout="constrained").subplots(1, 3, width_ratios=(3, 3, 2))
     for i, (name, result) in enumerate(results.items()):
-        curves.plot(losses[name], label=name)
+        for curve, line in zip(zip(*losses[name]), ("-", ":")):
+            curves.plot(curve, f"C{i}{line}", label=name if line == "-" else "")
         for axes, keys in ((r2, list(result)[:-2]), (accuracy, list(result)[-2:])):
             bars = axes.bar([j + 0.4 * i for j in range(len(keys))], [result[key] for key in keys], 0.38)
             axes.bar_label(bars, fmt="%.3g", fontsize=9)
             axes.set_xticks([j + 0.2 for j in range(len(keys))], keys)
-    curves.set(xlabel="step", title="VICReg's loss", yscale="log")
+    curves.set(xlabel="step", title="losses: VICReg's, and the reconstruction's (dotted)", yscale="log")
     curves.legend()
     r2.set(title="what two frozen features tell of the transformation")
-    figure.savefig(path, dpi=110)
+    curves.figure.savefig(path, dpi=110)
 
 
 def main() -> None:

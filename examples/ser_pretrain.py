@@ -40,7 +40,7 @@ def load(folder: Path, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor(labels)
 
 
-def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[float]]:
+def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[tuple]]:
     with_views, weight = name != "SimCLR", options.weight if name == "SER" else 0.0
     torch.manual_seed(options.seed)  # the same initial weights in every run
     sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4, "num_classes": 0, "dynamic_img_size": True}
@@ -73,7 +73,7 @@ def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mo
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(base.item())
+            losses.append((base.item(), *([parts.loss.item()] if with_views else [])))
     return vit.eval(), losses
 
 
@@ -105,21 +105,21 @@ def measure(vit: nn.Module, train_set: tuple[Tensor, Tensor], test_set: tuple[Te
     return results
 
 
-def draw(results: dict[str, dict[str, float]], losses: dict[str, list[float]], path: Path) -> None:
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    curves, accuracy, equivariance = figure.subplots(1, 3, width_ratios=(3, 2, 3))
-    for (name, result), marker in zip(results.items(), "osD"):
+def draw(results: dict[str, dict[str, float]], losses: dict[str, list[tuple]], path: Path) -> None:
+    curves, accuracy, equivariance = Figure((14, 4), layout="constrained").subplots(1, 3, width_ratios=(3, 2, 3))
+    for (name, result), marker, color in zip(results.items(), "osD", ("C0", "C1", "C2")):
         keys, values = list(result), list(result.values())
         style = {"marker": marker, "linestyle": "", "fillstyle": "none", "markersize": 9, "label": name}
-        curves.plot(losses[name])
+        for curve, line in zip(zip(*losses[name]), ("-", ":")):
+            curves.plot(curve, color + line)
         accuracy.plot(keys[:2], values[:2], **style)
         equivariance.plot(keys[2::2], values[2::2], **style)
         equivariance.plot(keys[2::2], values[3::2], "_", color="gray")
-    curves.set(title="SimCLR's loss by step")
+    curves.set(title="losses by step: SimCLR's, and SER's (dotted)")
     accuracy.set(title="accuracy of the class token", xlim=(-0.5, 1.5), ylim=(0, 100))
     equivariance.set(title="equivariance (gray: of another image)", xlim=(-0.5, 2.5), ylim=(0, 1))
     accuracy.legend()
-    figure.savefig(path, dpi=110)
+    curves.figure.savefig(path, dpi=110)
 
 
 def main() -> None:
