@@ -148,6 +148,10 @@ async function measure(page) {
     flat: formulas.filter(math => !math.getBoundingClientRect().width).map(math => math.textContent),
     broken: pictures.filter(image => !image.naturalWidth).map(image => image.src),
   };
+  const behind = element => inside.defaultView.getComputedStyle(element).backgroundColor;
+  inside.body.dataset.theme = "dark"; // as furo's switch does
+  found[page].dark = behind(inside.body);
+  found[page].pale = pictures.filter(image => behind(image) !== "rgb(255, 255, 255)").map(image => image.src);
   frame.remove();
 }
 (async () => {
@@ -172,6 +176,9 @@ def test_in_a_browser_no_page_scrolls_sideways_and_all_is_drawn(site, tmp_path, 
     assert sum(page["formulas"] for page in found.values()) > 50
     wrong = {name: page for name, page in found.items() if page["width"] > width or page["flat"] or page["broken"]}
     assert not wrong
+    # In dark mode, what is drawn in black keeps white behind it.
+    assert all(max(map(int, re.findall(r"\d+", page["dark"])[:3])) < 64 for page in found.values())
+    assert not [name for name, page in found.items() if page["pale"]]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

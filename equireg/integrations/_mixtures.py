@@ -78,7 +78,7 @@ class Mixup(_Indexed):
         args, options: as of timm's.
 
     The call ``mixup(x [B, ...], target [B, 2])`` returns the mixed images, as timm's does from the same random numbers,
-    and float64 [B, 6] that :class:`EqInvTask` reads. B is even.
+    and float64 [B, 6] that ``EqInvTask`` reads. B is even.
 
     Raises:
         TypeError, ValueError: other targets; ``multi_label``.
