@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -25,10 +26,11 @@ from evidence.corruptions import KINDS, corrupted
 from evidence.datasets import TEN_KINDS, Images, corrupted_folders, digits, folders
 from evidence.experiments import GROUPS, settings_of, tried
 from evidence.landscapes import landscapes
+from evidence.measures import JOINED
 from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import fit
 from evidence.page import accuracies, write_page
-from evidence.runs import Job, Place, choose, execute, tuning, tuning_of_base
+from evidence.runs import Job, Place, choose, execute, tuning, tuning_of_base, write
 from evidence.tables import by_measure, paired
 from evidence.turned import differences, numbers
 from evidence.views import crops, simclr_colors
@@ -196,7 +198,7 @@ def test_every_encoder_is_measured_alike_and_not_taken_for_one_of_other_settings
     layers, kinds = ("early", "middle", "last"), ("rotation", "translation", "colour", "blur")
     measured = {f"{what}, {layer} layer" for what in ("equivariance", "quarter turns told") for layer in layers}
     measured |= {f"R², {kind}" for kind in kinds} | {"street scenes, mean IoU", "street scenes, turned"}
-    measured |= {"corner error, pixels", "accuracy, moving", "flip rate, moving"}
+    measured |= {"corner error, pixels", "accuracy, moving", "flip rate, moving"} | JOINED
     for (group, _), job in jobs.items():
         found = job.found()
         assert set(found["accuracy"]) == ({"val", "test"} if group == "vipriors-20" else names)
@@ -208,6 +210,19 @@ def test_every_encoder_is_measured_alike_and_not_taken_for_one_of_other_settings
         assert 0 < found["step_seconds"] < found["seconds"]
     with pytest.raises(ValueError, match=r"was run with other settings: weight 0.2 \(now 5.0\)"):
         execute(jobs["ipirm-simsiam", "on"]._replace(chosen={"weight": 5.0}))
+
+
+def test_a_measure_that_joins_is_taken_from_the_saved_network(jobs, images, tmp_path):
+    """The training is not repeated, and the rest stays as it was."""
+    job = jobs["ser", "on"]._replace(place=Place("test", images, tmp_path))
+    shutil.copytree(jobs["ser", "on"].folder, job.folder)
+    expected = job.found()
+    assert not job.waits()
+    write(job.folder, {**expected, "told": {n: v for n, v in expected["told"].items() if n != "boxes, turned"}})
+    assert job.lacks() == {"boxes, turned"}
+    execute(job)
+    assert job.found() == expected
+    assert not jobs["vipriors-20", "rex"].waits()
 
 
 @pytest.mark.parametrize(

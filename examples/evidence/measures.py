@@ -13,12 +13,11 @@ from evidence.corruptions import KINDS, corrupted
 from evidence.datasets import Images, folders
 from evidence.experiments import Settings
 from evidence.networks import encode, unit
-from PIL import Image
+from evidence.scenes import boxes, classes_of_pixels
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor
 from vipriors.backbone import accuracy
 from vipriors.images import NORMALIZE
 
@@ -76,7 +75,7 @@ def measure_on_the_way(objective: nn.Module, s: Settings, data: Path, seed: int)
     images = folders(data / folder, "test", s["image_size"])
     measures = {
         "equivariance": lambda: equivariance(objective, images.evenly(128).pixels / 255),
-        "street scenes": lambda: street_scenes(objective, data / "camvid128"),
+        "street scenes": lambda: classes_of_pixels(partial(token_map, objective), data),
         "r2": lambda: r2(objective, pairable(data / folder, s), s["r2_epochs"], KINDS_OF_PAIRS[:2]),
     }
     return found | {name: value for measured in s["curve"] for name, value in measures[measured]().items()}
@@ -104,7 +103,8 @@ def told(
             **equivariance(objective, images.evenly(128).pixels / 255),
             **r2(objective, pairable(folder, s), s["r2_epochs"]),
             **quarter_turns(objective, some),
-            **street_scenes(objective, data / "camvid128"),
+            **classes_of_pixels(partial(token_map, objective), data),
+            **joined(objective, data),
             "corner error, pixels": corner_error(objective, data / FOLDERS["VIPriors"], size, s["r2_epochs"]),
             "accuracy, moving": mean(found.accuracy for found in moving),
             "flip rate, moving": mean(found.flip_rate for found in moving),
@@ -112,6 +112,14 @@ def told(
         "corrupted": {kind: mean(right[kind, severity] for severity in SEVERITIES) for kind in KINDS},
         "severities": {f"severity {level}": mean(right[kind, level] for kind in KINDS) for level in SEVERITIES},
     }
+
+
+def joined(objective: nn.Module, data: Path) -> dict[str, float]:
+    """The measures that joined ``told`` when runs were finished, which take them from the network that they saved."""
+    return boxes(partial(token_map, objective), data)
+
+
+JOINED = {"boxes, average precision", "boxes, turned"}
 
 
 def batches(images: Images) -> list[tuple[Tensor, Tensor]]:
@@ -186,25 +194,6 @@ def quarter_turns(objective: nn.Module, images: Images) -> dict[str, float]:
     layers, views = layers_of(objective.network), [NORMALIZE(pixels) for pixels, _ in batches(images)]
     found = equireg.transformation_accuracy(objective.network, views, [*layers.values()], progress=False)
     return {f"quarter turns told, {where} layer": found[name] for where, name in layers.items()}
-
-
-def street_scenes(objective: nn.Module, folder: Path) -> dict[str, float]:
-    """Mean IoU of a linear map from the last tokens to 11 classes of pixels, fitted on upright scenes."""
-
-    def scenes(split: str) -> list[tuple[Tensor, Tensor]]:
-        files = sorted((folder / split / "images").iterdir())
-        found = [(read(file), read(folder / split / "masks" / f"{file.stem}.png")) for file in files]
-        images, masks = (torch.stack(part) for part in zip(*found))
-        return list(zip(unit(images).split(50), masks[:, 0].long().split(50)))
-
-    encoder = partial(token_map, objective)
-    found = equireg.dense_probe(encoder, scenes("train"), scenes("test"), 11, max_iterations=50, progress=False)
-    turned = mean(found[name] for name in ("90", "180", "flip"))
-    return {"street scenes, mean IoU": found["upright"], "street scenes, turned": turned}
-
-
-def read(path: Path) -> Tensor:
-    return pil_to_tensor(Image.open(path))
 
 
 def corner_error(objective: nn.Module, folder: Path, size: int, epochs: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from evidence import classification, pretraining
 from evidence.experiments import ENCODERS, GROUPS, TUNING_SEED, Settings, groups_of, seeds_of, settings_of, tried
+from evidence.measures import JOINED, joined
 from evidence.networks import fit
 from tqdm.auto import tqdm
 from vipriors.training import differences, write_file
@@ -51,10 +52,18 @@ class Job(NamedTuple):
             raise ValueError(f"{self.folder} was run with other settings: {changed}; remove it, or give another --runs")
         return found
 
+    def lacks(self) -> set[str]:
+        """The measures that joined since it was finished."""
+        told = (self.found() or {}).get("told")
+        return JOINED - told.keys() if told and self.settings()["kind"] == "pretraining" else set()
+
+    def waits(self) -> bool:
+        return not self.found() or bool(self.lacks())
+
 
 def execute(job: Job) -> None:
-    """Train and measure on one thread, unless that is done; what is printed goes to ``output.txt``."""
-    if job.found():
+    """Train and measure on one thread, as far as that is not done; what is printed goes to ``output.txt``."""
+    if not job.waits():
         return
     torch.set_num_threads(1)
     start, s, folder, seed = time.perf_counter(), job.settings(), job.folder, job.seed
@@ -62,14 +71,23 @@ def execute(job: Job) -> None:
     with open(folder / "output.txt", "a") as output, contextlib.redirect_stderr(output):
         kind = KINDS[s["kind"]]
         objective, images = kind.prepare(s, job.place.data, job.place.runs, folder, seed)
+        if found := job.found():
+            objective.eval().network.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
+            found["told"] |= joined(objective, job.place.data)
+            write(folder, found)
+            return
         prepared = time.perf_counter() - start
         step = fit(objective, images, s, folder, seed)
         found = kind.results(objective, s, job.place.data, job.place.runs, folder, job.split, seed)
     found |= {"settings": s, "chosen": job.chosen, "step_seconds": step, "prepare_seconds": prepared}
     found["seconds"] = time.perf_counter() - start
-    write_file(folder / "found.json", (json.dumps(found, indent=1) + "\n").encode())
+    write(folder, found)
     for checkpoint in folder.rglob("checkpoint-*.pt"):
         checkpoint.unlink()
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+    write_file(folder / "found.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 def run_all(place: Place, groups: list[str], processes: int) -> None:
@@ -123,7 +141,7 @@ def best(jobs: list[Job]) -> dict[str, Settings]:
 
 def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
     """All of them, under a bar; a run that fails is told, and the others go on."""
-    waiting = {pool.submit(execute, job): job for job in jobs if not job.found()}
+    waiting = {pool.submit(execute, job): job for job in jobs if job.waits()}
     failed = 0
     for future in tqdm(as_completed(waiting), title, len(jobs), unit="run", initial=len(jobs) - len(waiting)):
         if error := future.exception():
