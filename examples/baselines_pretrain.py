@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 
 import equireg
 
-IMAGE_SIZE, PATCH_SIZE, WIDTH, DEPTH = 32, 8, 128, 4
-GRID = (IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE)
+IMAGE_SIZE, PATCH_SIZE, GRID, WIDTH, DEPTH = 32, 8, (4, 4), 128, 4
 BLOCKS = {"last block": f"blocks.{DEPTH - 1}", "first block": "blocks.0"}  # whose tokens a method reads
 METHODS = {  # and their weights, which --weight multiplies: E-SSL's and STL's are published, the others' are ours
     "essl": (lambda: equireg.ESSLLoss(WIDTH, hidden_dim=512), 0.4),
@@ -57,7 +56,7 @@ def tokens_of(vit: nn.Module, layer: str, images: Tensor) -> Tensor:
     return tap.tokens
 
 
-def regularizer(method: str, loss: nn.Module, encode: partial, images: Tensor, turned: Tensor, angle: Tensor) -> Tensor:
+def regularizer(method: str, loss, encode: partial, images: Tensor, turned: Tensor, angle: Tensor) -> tuple:
     """What the method asks of the tokens of images, and of the same images turned by the angle, in degrees [B, 1]."""
     if method == "essl":  # all four turns of every fourth image; the paper takes small crops of all
         turns = torch.arange(4, device=device).repeat_interleave(len(images[::4]))
@@ -84,13 +83,15 @@ def train(name: str, images: Tensor, options: argparse.Namespace) -> nn.Module:
     optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters(), *method.parameters()], options.lr)
     torch.manual_seed(options.seed)  # the same views, which every run draws
     for epoch in range(1, options.epochs + 1):
-        for batch in tqdm(loader, f"{name}, epoch {epoch}"):
+        for batch in (bar := tqdm(loader, f"{name}, epoch {epoch}")):
             *views, third = (torch.stack([crop(image) for image in batch.to(device) / 255]) for _ in range(3))
             loss = simclr(*(head(vit(normalize(color(view)))) for color, view in zip(colors, views)))
             turned, _, angle = turning(third)
             if name in BLOCKS:
                 encode = partial(tokens_of, vit, BLOCKS[name])
-                loss = loss + weight * regularizer(options.method, method, encode, third, turned, angle)  # the one line
+                parts = regularizer(options.method, method.parts, encode, third, turned, angle)
+                loss = loss + weight * parts.loss  # the one line: loss + weight * method(...)
+                bar.set_postfix({k: v.mean().item() for k, v in parts._asdict().items() if torch.is_tensor(v)})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,14 +116,14 @@ def measure(vit: nn.Module, *train_and_test: tuple[Tensor, Tensor]) -> dict[str,
 
 
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
-    accuracy, equivariance = (figure := Figure(figsize=(15, 4), layout="constrained")).subplots(1, 2)
+    accuracy, equivariance = Figure(figsize=(15, 4), layout="constrained").subplots(1, 2)
     for (name, result), marker in zip(results.items(), "osD"):
         style = {"marker": marker, "linestyle": "", "fillstyle": "none", "markersize": 9, "label": name}
         keys, values = [key.replace(", ", "\n") for key in result], list(result.values())
         accuracy.plot(keys[:4], values[:4], **style)
         equivariance.plot(keys[4:], values[4:], **style)
     accuracy.legend()
-    figure.savefig(path, dpi=110)
+    accuracy.figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -137,8 +138,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     train_set, test_set = load(options.data / "train", options.images), load(options.data / "test", 2000)
     for name in ("SimCLR", *BLOCKS):
-        vit = train(name, train_set[0], options)
-        results[name] = measure(vit, train_set, test_set)
+        results[name] = measure(vit := train(name, train_set[0], options), train_set, test_set)
         torch.save(vit.state_dict(), out / f"{name}.pt")  # timm's own keys
     print(f"\n{options.method:40}" + "".join(f"{name:>14}" for name in results))
     for key in results["SimCLR"]:
