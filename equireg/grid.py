@@ -84,6 +84,8 @@ class GridTransform:
         *,
         scale: tuple[float, float] = (0.7, 1.3),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        quarter_turns: bool = True,
+        flips: bool = True,
         interpolation: str = "bicubic",
         antialias: bool = False,
         generator: torch.Generator | None = None,
@@ -99,12 +101,14 @@ class GridTransform:
             grid: (h, w), the source grid.
             scale: lowest and highest factor of the area, above 0.
             ratio: lowest and highest factor of width over height, above 0.
+            quarter_turns: whether to turn, by 90, 180 and 270 degrees; without, flips are from left to right alone.
+            flips: whether to flip.
             interpolation: as in the constructor.
             antialias: as in the constructor.
             generator: source of the random numbers.
 
         Raises:
-            ValueError: a range that is not two numbers above 0 in rising order.
+            ValueError: a range that is not two numbers above 0 in rising order, other options.
         """
         check = Arguments("GridTransform.random")
         check.count("batch_size", batch_size, least=0)
@@ -112,13 +116,16 @@ class GridTransform:
         for name, limits in (("scale", scale), ("ratio", ratio)):
             if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
                 check.fail(name, "two numbers above 0 in rising order", limits)
+        check.option("quarter_turns", quarter_turns, (True, False))
+        check.option("flips", flips, (True, False))
         device = generator.device if generator is not None else None
         draw = torch.rand(2, generator=generator, device=device).tolist()
         area = scale[0] + draw[0] * (scale[1] - scale[0])
         aspect = math.exp(math.log(ratio[0]) + draw[1] * (math.log(ratio[1]) - math.log(ratio[0])))
         sides = max(1, round(h * math.sqrt(area / aspect))), max(1, round(w * math.sqrt(area * aspect)))
 
-        odd, half, flip = torch.randint(2, (3, batch_size), generator=generator, device=device)
+        draws = torch.randint(2, (3, batch_size), generator=generator, device=device)
+        odd, half, flip = draws * draws.new_tensor([[quarter_turns], [quarter_turns], [flips]])
         if batch_size and (h != w or sides[0] != sides[1]):
             odd = odd[:1].expand(batch_size)
             sides = sides[::-1] if bool(odd[0]) else sides

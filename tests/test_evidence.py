@@ -32,7 +32,7 @@ from evidence.networks import fit
 from evidence.page import accuracies, write_page
 from evidence.runs import Job, Place, choose, execute, tuning, tuning_of_base, write
 from evidence.tables import by_measure, paired
-from evidence.turned import differences, numbers
+from evidence.turned import TurnedViews, differences, numbers
 from evidence.views import crops, simclr_colors
 
 from equireg import GridTransform
@@ -261,6 +261,21 @@ def test_baselines_are_told_how_the_second_view_differs_from_the_first():
         assert torch.equal(torch.rot90(x.flip(2) if flip else x, turns, (1, 2)), expected)
     scaled = GridTransform(torch.tensor([3]), torch.tensor([True]), (4, 4), (8, 2))
     assert numbers(scaled).flatten().tolist() == pytest.approx([0, 0, 0, 1, 1, math.log(2), -math.log(2)])
+
+
+def test_views_are_of_the_arms_part_of_the_group():
+    """Their turns, flips and sizes."""
+    drawn = {}
+    for arm in ("on", "unturned", "scaled", "flipped"):
+        views = TurnedViews({**settings_of("test", "ser-group", arm, {}), "ratio": 1.0}, 16, 8)
+        elements = [g for _ in range(8) for pair in views(torch.rand(8, 3, 32, 32)) for g in pair.elements]
+        drawn[arm] = [len({value for g in elements for value in of(g)}) for of in PARTS_OF_ELEMENTS]
+    assert drawn["on"][:2] == [4, 2]
+    assert [count[:2] for count in list(drawn.values())[1:]] == [[1, 2], [1, 1], [1, 2]]
+    assert drawn["flipped"][2] == 1 < min(drawn["on"][2], drawn["unturned"][2], drawn["scaled"][2])
+
+
+PARTS_OF_ELEMENTS = (lambda g: g.quarter_turns.tolist(), lambda g: g.flip.tolist(), lambda g: [g.target])
 
 
 def test_released_objective_is_data(images, tmp_path):

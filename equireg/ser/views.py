@@ -32,10 +32,12 @@ class EquivariantViews:
             own; any other is called once for each image. ``torch.nn.Identity()`` changes nothing.
         scale: lowest and highest factor of the area.
         ratio: lowest and highest factor of width over height, of the scaling and of the crop's box.
+        quarter_turns, flips: whether views are turned and flipped: False for images with an up and down, or a left and
+            right, that count. Without turns, flips are from left to right alone (the paper's Table 9).
         crop: lowest and highest area of a random box of the image, of which both views are then made; None takes the
             whole image. The released code crops first.
         complementary: give the second view the flip and the half turn that the first one has not, so that no pair of
-            views shares its element, as the released code does.
+            views shares its element, as the released code does; of flips and turns those that there are, one at least.
 
     Raises:
         TypeError, ValueError: sizes that are not whole patches, ranges out of order, a policy that is not callable.
@@ -56,6 +58,8 @@ class EquivariantViews:
         photometric: Photometric | Sequence[Photometric] | None = None,
         scale: tuple[float, float] = (0.7, 1.3),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        quarter_turns: bool = True,
+        flips: bool = True,
         crop: tuple[float, float] | None = None,
         complementary: bool = False,
     ):
@@ -82,9 +86,11 @@ class EquivariantViews:
             if not 0 < crop[0] <= crop[1]:
                 check.fail("crop", "two areas above 0 in rising order", crop)
         check.option("complementary", complementary, (True, False))
+        if complementary and not quarter_turns and not flips:
+            check.fail("complementary", "False without quarter turns and flips", True)
         self.patch_size, self.photometric, self.scale, self.ratio = patch_size, tuple(policies), scale, ratio
-        self.crop, self.complementary = crop, complementary
-        GridTransform.random(0, self.grid, scale=scale, ratio=ratio, generator=torch.Generator())  # refuses bad ranges
+        self.quarter_turns, self.flips, self.crop, self.complementary = quarter_turns, flips, crop, complementary
+        self._random(0, torch.Generator())  # refuses bad ranges
 
     @property
     def grid(self) -> Grid:
@@ -114,19 +120,27 @@ class EquivariantViews:
         if tuple(images.shape[2:]) != self.image_size:
             check.fail("images", f"[B, C, {self.image_size[0]}, {self.image_size[1]}]", list(images.shape))
         check.pixels("images", images, "in 0 .. 1: normalise the views, not what they are made of")
-        g1, g2 = (
-            GridTransform.random(len(images), self.grid, scale=self.scale, ratio=self.ratio, generator=generator)
-            for _ in range(2)
-        )
+        g1, g2 = (self._random(len(images), generator) for _ in range(2))
         if self.complementary:  # the parity of the turns is g2's own; the size of the view may depend on it
-            turns = g2.quarter_turns % 2 + 2 * (1 - g1.quarter_turns // 2)
-            g2 = GridTransform(turns, ~g1.flip, g2.source, g2.target)
+            turns = g2.quarter_turns % 2 + 2 * (1 - g1.quarter_turns // 2) * self.quarter_turns
+            g2 = GridTransform(turns, ~g1.flip & self.flips, g2.source, g2.target)
         if self.crop is not None and len(images):
             images = _cropped(images, self.crop, self.ratio, generator)
         x1, x2 = (g.on_images(images, self.patch_size) for g in (g1, g2))
         with _Seeded(generator):
             x1, x2 = (_each(policy, x) for policy, x in zip(self.photometric, (x1, x2)))
         return x1, x2, g1, g2
+
+    def _random(self, count: int, generator: torch.Generator | None) -> GridTransform:
+        return GridTransform.random(
+            count,
+            self.grid,
+            scale=self.scale,
+            ratio=self.ratio,
+            quarter_turns=self.quarter_turns,
+            flips=self.flips,
+            generator=generator,
+        )
 
 
 def split_batch(batch: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

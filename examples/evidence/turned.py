@@ -31,7 +31,8 @@ class TurnedViews(nn.Module):
         super().__init__()
         self.s = s
         sizes = [s["image_size"], *[s["image_size"] // 2] * (2 if s.get("local") else 0)]
-        self.views = [equireg.EquivariantViews(size, stride, photometric=nn.Identity()) for size in sizes]
+        how = {"photometric": nn.Identity(), **s.get("elements", {})}
+        self.views = [equireg.EquivariantViews(size, stride, **how) for size in sizes]
         self.colors = [equireg.mocov3_photometric(size) for size in sizes]
         differences = {"turns": ("classification", 4), "flip": ("binary", 1), "scale": ("regression", 2)}
         losses = {

@@ -224,6 +224,36 @@ def test_complementary_views_share_no_element(size):
         assert torch.equal(x1, g1.on_images(images, 4))
 
 
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize("size", [32, (16, 48)])
+@pytest.mark.parametrize(
+    ("options", "turns", "flips"),
+    [
+        ({"quarter_turns": False}, {0}, {False, True}),
+        ({"flips": False}, {0, 1, 2, 3}, {False}),
+        ({"quarter_turns": False, "flips": False}, {0}, {False}),
+    ],
+)
+def test_parts_of_the_group(options, turns, flips, size, complementary):
+    """Without turns and flips only the size changes; without turns, an image can only be flipped left to right."""
+    if complementary and turns == {0} and flips == {False}:
+        with pytest.raises(ValueError, match="complementary must be False without quarter turns and flips, got True"):
+            EquivariantViews(size, 4, complementary=True, **options)
+        return
+    views = EquivariantViews(size, 4, photometric=IDENTITY, complementary=complementary, **options)
+    seen_turns, seen_flips = set(), set()
+    for seed in range(8):
+        x1, x2, *elements = views(torch.rand(8, 3, *views.image_size), seeded(seed))
+        for g, x in zip(elements, (x1, x2)):
+            seen_turns |= set(g.quarter_turns.tolist())
+            seen_flips |= set(g.flip.tolist())
+            assert tuple(x.shape[2:]) == tuple(4 * side for side in g.target)
+        if complementary and flips != {False}:
+            assert torch.equal(elements[0].flip, ~elements[1].flip)
+    assert seen_turns == turns
+    assert seen_flips == flips
+
+
 def test_both_views_are_of_one_crop():
     """Undone, the elements leave the same box of the image in both: a ramp's values tell where it was."""
     views = EquivariantViews(32, 4, photometric=IDENTITY, scale=(1, 1), ratio=(1, 1), crop=(0.25, 0.25))
