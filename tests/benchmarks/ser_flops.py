@@ -31,7 +31,7 @@ Sizes = list[tuple[int, tuple[int, int], tuple[int, int]]]  # images and the gri
 def training_step(layer: int, with_loss: bool = True, depth: int = 12, device: str = "meta") -> Callable[[Sizes], None]:
     """Student forward and backward, momentum encoder forward; with a layer, SER's loss on the last of the sub-batches.
 
-    Of images without content, in bf16 on a device that computes.
+    Of images without content; on a GPU in bf16.
     """
     with torch.device(device):
         vit = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True, depth=depth)
@@ -44,7 +44,7 @@ def training_step(layer: int, with_loss: bool = True, depth: int = 12, device: s
         learning.zero_grad()
         for images, *grids in sizes:
             views = [torch.zeros(images, 3, 16 * h, 16 * w, device=device) for h, w in grids]
-            with torch.autocast(device, torch.bfloat16, enabled=device != "meta"):
+            with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
                 outputs = [vit(view, return_tokens=True) for view in views]
                 with torch.no_grad():
                     keys = [projector(vit(view)) for view in views]

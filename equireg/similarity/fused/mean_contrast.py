@@ -27,10 +27,11 @@ from equireg.similarity.dense import Pairs, Problem
 from equireg.similarity.products import times_transposed
 from equireg.similarity.streamed.bounded import BOUND
 from equireg.similarity.streamed.exponential import LOG2E
-from equireg.similarity.streamed.tiles import DEVICE_ROWS, ROWS, Tiles
+from equireg.similarity.streamed.tiles import ROWS, Tiles
 
-# Entries of the tiles that are kept for one block of rows: 64 MB of fp32 on a CPU.
-_KEPT, _DEVICE_KEPT = 2**24, 2**26
+# Entries of the tiles that are kept for one block of rows: 64 MB of fp32 on a CPU. Elsewhere its rows are half as many
+# as usual, so that 64 images of 196 tokens need 150 MB in all.
+_KEPT, _DEVICE_KEPT, _DEVICE_ROWS = 2**24, 2**26, 1024
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -38,7 +39,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def few(rows: int, columns: int, device: torch.device) -> bool:
     """Whether the tiles of a block of rows are few enough to be kept."""
     on_cpu = device.type == "cpu"
-    return min(rows, ROWS if on_cpu else DEVICE_ROWS) * columns <= (_KEPT if on_cpu else _DEVICE_KEPT)
+    return min(rows, ROWS if on_cpu else _DEVICE_ROWS) * columns <= (_KEPT if on_cpu else _DEVICE_KEPT)
 
 
 def formed_at_once(
@@ -99,8 +100,11 @@ def _contrast(
     columns = [(x, grad_x), (p, grad_p)] if own else [(keys, grad_keys), (keys_prime, grad_prime)]
     form = choice.of_contrast(x.new_empty(0, x.shape[1], dtype=dtype), few(len(x), 2 * len(key_group), x.device))
     if form != "at once":
-        y = torch.cat([x, p] if keys is None or keys_prime is None else [keys, keys_prime])
-        left, right = (x.to(dtype), y.to(dtype)) if form == "triton" else (x, y)  # only kernels use the dtype
+        dtype = dtype if form == "triton" else x.dtype  # only kernels round
+        left = x.to(dtype)
+        right = torch.cat(
+            [part.to(dtype) for part in ((x, p) if keys is None or keys_prime is None else (keys, keys_prime))]
+        )
         inputs = left, right, scale, "ne", row_group, key_group.repeat(2), None, None, None, None, form
         loss, grad_scale = _by_pair_lse(inputs, x, p, grad_x, grad_p, [grad for _, grad in columns], needs_x, needs_p)
         return loss, grad_x, grad_p, grad_keys, grad_prime, grad_scale
@@ -109,7 +113,9 @@ def _contrast(
     mirrored = own and bounded  # then the first set uses mirrored tiles
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        streams = [(Tiles(Problem(x, part, scale, pairs), scaled), grad) for part, grad in columns[mirrored:]]
+        streams = [
+            (Tiles(Problem(x, part, scale, pairs), scaled, _DEVICE_ROWS), grad) for part, grad in columns[mirrored:]
+        ]
         mirror = Tiles(Problem(x, None, scale, pairs), scaled) if mirrored else None
         total, share, loss, grad_scale = x.new_zeros(len(x)), x.new_zeros(len(x)), x.new_zeros(()), x.new_zeros(())
         if mirror is not None:
