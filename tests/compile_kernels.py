@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -17,6 +18,7 @@ from triton.compiler import ASTSource
 
 from equireg.similarity.triton import kernels
 from equireg.similarity.triton import tiles as triton_tiles
+from tests.benchmarks.gpu_tiles import CANDIDATES
 
 TENSORS = {
     "bf16": {"x", "y", "own", "other"},
@@ -28,6 +30,9 @@ ROLES = {  # by_own, by_other, features, weights
     "both": (True, True, True, False),
     "weights": (False, True, False, True),
 }
+
+
+PARTS = {"features": ("rows", "columns", "both")}
 
 
 def kernel_source(kernel, number, constants, absent):
@@ -64,11 +69,20 @@ def resources(compiled):
     return result
 
 
+TIMED = {"forward": (128, 256), "weights": (128,), "features": (256,)}  # widths at which candidates are timed
+
+
 def cases():
-    """Every entry of the table in bf16, in each role and with all options; some in fp16 and tf32 or with fewer."""
+    """Every entry of the table in bf16, in each role and with all options; some in fp16 and tf32 or with fewer.
+
+    And every tile that is timed beside them on a GPU, in bf16 with all options.
+    """
+    for name, widths in TIMED.items():
+        for width, role, tile in product(widths, PARTS.get(name, (name,)), CANDIDATES[name]):
+            yield "bf16", name, 2, width, role, "ne", 2, tile
     for (name, bytes_), entries in triton_tiles.TILES.items():
         for width in entries:
-            for role in ("rows", "columns", "both") if name == "features" else (name,):
+            for role in PARTS.get(name, (name,)):
                 if bytes_ == 2:
                     yield "bf16", name, bytes_, width, role, "ne", 2
                 elif role in ("forward", "both"):
@@ -78,8 +92,8 @@ def cases():
     yield "fp16", "features", 2, 256, "both", "eq", 1
 
 
-def compiled(arch, number, name, size, width, role, relation, environments):
-    tile = triton_tiles.tile_of(name, size, width)
+def compiled(arch, number, name, size, width, role, relation, environments, tile=None):
+    tile = tile or triton_tiles.tile_of(name, size, width)
     constants = {"D": width, "E": environments, "EP": triton_tiles.power_of_two(environments), "RELATION": relation,
                  "PRECISION": "tf32" if number == "fp32" else "ieee",
                  "ROWS": tile.rows, "COLS": tile.cols, "WIDTH": tile.width}  # fmt: skip

@@ -1,19 +1,20 @@
 """The benchmarks run, and their page says what their record says."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from equireg.similarity import choice
-from tests.benchmarks import gpu, gpu_choice, page, pictures, record
+from equireg.similarity import cards
+from tests.benchmarks import gpu, gpu_choice, gpu_targets, page, pictures, record
 from tests.benchmarks.measure import QUICK, SIZES_LIMIT, compare, medians
 
 DOCS = Path(__file__).parent.parent / "docs"
-MEASURED = {"seconds", "megabytes", "flops", "not_measured"}
+MEASURED = {"seconds", "megabytes", "flops", "verdict", "not_measured"}
 # On a CPU FlexAttention has no gradient, and the triton backend no kernel.
-MAY_BE_LEFT_OUT = {"FlexAttention", "pair_lse, triton"}
+MAY_BE_LEFT_OUT = {"FlexAttention", "pair_lse, triton", "patch_nt_xent, triton", "soft_info_nce, triton"}
 
 NEEDED = {"ser_flops": ("timm", "lightly"), "reconstruction": ("timm",)}
 
@@ -36,7 +37,10 @@ def test_benchmark_runs(name):
     for row in rows:
         assert MEASURED & set(row), row
         left_out = row.get("not_measured")
-        assert left_out in (None, "not installed") or row["version"].split(" with ")[0] in MAY_BE_LEFT_OUT, row
+        of_a_target = row["work"].startswith("Targets")  # of sizes that are not tiny
+        assert (
+            left_out in (None, "not installed") or of_a_target or row["version"].split(" with ")[0] in MAY_BE_LEFT_OUT
+        ), row
         assert page.line(row)
 
 
@@ -131,26 +135,72 @@ def test_a_part_that_fails_leaves_the_others(capsys):
     assert "an illegal access" in capsys.readouterr().err
 
 
+def timed(version, size, seconds, learns="features", width=256, precision="bf16", **others):
+    kind = {"learns": learns, "precision": precision, "width": width, "unit": "images"}
+    return {"work": "a work", "version": version, "size": size, "seconds": seconds, **kind, **others}
+
+
 def test_the_file_of_the_automatic_choice(tmp_path):
-    """For each kind the faster form at the largest size; another card's rows stay, its own are replaced."""
-
-    def row(version, size, seconds, learns="features", width=256):
-        kind = {"learns": learns, "precision": "bf16", "width": width}
-        return {"work": "", "version": f"pair_lse, {version}", "size": size, "seconds": seconds, **kind}
-
-    slower = [row("triton", 512, 1.0), row("chunked", 512, 1.02)]  # within the noise
-    small = [row("triton", 64, 0.1), row("chunked", 64, 1.0)]
-    faster = [row("triton", 9, 1.0, "weights", 128), row("chunked", 9, 2.0, "weights", 128)]
-    others = [{"work": "", "version": "pair_lse, triton", "seconds": 0.1}, row("triton", 512, 1.0, "weights", 64)]
+    """For each kind the form that is faster at every size; another card's rows stay, its own are replaced."""
+    chunked, kernels = "pair_lse, chunked", "pair_lse, triton"
+    slower = [timed(kernels, 512, 1.0), timed(chunked, 512, 1.02)]  # within the noise
+    small = [timed(kernels, 64, 0.1), timed(chunked, 64, 1.0)]
+    faster = [timed(kernels, 9, 1.0, "weights", 128), timed(chunked, 9, 2.0, "weights", 128)]
+    contrast = [
+        timed(f"patch_nt_xent, {form}", 64, 1.0 + (form != "triton"), "contrast") for form in ("triton", "chunked")
+    ]
+    others = [{"work": "", "version": kernels, "seconds": 0.1}, timed(kernels, 512, 1.0, "weights", 64)]
+    tiles = [
+        {"work": "", "version": f"{kernels} with", "role": "forward", "width": 256, "tile": tile, "seconds": seconds}
+        for tile, seconds in (([128, 64, 64, 8, 3], 2.0), ([128, 128, 64, 8, 4], 1.0), ([64, 64, 64, 8, 3], 3.0))
+    ]
+    rows = [*small, *slower, *faster, *contrast, *others, *tiles, {**tiles[0], "seconds": 5.0, "role": "weights"}]
     path = tmp_path / "choice.json"
     path.write_text("[]\n")
     for name, date in (("B", "a day"), ("A", "a day"), ("B", "later")):
-        gpu_choice.write([*small, *slower, *faster, *others], {"card": name, "capability": [9, 0], "date": date}, path)
-    found = choice.read(path)
+        gpu_choice.write(rows, {"card": name, "capability": [9, 0], "date": date}, path)
+    gpu_choice.write([], {"card": "A", "capability": [9, 0], "date": "a day"}, path)  # of a run that found nothing
+    found, timed_tiles = cards.read(path)
     assert [(entry.card, entry.date, entry.learns, entry.width, entry.backend) for entry in found] == [
-        ("A", "a day", "features", 256, "chunked"),
-        ("A", "a day", "weights", 128, "triton"),
-        ("B", "later", "features", 256, "chunked"),
-        ("B", "later", "weights", 128, "triton"),
+        (card, date, *row)
+        for card, date in (("A", "a day"), ("B", "later"))
+        for row in (("features", 256, "chunked"), ("weights", 128, "triton"), ("contrast", 256, "triton"))
+    ]
+    best = [("forward", 2, 256, (128, 128, 64, 8, 4)), ("weights", 2, 256, (128, 64, 64, 8, 3))]
+    assert [(tile.card, tile.date, *tile[3:]) for tile in timed_tiles] == [
+        (card, date, *tile) for card, date in (("A", "a day"), ("B", "later")) for tile in best
     ]
     assert gpu_choice.PATH.exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "milliseconds", "verdict"),
+    [
+        ("NVIDIA H200", 1.5, "1.5 ms, at most 1.5 ms: reached"),
+        ("NVIDIA H200", 1.6, "1.6 ms, at most 1.5 ms: missed"),
+        ("NVIDIA H100 80GB HBM3", 1.6, "1.6 ms, at most 2 ms: reached"),
+        ("NVIDIA GH200 480GB", 1.6, "1.6 ms, no limit is set for NVIDIA GH200 480GB"),
+    ],
+)
+def test_targets_stand_beside_what_was_measured(card, milliseconds, verdict):
+    """Of the faster form, at the size that they are set for; and a missed one is a row like any other."""
+    form = partial(timed, learns="contrast")
+    rows = [
+        form("patch_nt_xent, chunked", 64, 5e-3, megabytes=100.0),
+        form("patch_nt_xent, triton", 64, 1e-3 * milliseconds, megabytes=250.0),
+        form("the bare products", 64, 1e-3),
+        form("patch_nt_xent, triton", 512, 1e-6),
+        form("patch_nt_xent, triton", 64, 1e-6, precision="tf32"),
+        *({"work": f"{gpu_targets.STEP}512", "version": name, "seconds": s} for name, s in (("a", 1.0), ("b", 1.005))),
+    ]
+    found = list(gpu_targets.targets(rows, card))
+    assert [row["verdict"] for row in found] == [
+        verdict,
+        f"{milliseconds:g}×, at most 1.4×: missed",
+        "250 MB, at most 200 MB: missed",
+        "1.005×, at most 1.01×: reached",
+    ]
+    assert f"- time of the loss: {verdict}." in page.results([group(benchmark="gpu", rows=found)], DOCS)
+    assert page.line(found[0]).endswith(verdict)
+    nothing = list(gpu_targets.targets(rows[3:4], card))
+    assert {row["not_measured"] for row in nothing} == {"this run has no figure for it"}

@@ -19,7 +19,7 @@ from PIL import Image
 for name in ("timm", "lightly", "accelerate", "matplotlib", "sklearn", "imagecorruptions"):
     pytest.importorskip(name, reason="needs the report extra")
 
-from evidence import frozen
+from evidence import experiments, frozen
 from evidence import runs as evidence_runs
 from evidence.classification import groups_of, weights_of
 from evidence.corruptions import KINDS, corrupted
@@ -152,6 +152,17 @@ def test_landscape_has_the_means_of_a_grid(tmp_path):
     assert "| ratio 0.125 | 0.925 | 1.425 | 2.925 |" in text
     assert (tmp_path / "results-ser-sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert landscapes({}, tmp_path) == "Not run."
+
+
+def test_arms_for_one_gpu_are_of_a_hundred_epochs():
+    groups = experiments.groups_of("h100")
+    found = [settings_of("h100", group, "on" if "on" in GROUPS[group]["arms"] else "two", {}) for group in groups]
+    assert {s["method"] for s in found} == {"mocov3", "vicreg", "simclr"}
+    for s in found:
+        assert s["epochs"] >= 100
+        assert (s["samples"], s["image_size"], s["precision"]) == (10_000, 64, "bf16")
+        assert s["samples"] // s["batch_size"] * s["epochs"] <= 4000  # steps
+        assert s["data"]["folder"] in ("cifar10", "tiny-vipriors64")  # which the one file holds
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ __all__ = ["adjusted_similarity"]
 
 Adjust = bool | str
 _ADJUSTMENTS = (True, False, "median")
-# Entries in the largest buffer of a stream, 256 MB of fp32: the features are read once for each time it fills.
-_BLOCK_ENTRIES = 2**26
+# Entries in the largest buffer of a stream, 256 MB of fp32: the features are read once for each time it fills. Where
+# they come from the host, reading costs more: 4 GB.
+_BLOCK_ENTRIES, _STREAMED_ENTRIES = 2**26, 2**30
 
 
 def adjusted_similarity(features: Tensor, labels: Tensor, num_classes: int, *, adjust: Adjust = True) -> Tensor:
@@ -35,7 +36,8 @@ def adjusted_similarity(features: Tensor, labels: Tensor, num_classes: int, *, a
     EqInv (Wang et al., 2022), Section 4, Step 2.
 
     Args:
-        features: [N, D], floating point; normalised inside, gradients do not pass.
+        features: [N, D], floating point; normalised inside, gradients do not pass. On the CPU they are streamed in
+            blocks of 4,096 rows to the device of the labels.
         labels: [N], whole numbers in 0 .. ``num_classes`` - 1.
         num_classes: how many there are, C.
         adjust: True subtracts the mean of each class, as the paper; ``"median"`` its median, so that every class is
@@ -64,6 +66,8 @@ def check_samples(
     check: Arguments, features: Tensor, labels: Tensor, num_classes: int | None, adjust: Adjust
 ) -> tuple[Tensor, int]:
     check.features("features", features, "N D")
+    if features.device.type == "cpu" and isinstance(labels, Tensor) and labels.device.type != "meta":
+        check.device, check.device_of = labels.device, "labels"  # to which the features are streamed
     labels = check.integers("labels", labels, "N")
     check.option("adjust", adjust, _ADJUSTMENTS)
     if num_classes is None:
@@ -111,23 +115,23 @@ class Scores:
         self.features, self.labels, self.adjust = features, labels, adjust
         self.dtype = accumulation_dtype(features.dtype)
         self.sample_blocks = [slice(i, i + 4096) for i in range(0, len(features), 4096)]
-        self.means = features.new_zeros(num_classes, features.shape[1], dtype=self.dtype)
+        self.means = labels.new_zeros(num_classes, features.shape[1], dtype=self.dtype)
         # Written again for each block: fresh memory from the system would cost more than what is computed in it.
-        self.x, self.own_means = features.new_empty(2, min(4096, len(features)), features.shape[1], dtype=self.dtype)
+        self.x, self.own_means = self.means.new_empty(2, min(4096, len(features)), features.shape[1])
         self.inverse = self.x.new_empty(len(features), 1)
         for rows in self.sample_blocks:
-            self.inverse[rows] = inverse_length(features[rows])
-            x = self._normalized(rows)
+            x = self._normalized(rows, first=True)
             # A product with one-hot labels: sums in a fixed order on every device.
             of_class = self.means.new_zeros(num_classes, len(x)).scatter_(0, labels[None, rows], 1)
-            with torch.autocast(features.device.type, enabled=False):
+            with torch.autocast(x.device.type, enabled=False):
                 self.means += times_transposed(of_class, x.T)
         self.sizes = labels.bincount(minlength=num_classes)
         self.means /= self.sizes.clamp(min=1)[:, None]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Scores of a few classes at a time, so that the buffer stays small."""
-        size = max(1, _BLOCK_ENTRIES // max(1, len(self.features)))
+        streamed = self.features.device != self.labels.device
+        size = max(1, (_STREAMED_ENTRIES if streamed else _BLOCK_ENTRIES) // max(1, len(self.features)))
         for start in range(0, len(self.means), size):
             classes = slice(start, min(start + size, len(self.means)))
             yield classes, self.block(classes)
@@ -155,8 +159,10 @@ class Scores:
         parts = [(self._normalized(rows) * self.means[self.labels[rows]]).sum(1) for rows in self.sample_blocks]
         return torch.cat(parts)
 
-    def _normalized(self, rows: slice) -> Tensor:
-        features = self.features[rows]
+    def _normalized(self, rows: slice, first: bool = False) -> Tensor:
+        features = self.features[rows].to(self.labels.device, non_blocking=True)
+        if first:
+            self.inverse[rows] = inverse_length(features)
         return torch.mul(features, self.inverse[rows], out=self.x[: len(features)])
 
     def _subtract_medians(self, scores: Tensor) -> None:

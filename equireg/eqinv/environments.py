@@ -101,8 +101,9 @@ class Environments(nn.Module):
         50,000 × 1,000 × 2,048.
 
         Args:
-            features: [N, D], floating point, of a frozen encoder; normalised inside.
-            labels: [N], whole numbers in 0 .. C - 1.
+            features: [N, D], floating point, of a frozen encoder; normalised inside. Those of a large dataset may stay
+                on the CPU with labels on a GPU, to which they are streamed in blocks of 4,096 rows.
+            labels: [N], whole numbers in 0 .. C - 1; on their device the split is formed.
             num_classes: C; by default the largest label plus one.
             indices: dataset index of each row, [N], all different; by default 0 .. N - 1.
             num_samples: length of the dataset; by default N, or the largest index plus one.
@@ -211,7 +212,7 @@ class Environments(nn.Module):
         others = ((self.labels >= 0) & (self.labels != k)).nonzero().squeeze(1)
         if self._ranked_by is not None:
             features, indices, adjust = self._ranked_by
-            scores = Scores(features, self.labels.to(features.device)[indices], self.num_classes, adjust)
+            scores = Scores(features, self.labels.to(indices.device)[indices], self.num_classes, adjust)
             table = self.labels.new_full((self.num_samples,), -math.inf, dtype=scores.dtype)
             table[indices] = scores.block(slice(k, k + 1))[0].to(table.device)
             others = others[table[others].sort(descending=True, stable=True).indices]

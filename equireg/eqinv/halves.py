@@ -29,7 +29,8 @@ def similar_in_batch(features: Tensor, labels: Tensor) -> Tensor:
 
 def write_first_half(bits: Tensor, scores: Tensor, half: Tensor, where: Tensor, order: Tensor | None) -> None:
     """``first_half`` of scores [C, N] as one bit a sample into ``bits`` [C, n], for sample i at place ``where[i]``."""
-    few = max(1, 2**21 // scores.shape[1])  # classes at a time, so that they stay in the cache
+    # Classes at a time: on a CPU they stay in the cache, elsewhere they fill the device.
+    few = max(1, (2**21 if scores.device.type == "cpu" else 2**26) // scores.shape[1])
     for into, of_few, half_of_few in zip(bits.split(few), scores.split(few), half.split(few)):
         chosen = torch.zeros(len(into), 8 * into.shape[1], dtype=torch.bool, device=into.device)
         into.copy_(packed(chosen.index_copy_(1, where, first_half(of_few, half_of_few, order))))

@@ -54,7 +54,7 @@ def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0
         0.4327
     """
     _check_maps(z, z_prime, temperature)
-    return _contrast(normalized(z), normalized(z_prime), temperature, Processes("patch_nt_xent", False))
+    return _contrast(normalized(z), normalized(z_prime), temperature, Processes("patch_nt_xent", False), z.dtype)
 
 
 class SERParts(NamedTuple):
@@ -181,10 +181,10 @@ class SERLoss(nn.Module):
         with processes.alike() as facts:
             _check_views(tokens1, tokens2, g1, g2, self.dim, least=2 if processes.size == 1 else 1)
             relative = g2.__matmul__(g1.inverse())  # g2 @ g1⁻¹; torch.compile of PyTorch 2.6 cannot trace the operator
-            z = normalized(self.projection(relative.on_tokens(self.token_norm(tokens1))))
-            z_prime = normalized(self.projection(self.token_norm(tokens2)))
+            projected = self.projection(relative.on_tokens(self.token_norm(tokens1)))
+            z, z_prime = normalized(projected), normalized(self.projection(self.token_norm(tokens2)))
             facts.update({"projected tokens1": z, "projected tokens2": z_prime})
-        loss = _contrast(z, z_prime, self.temperature, processes)
+        loss = _contrast(z, z_prime, self.temperature, processes, projected.dtype)
         alignment = (z.detach() * z_prime.detach()).sum(-1).mean()
         loss, alignment = processes.total(torch.stack([loss, alignment])) / processes.size
         return SERParts(loss, alignment.detach(), (loss + alignment / self.temperature).detach())
@@ -194,8 +194,13 @@ class SERLoss(nn.Module):
         return f"dim={self.dim}, temperature={self.temperature}, {layers}gather_distributed={self.processes}"
 
 
-def _contrast(z: Tensor, z_prime: Tensor, temperature: float | Tensor, processes: Processes) -> Tensor:
-    """Mean over the anchors ``z`` [B, T, D] of this process, with the tokens of all processes as keys; unit lengths."""
+def _contrast(
+    z: Tensor, z_prime: Tensor, temperature: float | Tensor, processes: Processes, dtype: torch.dtype
+) -> Tensor:
+    """Mean over the anchors ``z`` [B, T, D] of this process, with the tokens of all processes as keys; unit lengths.
+
+    ``dtype`` is that of the projected tokens, in which kernels on a GPU may form products.
+    """
     if isinstance(temperature, Tensor):  # of half precision it would round its inverse
         temperature = temperature.to(z.dtype)
     keys = None  # the anchors and their positives themselves
@@ -203,7 +208,7 @@ def _contrast(z: Tensor, z_prime: Tensor, temperature: float | Tensor, processes
         keys = processes.gather(z).flatten(0, 2), processes.gather(z_prime).flatten(0, 2)
     image_of_key = torch.arange(processes.size * len(z), device=z.device).repeat_interleave(z.shape[1])
     image = image_of_key.unflatten(0, (processes.size, -1))[processes.rank]
-    return mean_contrast(z.flatten(0, 1), z_prime.flatten(0, 1), keys, temperature, image, image_of_key)
+    return mean_contrast(z.flatten(0, 1), z_prime.flatten(0, 1), keys, temperature, image, image_of_key, dtype)
 
 
 def _check_maps(z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:

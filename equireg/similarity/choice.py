@@ -1,22 +1,21 @@
 """Which form of ``pair_lse`` serves where none is asked for: by size, and on a GPU by what was measured on GPUs.
 
-``choice.json`` is written by ``python -m tests.benchmarks gpu``: for each card, with its date, the faster of the
-streamed forms by what learns, the precision and the width. A card that is not there follows the nearest one. Without
-a measurement nothing chooses the kernels.
+Of each kind of problem ``cards.py`` has the faster of the streamed forms, by what learns, the precision and the width.
+``mean_contrast`` is a kind of its own, as its form ``"at once"`` needs fewer products. Without a measurement nothing
+chooses the kernels.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg.similarity import cards
+from equireg.similarity.cards import Measured, of_nearest_card
 from equireg.similarity.dense import Problem
 from equireg.similarity.products import matmul_precision
 from equireg.similarity.triton.launch import refusal
@@ -29,29 +28,7 @@ _DENSE_ENTRIES = 2**15
 
 _log = logging.getLogger("equireg")
 _told: set[tuple[str, ...]] = set()
-
-
-class Measured(NamedTuple):
-    """The faster streamed form of one kind of problem on one card."""
-
-    card: str
-    capability: tuple[int, int]
-    date: str
-    learns: str  # "features", or "weights": the features get no gradient
-    precision: str  # "bf16" (fp16 too), "tf32" or "fp32"
-    width: int
-    backend: str
-
-
-def read(path: Path) -> tuple[Measured, ...]:
-    """What a file of the form of ``choice.json`` says: a list of cards, each with its rows."""
-    cards = json.loads(path.read_text())
-    return tuple(
-        Measured(card["card"], tuple(card["capability"]), card["date"], **row) for card in cards for row in card["rows"]
-    )
-
-
-TABLE = read(Path(__file__).with_name("choice.json"))
+TABLE = cards.FORMS
 
 
 def override() -> str | None:
@@ -80,24 +57,33 @@ def measured(backend: str, problem: Problem) -> str:
     """The form that the table names where :func:`chosen` left it to the table; called where nothing is traced."""
     if backend not in (FEATURES, WEIGHTS):
         return backend
-    x = problem.x
-    card = torch.cuda.get_device_name(x.device), torch.cuda.get_device_capability(x.device)
-    learns = "features" if backend == FEATURES else "weights"
-    row = nearest(of_nearest_card(TABLE, *card), learns, precision_of(x), x.shape[1])
-    if row is None or (row.backend == "triton" and refusal(x, problem.col_weight, problem.row_select) is not None):
-        return _told_once("chunked", x, LARGE)
-    return _told_once(row.backend, x, f"measured on {row.card}, {row.date}: {row.learns} learn, D = {row.width}")
+    row = _row("features" if backend == FEATURES else "weights", problem.x, problem.col_weight, problem.row_select)
+    return _told_once("chunked", problem.x, LARGE) if row is None else _told_once(row.backend, problem.x, _why(row))
 
 
-def of_nearest_card(table: tuple[Measured, ...], name: str, capability: tuple[int, int]) -> tuple[Measured, ...]:
-    """The rows of this card, or of the nearest in compute capability and then in the words of its name."""
+def of_contrast(x: Tensor, few: bool) -> str:
+    """The form of ``mean_contrast`` for rows like ``x``: ``"triton"`` where it was measured to be faster.
 
-    def distance(row: Measured) -> tuple[bool, int, int, int, str]:
-        major, minor = (abs(one - other) for one, other in zip(row.capability, capability))
-        return row.card != name, major, minor, -len({*row.card.split()} & {*name.split()}), row.card
+    Otherwise ``"at once"`` where the tiles of its rows are ``few`` enough to be kept, else ``"chunked"``.
+    """
+    row = _row("contrast", x, None, None) if x.device.type == "cuda" and TABLE else None
+    if row is not None and row.backend == "triton":
+        form, why = row.backend, _why(row)
+    else:
+        form, why = ("at once", "its tiles are few") if few else ("chunked", LARGE)
+    return _told_once(form, x, why, "mean_contrast")
 
-    card = min(table, key=distance).card
-    return tuple(row for row in table if row.card == card)
+
+def _row(learns: str, x: Tensor, col_weight: Tensor | None, row_select: Tensor | None) -> Measured | None:
+    """What was measured of such a problem on the nearest card; None if nothing was, or a form that cannot serve."""
+    row = nearest(of_nearest_card(TABLE, *cards.here(x.device)), learns, precision_of(x), x.shape[1])
+    if row is not None and row.backend == "triton" and refusal(x, col_weight, row_select) is not None:
+        return None
+    return row
+
+
+def _why(row: Measured) -> str:
+    return f"measured on {row.card}, {row.date}: {row.learns}, D = {row.width}"
 
 
 def nearest(rows: tuple[Measured, ...], learns: str, precision: str, width: int) -> Measured | None:
@@ -115,10 +101,10 @@ def precision_of(x: Tensor) -> str:
     return {"highest": "fp32", "high": "tf32", "medium": "bf16"}[matmul_precision(x.device.type)]
 
 
-def _told_once(backend: str, x: Tensor, why: str) -> str:
+def _told_once(form: str, x: Tensor, why: str, of: str = "pair_lse") -> str:
     if not torch.compiler.is_compiling():
-        kind = (backend, x.device.type, str(x.dtype), why)
+        kind = (of, form, x.device.type, str(x.dtype), why)
         if kind not in _told:
             _told.add(kind)
-            _log.info("pair_lse: %s on %s for %s (%s)", *kind)
-    return backend
+            _log.info("%s: %s on %s for %s (%s)", *kind)
+    return form

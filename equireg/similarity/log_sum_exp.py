@@ -12,7 +12,6 @@ from equireg._checks import Arguments, refuse_forward_mode
 from equireg.similarity import choice, dense, operator
 from equireg.similarity.dense import Pairs, Problem, accumulation_dtype
 from equireg.similarity.fused.mean_contrast import formed_at_once
-from equireg.similarity.fused.mean_contrast import serves as formed_at_once_serves
 
 __all__ = ["pair_lse"]
 
@@ -133,6 +132,7 @@ def mean_contrast(
     temperature: float | Tensor,
     row_group: Tensor,
     key_group: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Mean over the rows of :math:`\log(1 + \sum_j k_{ij} e^{l_{ij}} / e^{s_i})`, a 0-d tensor.
 
@@ -143,14 +143,17 @@ def mean_contrast(
         temperature: τ, a number or a 0-d tensor.
         row_group: whole numbers [M]; pairs of different groups are kept.
         key_group: whole numbers [N].
+        dtype: what kernels on a GPU may round the vectors to, such as that of the tokens; None does not round.
 
     All vectors are in fp32 or fp64 and of unit length. Differentiable once, in all of them and in a temperature.
+    Loss and gradients are formed in one operator, which follows the table of measurements where there is one (see
+    ``choice.py``); ``EQUIREG_BACKEND`` takes ``pair_lse`` in that form instead.
     """
     scale = 1 / temperature
-    columns = (x, p) if keys is None else keys
-    if choice.override() is None and formed_at_once_serves(len(x), 2 * len(columns[0]), x.device):
-        return formed_at_once(x, p, keys, scale, row_group, key_group)
-    lse, _ = pair_lse(x, torch.cat(columns), scale, relation="ne", row_group=row_group, col_group=key_group.repeat(2))
+    if choice.override() is None:
+        return formed_at_once(x, p, keys, scale, row_group, key_group, dtype or x.dtype)
+    columns = torch.cat((x, p) if keys is None else keys)
+    lse, _ = pair_lse(x, columns, scale, relation="ne", row_group=row_group, col_group=key_group.repeat(2))
     return F.softplus(lse[0] - (x * p).sum(1) * scale, threshold=50).mean()
 
 

@@ -1,8 +1,9 @@
 """``pair_lse`` where it is to be fast: its kernels on a GPU against dense forms, FlexAttention and the bare products.
 
 How much of the GPU a version uses is counted against the fastest product of two 8,192 × 8,192 matrices of the same
-dtype. Then the losses at the sizes of a GPU, and the memory in the shape of the SER loss, up to where the dense form
-fails.
+dtype. First other tiles for the kernels; then, in the same harness, the SER loss and NT-Xent, the memory in the shape
+of the SER loss up to where the dense form fails, and what else is timed at the sizes of a GPU. Last, the targets of
+the SER loss beside what was measured.
 """
 
 import time
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.benchmarks.gpu_losses import FAILURES, LOSSES
+from tests.benchmarks.gpu_losses import FAILURES, STEPS, nt_xent, ser_loss
 from tests.benchmarks.gpu_shapes import Shape, Version, partition, ser
+from tests.benchmarks.gpu_targets import targets
 from tests.benchmarks.gpu_tiles import other_tiles
 from tests.benchmarks.measure import Row, Settings, compare, difference, peak, reason, synchronize
 from tests.benchmarks.ser import precision
@@ -43,18 +45,23 @@ def step(version: Version, arguments: tuple[Tensor, Tensor]) -> list[Tensor]:
 def able(shape: Shape, dtype: torch.dtype, tolerance: float) -> tuple[dict[str, Version], dict[str, str]]:
     """The versions that give what the dense form gives, with gradients, and of the others why they are left out."""
     small = shape.inputs(shape.small, dtype)
+    exact = tuple(part.detach().float().requires_grad_(part.requires_grad) for part in small)
 
-    def values(version: Version) -> Iterator[Tensor]:
+    def values(version: Version, arguments: tuple[Tensor, ...] = small) -> Iterator[Tensor]:
         with torch.no_grad():  # first, so that what cannot be differentiated here is compared nevertheless
-            yield version(*small)
-        yield from step(version, small)
+            yield version(*arguments)
+        yield from step(version, arguments)
 
-    expected = [part.clone() for part in values(shape.versions["dense eager"])]
+    with precision("highest"):
+        expected = [part.clone() for part in values(shape.versions["dense eager"], exact)]
     running, failed = {}, {}
     for name, version in shape.versions.items():
+        if version is None:
+            failed[name] = "not installed"
+            continue
         try:
-            for got, exact in zip(values(version), expected):
-                if not difference([got], [exact]) <= tolerance:  # NaN neither
+            for got, wanted in zip(values(version), expected):
+                if "diagonal" not in name and not difference([got], [wanted]) <= tolerance:  # NaN neither
                     failed[name] = "its values are not those of the dense form"
         except FAILURES as error:
             failed.setdefault(name, reason(error))
@@ -93,19 +100,33 @@ def peak_of(version: Version, shape: Shape, size: int, dtype: torch.dtype, setti
 
 
 def benchmark(settings: Settings, budget: float = BUDGET) -> Iterator[Row]:
-    yield from within(budget, parts(settings))
+    rows = []
+    for row in within(budget, parts(settings)):
+        rows.append(row)
+        yield row
+    yield from targets(rows, torch.cuda.get_device_name() if settings.device == "cuda" else "a CPU")
 
 
 def parts(settings: Settings) -> Iterator[tuple[str, Iterator[Row]]]:
-    """In order of worth, for what is left when the time is spent is not measured."""
-    losses = [(title, loss(settings)) for title, loss in LOSSES.items()]
-    yield "pair_lse in bf16", in_precision("bf16", settings)
-    yield "pair_lse in tf32", in_precision("tf32", settings)
-    yield losses[0]
-    yield "Memory", memory_curve(ser(settings), settings)
-    yield from losses[1:]
+    """In order of worth, for what is left when the time is spent is not measured; but tiles serve all that follows."""
+    both = ser(settings), partition(settings)
     yield "Tiles", other_tiles(settings)
-    yield "pair_lse in fp32", in_precision("fp32", settings)
+    yield "pair_lse in bf16", in_precision("bf16", both, settings)
+    yield "SER loss in bf16", in_precision("bf16", [ser_loss(settings)], settings)
+    yield "Training step with SER", STEPS["Training step with SER"](settings)
+    yield "NT-Xent in tf32", in_precision("tf32", [nt_xent(settings)], settings)
+    yield "Memory", memory_curve(ser(settings), settings)
+    for title in list(STEPS)[1:]:
+        yield title, STEPS[title](settings)
+    for kind in ("tf32", "fp32"):
+        rest = [*both, ser_loss(settings), *([nt_xent(settings)] if kind == "fp32" else [])]
+        yield f"The others in {kind}", in_precision(kind, [smaller(shape) for shape in rest], settings)
+
+
+def smaller(shape: Shape) -> Shape:
+    """At one size, without what has to be compiled for each and takes longest to prepare."""
+    kept = {name: version for name, version in shape.versions.items() if name not in COMPILED}
+    return replace(shape, versions=kept, sizes=shape.sizes[:1])
 
 
 def within(
@@ -128,15 +149,11 @@ def within(
             yield {"work": f"{title}, what is left", "version": "all", "not_measured": left}
 
 
-def in_precision(kind: str, settings: Settings) -> Iterator[Row]:
-    """Both shapes. What has to be compiled for each size takes longest to prepare: it is compared in bf16 alone."""
+def in_precision(kind: str, shapes: Iterable[Shape], settings: Settings) -> Iterator[Row]:
     dtype, products, tolerance = PRECISIONS[kind]
     with precision(products):
         top = ceiling(dtype, settings)
-        for shape in (ser(settings), partition(settings)):
-            if kind != "bf16":
-                kept = {name: version for name, version in shape.versions.items() if name not in COMPILED}
-                shape = replace(shape, versions=kept, sizes=shape.sizes[:1])
+        for shape in shapes:
             running, failed = able(shape, dtype, tolerance)
             work = f"{shape.title}, {kind}, ceiling {top / 1e12:,.0f} TFLOP/s"
             for size in shape.sizes:
@@ -166,7 +183,8 @@ def timed(
 
     runs: dict[str, Any] = {name: lambda v=version: step(v, arguments) for name, version in running.items()}
     runs["the bare products"] = lambda: shape.floor(*(part.detach() for part in arguments))
-    for row in compare(work, runs, settings, repeats=5, memory=memory, may_fail=FAILURES, **labels):
+    repeats = 5 if size == shape.sizes[0] else 2  # the largest takes seconds
+    for row in compare(work, runs, settings, repeats=repeats, memory=memory, may_fail=FAILURES, **labels):
         if "seconds" in row:
             rate = shape.flops(size) / row["seconds"]
             row |= {"rate": rate, "of_ceiling": rate / top}
@@ -176,8 +194,7 @@ def timed(
 def memory_curve(shape: Shape, settings: Settings) -> Iterator[Row]:
     """Peak memory with growing numbers of images; a version that has failed is not asked for more."""
     dtype, _, tolerance = PRECISIONS["bf16"]
-    kept = {name: version for name, version in shape.versions.items() if name not in COMPILED}
-    running, _ = able(replace(shape, versions=kept), dtype, tolerance)
+    running, _ = able(smaller(shape), dtype, tolerance)
     for images in (2, 4, 6, 8, 16) if settings.quick else (8, 16, 32, 64, 128, 256, 512, 1024):
         for name in list(running):
             row = {"work": f"Memory, {shape.title}, bf16", "version": name, "size": images, "unit": shape.unit}

@@ -23,7 +23,7 @@ class Shape:
     title: str
     unit: str
     sizes: tuple[int, ...]
-    versions: dict[str, Version]
+    versions: dict[str, Version | None]  # None: not installed
     inputs: Callable[[int, torch.dtype], tuple[Tensor, Tensor]]  # of a size
     learns: str  # as the table of the automatic choice calls it
     width: int
@@ -33,7 +33,7 @@ class Shape:
     @property
     def small(self) -> int:
         """The size at which versions are checked to agree."""
-        return 64 if self.unit == "rows" else 2
+        return 64 if self.unit == "rows" else 4  # tokens divide by 16, as at full size: one kernel serves both
 
 
 def versions(dense: Version, streamed: Callable[[str], Version], by_flex: Version, settings: Settings):

@@ -41,9 +41,11 @@ def _section(group: Group, folder: Path) -> str:
         parts.append(f"![{TITLES[group['benchmark']]}: cost against size, both axes logarithmic]({picture.name})\n")
     for work in dict.fromkeys(row["work"] for row in group["rows"]):
         rows = [row for row in group["rows"] if row["work"] == work]
-        measured = [row for row in rows if "not_measured" not in row]
+        measured = [row for row in rows if any(key in row for key in QUANTITIES)]
+        judged = [row for row in rows if "verdict" in row]
         tables = _by_size(rows) if any("size" in row for row in rows) else [_by_quantity(rows)] if measured else []
         parts += [f"**{_below(TITLES[group['benchmark']], work)}**\n", *tables]
+        parts += ["\n".join(f"- {row['version']}: {row['verdict']}." for row in judged) + "\n"] if judged else []
         parts += _left_out(rows)
     return "\n".join(parts)
 
@@ -153,6 +155,8 @@ def line(row: dict[str, Any]) -> str:
     found = [_quantity(key, row[key]) for key in QUANTITIES if key in row]
     if "not_measured" in row:
         found = [f"not measured: {row['not_measured']}"]
+    if "verdict" in row:
+        found = [row["verdict"]]
     return f"  {row['version']:<44}{size:>16}  " + ", ".join(found)
 
 

@@ -4,10 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from equireg import Environments, adjusted_similarity
+from equireg.eqinv.adjusted_similarity import Scores
 from equireg.eqinv.halves import first_half, similar_in_batch
 from tests import references
+from tests.gpu.devices import needs_a_gpu
+from tests.gpu.inside import Inside
 
 ADJUSTMENTS = [True, "median", False]
 
@@ -160,6 +164,51 @@ def test_split_inside_a_batch_is_the_split_of_the_batch(seed, samples, classes):
     features, labels = torch.randn(samples, 4, dtype=torch.float64), torch.randint(classes, (samples,))
     expected = Environments.split(features, labels, classes).similar(labels, torch.arange(samples))
     assert torch.equal(similar_in_batch(features, labels), expected)
+
+
+class Crossings(Inside):
+    """The shapes of what is copied from one device to another; nothing else may touch two."""
+
+    def __init__(self):
+        super().__init__()
+        self.copied = []
+
+    def seen(self, function, given, made):
+        if len({part.device.type for part in (*given, *made) if part.dim()}) > 1:
+            assert "_to_copy" in str(function), function
+            self.copied.append(tuple(made[0].shape))
+
+
+@pytest.mark.parametrize("adjust", ADJUSTMENTS[::2])
+def test_features_on_the_host_are_streamed_to_the_labels(adjust, monkeypatch):
+    """To a GPU that is not there, whose tensors have no values: blocks of 4,096 rows cross, and nothing else."""
+    monkeypatch.setattr(torch.Tensor, "bincount", lambda labels, minlength: labels.new_ones(minlength))
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda mask: mask.new_zeros(3, 1, dtype=torch.int64))
+    monkeypatch.setattr("equireg.eqinv.adjusted_similarity._STREAMED_ENTRIES", 3 * 9000)
+    with FakeTensorMode():
+        features, labels = torch.empty(9000, 8), torch.empty(9000, dtype=torch.int64, device="cuda")
+        with Crossings() as crossings:
+            blocks = list(Scores(features, labels, 5, adjust).blocks())
+    assert [(classes, scores.device.type) for classes, scores in blocks] == [
+        (slice(0, 3), "cuda"),
+        (slice(3, 5), "cuda"),
+    ]
+    assert crossings.copied == [(4096, 8), (4096, 8), (808, 8)] * 3  # for the means, and for each block of classes
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_streamed_or_not_the_split_is_the_same():
+    features, labels = torch.randn(100_000, 512), torch.arange(100_000, device="cuda") % 50
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    streamed = Environments.split(features, labels)
+    assert torch.cuda.max_memory_allocated() - before < features.nbytes
+    there = Environments.split(features.cuda(), labels)
+    for name, buffer in there.named_buffers():
+        assert torch.equal(buffer, dict(streamed.named_buffers())[name])
+    for mine, theirs in zip(streamed.members(7), there.members(7)):
+        assert torch.equal(mine, theirs)
 
 
 def split(**changes):

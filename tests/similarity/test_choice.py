@@ -8,9 +8,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from equireg import pair_lse, patch_nt_xent
-from equireg.similarity import choice
-from equireg.similarity.choice import Measured, nearest, of_nearest_card
+from equireg.similarity import cards, choice
+from equireg.similarity.cards import Measured, Tuned, of_nearest_card
+from equireg.similarity.choice import nearest
 from equireg.similarity.dense import Pairs, Problem
+from equireg.similarity.triton import tiles
+from equireg.similarity.triton.tiles import Tile, tile_of
 
 A100, H100, H200 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 CARDS = {A100: (8, 0), H100: (9, 0), H200: (9, 0)}
@@ -24,6 +27,10 @@ ROWS = [
 
 def table(*names):
     return tuple(Measured(name, CARDS[name], "a day", **row) for name in names for row in ROWS)
+
+
+def tuned(name, stages=4):
+    return Tuned(name, CARDS[name], "a day", "forward", 2, 256, (128, 64, 64, 8, stages))
 
 
 @pytest.fixture(autouse=True)
@@ -102,12 +109,71 @@ def test_without_a_measurement_the_kernels_are_never_chosen(monkeypatch):
 def test_the_file_that_comes_with_the_package(tmp_path):
     """It is read when the package is imported; what it would say is checked by a file of the same form."""
     for row in choice.TABLE:
-        assert row.learns in ("features", "weights")
+        assert row.learns in ("features", "weights", "contrast")
         assert row.precision in ("bf16", "tf32", "fp32")
         assert row.backend in ("chunked", "triton")
+    for row in tiles.TUNED:
+        assert (row.role, row.size) in tiles.TILES
+        assert Tile(*row.tile)
     path = tmp_path / "choice.json"
-    path.write_text(json.dumps([{"card": H200, "capability": [9, 0], "date": "a day", "torch": "2.11", "rows": ROWS}]))
-    assert choice.read(path) == table(H200)
+    tile = {"role": "forward", "size": 2, "width": 256, "tile": [128, 64, 64, 8, 4]}
+    card = {"card": H200, "capability": [9, 0], "date": "a day", "torch": "2.11", "rows": ROWS, "tiles": [tile]}
+    path.write_text(json.dumps([card]))
+    assert cards.read(path) == (table(H200), (tuned(H200),))
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "stages"),
+    [(H200, (9, 0), 5), (H100, (9, 0), 4), ("NVIDIA H100 PCIe", (9, 0), 4), (A100, (8, 0), 3), ("L40S", (8, 9), 3)],
+)
+def test_tiles_are_those_timed_on_a_card_of_the_same_capability(name, capability, stages, monkeypatch):
+    """On any other they might not fit on the chip: there, as for what was not timed, the static table's serves."""
+    monkeypatch.setattr(tiles, "TUNED", (tuned(H200, 5), tuned(H100, 4)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert tile_of("forward", 2, 200, gpu) == Tile(128, 64, 64, 8, stages)
+    assert tile_of("forward", 2, 200, torch.device("cpu")) == tile_of("forward", 2, 200) == Tile(128, 64, 64, 8, 3)
+    for role, width in (("forward", 128), ("features", 256), ("weights", 256)):
+        assert tile_of(role, 2, width, gpu) == tile_of(role, 2, width)
+
+
+def test_the_kernels_take_the_tile_of_the_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tiles, "_tuned", lambda device: asked.append(device) or ())
+    x = torch.randn(20, 16)
+    assert tiles.cut("forward", x, x)[0] == tile_of("forward", 4, 16)
+    assert asked == [x.device, None]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "few", "expected"),
+    [
+        (torch.bfloat16, "highest", True, "triton"),  # bf16 is of the tokens
+        (torch.float16, "highest", False, "triton"),
+        (torch.float32, "medium", True, "triton"),
+        (torch.float32, "high", True, "at once"),  # measured, and slower
+        (torch.float32, "high", False, "chunked"),
+        (torch.float32, "highest", True, "at once"),  # not measured
+        (torch.float64, "highest", False, "chunked"),
+    ],
+)
+def test_the_table_chooses_the_form_of_the_contrast(dtype, precision, few, expected, monkeypatch):
+    """By rows of its own: what is fastest for the features of ``pair_lse`` says nothing about it."""
+    rows = [("contrast", "bf16", "triton"), ("contrast", "tf32", "chunked"), ("features", "fp32", "triton")]
+    monkeypatch.setattr(choice, "TABLE", tuple(Measured(H200, (9, 0), "a day", a, b, 256, c) for a, b, c in rows))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setattr(choice, "refusal", lambda *_: None)
+    with FakeTensorMode():
+        x = torch.empty(0, 256, device="cuda", dtype=dtype)
+    assert choice.of_contrast(x, few) == expected
+    monkeypatch.setattr(choice, "refusal", lambda *_: "no Triton")
+    assert choice.of_contrast(x, few) == ("at once" if few else "chunked")
+    monkeypatch.setattr(choice, "TABLE", ())
+    assert choice.of_contrast(x, few) == ("at once" if few else "chunked")
+    assert choice.of_contrast(torch.empty(0, 256, dtype=torch.bfloat16), few) == ("at once" if few else "chunked")
 
 
 @pytest.mark.parametrize("asked", ["dense", "chunked", "triton"])
@@ -167,11 +233,12 @@ def test_each_kind_is_told_once(monkeypatch, caplog):
         for x in (small, large, large.double()):
             pair_lse(x, x, 1.0)
         on(H200, (9, 0), monkeypatch, dtype=torch.bfloat16, learns=False)
+        patch_nt_xent(small.view(3, 1, 4), small.view(3, 1, 4))
     told = [record.getMessage() for record in caplog.records if record.name == "equireg"]
     assert told == [
         "pair_lse: dense on cpu for torch.float32 (the matrix is small)",
         "pair_lse: chunked on cpu for torch.float32 (the matrix is large)",
         "pair_lse: chunked on cpu for torch.float64 (the matrix is large)",
-        "pair_lse: triton on cuda for torch.bfloat16 (measured on NVIDIA H100 80GB HBM3, a day: weights learn, "
-        "D = 128)",
+        "pair_lse: triton on cuda for torch.bfloat16 (measured on NVIDIA H100 80GB HBM3, a day: weights, D = 128)",
+        "mean_contrast: at once on cpu for torch.float32 (its tiles are few)",
     ]

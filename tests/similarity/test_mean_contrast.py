@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equireg import patch_nt_xent
-from equireg.similarity import mean_contrast
+from equireg import GridTransform, SERLoss, patch_nt_xent
+from equireg.similarity import choice, mean_contrast
 from equireg.similarity.fused import mean_contrast as contrast
-from equireg.similarity.fused.mean_contrast import serves
+from equireg.similarity.fused.mean_contrast import few
 from equireg.similarity.streamed import tiles
+from tests.gpu.devices import needs_a_gpu
+from tests.similarity.pairs import DEVICE, GPU
 
 
 def unit(*shape, seed=0):
@@ -86,14 +88,65 @@ def test_second_derivative_is_refused():  # K11
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_by_pair_lse(apart, wanted, monkeypatch):
+    """The form for too many tiles, and for kernels: loss and gradients, also to the temperature, are the same."""
+    monkeypatch.setattr(choice, "of_contrast", lambda *_: "chunked")
+    groups, rows = torch.arange(60) // 4, slice(20, 50) if apart else slice(0, 60)
+    keys = [unit(60, 6, seed=seed).requires_grad_(want) for seed, want in zip((1, 2), wanted)]
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=wanted[0])
+    leaves, results = [leaf for leaf in (*keys, tau) if leaf.requires_grad], []
+    for function in (reference, mean_contrast):
+        x, p = (part[rows] for part in keys)
+        loss = function(x, p, tuple(keys) if apart else None, tau, groups[rows], groups)
+        results.append([loss.detach(), *(torch.autograd.grad(3 * loss, leaves) if leaves else ())])
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.usefixtures("triton_tiles")
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [
+        (None, 5e-3 if GPU else 1e-5),
+        (torch.float16, 2e-3),
+        pytest.param(torch.bfloat16, 1e-2, marks=[pytest.mark.gpu, needs_a_gpu]),
+    ],
+)
+def test_by_kernels(dtype, limit, monkeypatch):
+    """Rounded to the dtype of the tokens; in Triton's interpreter where there is no GPU."""
+    monkeypatch.setattr(choice, "of_contrast", lambda *_: "triton")
+    groups = torch.arange(40, device=DEVICE) // 4
+    x, p = (unit(40, 20, seed=seed).float().to(DEVICE).requires_grad_() for seed in (1, 2))
+    loss = mean_contrast(x, p, None, 0.3, groups, groups, dtype)
+    expected = reference(x.double(), p.double(), None, 0.3, groups, groups)
+    torch.testing.assert_close(loss.double(), expected, rtol=limit, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(loss, (x, p)), torch.autograd.grad(expected, (x, p))):
+        assert (mine - theirs).norm() <= limit * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("module", [False, True])
+def test_kernels_may_round_to_the_dtype_of_the_tokens(dtype, module, monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "of_contrast", lambda rows, few: asked.append((rows.dtype, rows.shape[1])) or "at once")
+    z, still = torch.randn(3, 4, 8, dtype=dtype), GridTransform.identity(3, (2, 2))
+    if module:
+        SERLoss(8, projection_dim=16).to(dtype)(z, z, still, still)
+    else:
+        patch_nt_xent(z, z)
+    assert asked == [(dtype, 16 if module else 8)]
+
+
 def test_both_ways_of_the_loss_agree(monkeypatch):
     """Where the tiles of a block of rows would be too many, they are formed twice."""
     z, z_prime = (torch.randn(5, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert serves(200, 400, z.device)
+    assert few(200, 400, z.device)
     results = []
     for most in (2**24, 1000):
         monkeypatch.setattr(contrast, "_KEPT", most)
-        assert serves(200, 400, z.device) == (most > 1000)
+        assert few(200, 400, z.device) == (most > 1000)
         loss = patch_nt_xent(z, z_prime)
         results.append([loss.detach(), *torch.autograd.grad(loss, (z, z_prime))])
     for kept, formed_twice in zip(*results):

@@ -78,7 +78,10 @@ def test_without_triton(monkeypatch):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_compiles_within_the_limits_of_a_gpu(architecture):
-    """For every entry of the table; in a process of its own, for in this one Triton interprets."""
+    """For every entry of the table, and every tile that may replace one.
+
+    In a process of its own, for in this one Triton interprets.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.compile_kernels", str(architecture)]
     run = subprocess.run(  # noqa: S603
@@ -93,4 +96,4 @@ def test_compiles_within_the_limits_of_a_gpu(architecture):
         pytest.skip("this Triton has no cuobjdump: shared memory is within the limits, spills are not known")
     if not version("triton").startswith("3.2."):  # whose compiler spills some registers
         for kernel in found:
-            assert kernel["stack"] == 0, kernel
+            assert kernel["stack"] == 0 or len(kernel["case"]) == 8, kernel  # a tile that spills loses by its time

@@ -6,6 +6,9 @@ The columns ``y`` are all keys, ``k`` keeps the pairs of different groups, and a
 row's sum is known, so is each of its pairs' share of the gradient. The tiles of a block of rows are kept until then
 instead of being formed again: three products for each pair, not four. Between ``x`` and itself, half of the tiles
 suffice and are formed twice: two products.
+
+Where the tiles of a block of rows are too many to be kept, or kernels were measured to be faster, the sums and the
+gradient are those of ``pair_lse``, with four products.
 """
 
 from __future__ import annotations
@@ -19,22 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equireg._checks import refuse_forward_mode, values_visible
+from equireg.similarity import choice, operator
 from equireg.similarity.dense import Pairs, Problem
 from equireg.similarity.products import times_transposed
 from equireg.similarity.streamed.bounded import BOUND
 from equireg.similarity.streamed.exponential import LOG2E
-from equireg.similarity.streamed.tiles import DEVICE_ROWS, ROWS, Tiles
+from equireg.similarity.streamed.tiles import ROWS, Tiles
 
-# Entries of the tiles that are kept for one block of rows: 64 MB of fp32 on a CPU.
-_KEPT, _DEVICE_KEPT = 2**24, 2**26
+# Entries of the tiles that are kept for one block of rows: 64 MB of fp32 on a CPU. Elsewhere its rows are half as many
+# as usual, so that 64 images of 196 tokens need 150 MB in all.
+_KEPT, _DEVICE_KEPT, _DEVICE_ROWS = 2**24, 2**26, 1024
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def serves(rows: int, columns: int, device: torch.device) -> bool:
+def few(rows: int, columns: int, device: torch.device) -> bool:
     """Whether the tiles of a block of rows are few enough to be kept."""
     on_cpu = device.type == "cpu"
-    return min(rows, ROWS if on_cpu else DEVICE_ROWS) * columns <= (_KEPT if on_cpu else _DEVICE_KEPT)
+    return min(rows, ROWS if on_cpu else _DEVICE_ROWS) * columns <= (_KEPT if on_cpu else _DEVICE_KEPT)
 
 
 def formed_at_once(
@@ -44,6 +49,7 @@ def formed_at_once(
     scale: float | Tensor,
     row_group: Tensor,
     key_group: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The loss of ``mean_contrast``, which documents the arguments."""
     if isinstance(scale, Tensor):
@@ -56,7 +62,7 @@ def formed_at_once(
         torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
         for parts in ((x, first, scale), (p, second))
     ]
-    loss: Tensor = _contrast(x, p, first, second, scale, row_group, key_group, bounded, *wanted)[0]
+    loss: Tensor = _contrast(x, p, first, second, scale, row_group, key_group, dtype, bounded, *wanted)[0]
     return loss
 
 
@@ -72,7 +78,7 @@ def _shapes(
     "equireg::mean_contrast",
     mutates_args=(),
     schema="(Tensor x, Tensor p, Tensor? keys, Tensor? keys_prime, Tensor scale, Tensor row_group, Tensor key_group, "
-    "bool bounded, bool needs_x, bool needs_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType dtype, bool bounded, bool needs_x, bool needs_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _contrast(
     x: Tensor,
@@ -82,6 +88,7 @@ def _contrast(
     scale: Tensor,
     row_group: Tensor,
     key_group: Tensor,
+    dtype: torch.dtype,
     bounded: bool,
     needs_x: bool,
     needs_p: bool,
@@ -89,14 +96,26 @@ def _contrast(
     """The loss, and its gradients to x, p, keys, keys_prime and scale."""
     shapes = _shapes(x, p, keys, keys_prime, needs_x, needs_p)
     grad_x, grad_p, grad_keys, grad_prime = (x.new_zeros(shape) for shape in shapes)
-    # In base 2, for which the exponential is cheap.
-    scaled, pairs = x * (scale * LOG2E), Pairs("ne", row_group, key_group, None, None)
     own = keys is None or keys_prime is None
     columns = [(x, grad_x), (p, grad_p)] if own else [(keys, grad_keys), (keys_prime, grad_prime)]
+    form = choice.of_contrast(x.new_empty(0, x.shape[1], dtype=dtype), few(len(x), 2 * len(key_group), x.device))
+    if form != "at once":
+        dtype = dtype if form == "triton" else x.dtype  # only kernels round
+        left = x.to(dtype)
+        right = torch.cat(
+            [part.to(dtype) for part in ((x, p) if keys is None or keys_prime is None else (keys, keys_prime))]
+        )
+        inputs = left, right, scale, "ne", row_group, key_group.repeat(2), None, None, None, None, form
+        loss, grad_scale = _by_pair_lse(inputs, x, p, grad_x, grad_p, [grad for _, grad in columns], needs_x, needs_p)
+        return loss, grad_x, grad_p, grad_keys, grad_prime, grad_scale
+    # In base 2, for which the exponential is cheap.
+    scaled, pairs = x * (scale * LOG2E), Pairs("ne", row_group, key_group, None, None)
     mirrored = own and bounded  # then the first set uses mirrored tiles
     # Autocast stays active inside an operator and would turn the products to half precision.
     with torch.autocast(x.device.type, enabled=False):
-        streams = [(Tiles(Problem(x, part, scale, pairs), scaled), grad) for part, grad in columns[mirrored:]]
+        streams = [
+            (Tiles(Problem(x, part, scale, pairs), scaled, _DEVICE_ROWS), grad) for part, grad in columns[mirrored:]
+        ]
         mirror = Tiles(Problem(x, None, scale, pairs), scaled) if mirrored else None
         total, share, loss, grad_scale = x.new_zeros(len(x)), x.new_zeros(len(x)), x.new_zeros(()), x.new_zeros(())
         if mirror is not None:
@@ -131,6 +150,38 @@ def _contrast(
         if mirror is not None and needs_x:
             grad_scale += _add_mirrored_gradient(mirror, share, grad_x, scale)
         return loss, grad_x, grad_p, grad_keys, grad_prime, grad_scale
+
+
+def _by_pair_lse(
+    inputs: tuple[Any, ...],
+    x: Tensor,
+    p: Tensor,
+    grad_x: Tensor,
+    grad_p: Tensor,
+    of_columns: list[Tensor],
+    needs_x: bool,
+    needs_p: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient to the scale, from the inputs of ``pair_lse``; adds to the other gradients."""
+    scale = inputs[2]
+    lse, mean = operator.pair_lse(*inputs)
+    positive = (x * p).sum(1)
+    gap = lse[0] - positive * scale
+    loss, grad_scale = F.softplus(gap, threshold=50).mean(), x.new_zeros(())
+    if needs_x or needs_p:
+        pull = gap.sigmoid() / len(x)
+        by_row, by_col, grad_scale, _ = operator.pair_lse_backward(
+            *inputs, lse, mean, pull[None], None, needs_x, True, False
+        )
+        grad_scale -= (pull * positive).sum()
+        for grad, part in zip(of_columns, by_col.chunk(2)):
+            if grad.numel():
+                grad += part
+        if needs_x:
+            grad_x += by_row - p * (pull * scale)[:, None]
+        if needs_p:
+            grad_p -= x * (pull * scale)[:, None]
+    return loss, grad_scale
 
 
 def _subtract_peak(tiles: list[list[Tensor]], empty: float) -> Tensor:
@@ -201,7 +252,7 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, 
     loss, *gradients = ctx.saved_tensors
     scaled = iter(_scaled(upstream, loss, [g for g in gradients if g.numel()]))
     gradients = [next(scaled) if g.numel() else None for g in gradients]
-    return (*(g if need else None for g, need in zip(gradients, ctx.needs_input_grad)), *[None] * 5)
+    return (*(g if need else None for g, need in zip(gradients, ctx.needs_input_grad)), *[None] * 6)
 
 
 _contrast.register_autograd(_differentiate, setup_context=_save)

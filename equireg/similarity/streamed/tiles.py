@@ -28,10 +28,10 @@ class Gradients(NamedTuple):
 class Tiles:
     """Blocks of the logits ``scale · x yᵀ``; dropped pairs have a very low finite value.
 
-    ``scaled`` is ``scale · x``, if the caller has it already.
+    ``scaled`` is ``scale · x``, if the caller has it already; ``device_rows`` the rows of a tile that is not on a CPU.
     """
 
-    def __init__(self, problem: Problem, scaled: Tensor | None = None):
+    def __init__(self, problem: Problem, scaled: Tensor | None = None, device_rows: int = DEVICE_ROWS):
         x, y, scale, pairs, col_weight, row_select = problem
         dtype = accumulation_dtype(x.dtype)
         self.symmetric = y is None
@@ -46,7 +46,7 @@ class Tiles:
         self.low = torch.finfo(dtype).min / 2
         self.empty = self.low / 2
         on_cpu = x.device.type == "cpu"  # elsewhere reading the ranges would wait for the device
-        height, width = (ROWS, COLS) if on_cpu else (DEVICE_ROWS, DEVICE_COLS)
+        height, width = (ROWS, COLS) if on_cpu else (device_rows, DEVICE_COLS)
         if self.symmetric:  # mirrored tiles need equal blocks; small ones leave less on the diagonal
             width = height
         self.row_blocks = [slice(i, min(i + height, len(x))) for i in range(0, len(x), height)]
