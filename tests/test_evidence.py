@@ -301,8 +301,8 @@ def test_environments_by_plain_similarity(images, tmp_path, monkeypatch):
 
 def test_who_learns_from_the_penalty_is_data(images, tmp_path, monkeypatch):
     monkeypatch.setattr("evidence.classification.fit", lambda *_: None)
-    for group, detach in (("eqinv-mask", "penalty"), ("eqinv-backbone", False)):
-        s = settings_of("test", group, "weight 100", {})
+    for arm, detach in (("mask, 100", "penalty"), ("backbone, 100", False)):
+        s = settings_of("test", "eqinv-sweep", arm, {})
         objective, _ = evidence_runs.KINDS["classification"].prepare(s, images, tmp_path, tmp_path, 0)
         assert (objective.irm.detach, objective.irm.weight, objective.irm.risk_weight) == (detach, 100.0, 1.0)
 
