@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from equireg.similarity import cards
-from tests.benchmarks import gpu, gpu_choice, gpu_targets, page, pictures, record
+from equireg.similarity import cards, gram
+from tests.benchmarks import gpu, gpu_choice, gpu_targets, irm_flops, page, pictures, record
 from tests.benchmarks.measure import QUICK, SIZES_LIMIT, compare, medians
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -42,6 +42,16 @@ def test_benchmark_runs(name):
             left_out in (None, "not installed") or of_a_target or row["version"].split(" with ")[0] in MAY_BE_LEFT_OUT
         ), row
         assert page.line(row)
+
+
+def test_parameters_and_products_of_class_wise_irm():
+    """Closed: a mask of 512, two linear maps of which the first has no bias, and a BatchNorm between."""
+    plain, added, *_ = irm_flops.benchmark(QUICK)
+    assert plain["parameters"] == 11_176_512  # the paper: 11.180 M, and with EqInv 11.510 M
+    assert added["parameters"] - plain["parameters"] == 512 + 512 * 512 + 2 * 512 + 512 * 128 + 128
+    assert added["flops"] - plain["flops"] == 2 * (512 * 512 + 512 * 128)
+    x = torch.randn(6, 4, requires_grad=True)
+    assert irm_flops.counted(lambda: gram(x).sum().backward()) == 2 * 2 * 6 * 6 * 4
 
 
 def test_page_says_what_the_record_says():

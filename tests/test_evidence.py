@@ -84,7 +84,7 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
     assert "- **weights shuffled**: No difference that these seeds can tell on PACS, fine-tuned, 90%." in text
     assert "Chosen on validation images: PACS, fine-tuned, 90% weights: sharpness 1.5;" in text
     assert "Time of a step over the base's: weights, sharpness auto 1.50." in text
-    assert text.count("Not run.") == 7  # the questions without runs, corruptions and landscapes
+    assert text.count("Not run.") == 9  # the questions without runs, corruptions and landscapes
     del runs["auto"]["1"]  # only seeds that all arms have are paired
     row = by_measure(runs, {"off": "base", "auto": "arm"}, partial(accuracies, "PACS"))["PACS"]
     assert (row["base"].mean, row["arm"].difference) == pytest.approx((53.0, 1.01))
@@ -298,6 +298,54 @@ def test_released_objective_is_data(images, tmp_path):
     for progress, weight in ((0.19, 0.0), (0.2, 7.0)):
         objective(part.pixels, part.labels, torch.arange(len(part.labels)), progress)
         assert irm.weight == weight
+
+
+def test_methods_of_domain_generalisation_add_their_terms(images, tmp_path):
+    """Half the mean squared logit times its weight; SelfReg, and cross entropy up to 1 beside it."""
+
+    def begin(arm, chosen):
+        s = settings_of("test", "digits", arm, chosen)
+        objective, part = evidence_runs.KINDS["classification"].prepare(s, images, tmp_path, tmp_path, 0)
+        torch.manual_seed(0)
+        return objective, part, objective(part.pixels, part.labels, torch.arange(len(part.labels)), 0.0)[0].item()
+
+    objective, part, plain = begin("off", {})
+    logits = objective.logits(part.pixels / 255).double()
+    squares = sum(value**2 for value in logits.flatten().tolist()) / logits.numel()
+    assert begin("decoupling", {"decoupling": 0.5})[2] - plain == pytest.approx(0.25 * squares, rel=1e-4)
+    objective, part, found = begin("selfreg", {"selfreg": 0.5})
+    f = objective.backbone(part.pixels / 255)
+    torch.manual_seed(0)
+    added = objective.selfreg(f, objective.classify(f), part.labels).item()
+    assert plain > 1
+    assert found == pytest.approx(plain + 0.5 * added, rel=1e-4)
+    assert added > 0.01
+
+
+def test_environments_by_plain_similarity(images, tmp_path, monkeypatch):
+    """Of the samples of other classes, the half with the highest mean cosine to those of the class."""
+    labels = digits(images, "train", 8, draw=0).labels
+    x = torch.randn(len(labels), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + labels[:, None]
+    x /= x.norm(dim=1, keepdim=True)
+    monkeypatch.setattr("evidence.classification.fit", lambda *_: None)
+    monkeypatch.setattr("evidence.classification.encode", lambda *_: x)
+    split = {}
+    for arm in ("rex", "rex, plain"):
+        s = settings_of("test", "digits", arm, {"weight": 1.0})
+        objective, _ = evidence_runs.KINDS["classification"].prepare(s, images, tmp_path, tmp_path, 0)
+        split[arm] = objective.irm.environments.members(3)[0].tolist()
+    others = (labels != 3).nonzero().squeeze(1)
+    similarity = (x[others] @ x[labels == 3].T).mean(1)
+    expected = others[similarity.argsort(descending=True)[: (len(others) + 1) // 2]]
+    assert set(split["rex, plain"]) == set(expected.tolist()) != set(split["rex"])
+
+
+def test_who_learns_from_the_penalty_is_data(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("evidence.classification.fit", lambda *_: None)
+    for arm, detach in (("mask, 100", "penalty"), ("backbone, 100", False)):
+        s = settings_of("test", "eqinv-sweep", arm, {})
+        objective, _ = evidence_runs.KINDS["classification"].prepare(s, images, tmp_path, tmp_path, 0)
+        assert (objective.irm.detach, objective.irm.weight, objective.irm.risk_weight) == (detach, 100.0, 1.0)
 
 
 def test_arms_begin_alike(jobs):

@@ -18,16 +18,17 @@ from vipriors.backbone import accuracy
 from vipriors.images import NORMALIZE
 from vipriors.training import seed_everything
 
-from equireg import ClassWiseIRM, Environments, FeatureMask
+from equireg import ClassWiseIRM, Environments, FeatureMask, SelfRegLoss, spectral_decoupling
 
-IRM = {"weight", "risk_weight", "sample_weights"}
+IRM = {"weight", "risk_weight", "sample_weights", "detach"}
 PLAIN = {"environments": "", "irm": "", "weights": "", "groups": "", "retrained": False, "scale": 0.0}
 
 
 class Objective(nn.Module):
     """``(weights[idx] * cross_entropy(head(mask(f)), y)).mean() + irm(f, y, idx)``, each part where the arm has it.
 
-    Group DRO has its mean of the losses; where the last layer is trained anew, the backbone stays as it is.
+    Group DRO has its mean of the losses; where the last layer is trained anew, the backbone stays as it is. Spectral
+    decoupling and SelfReg come after cross entropy.
     """
 
     def __init__(self, s: Settings, num_classes: int, num_samples: int):
@@ -41,6 +42,7 @@ class Objective(nn.Module):
             self.head = weight_norm(self.head)
         self.register_buffer("weights", torch.ones(num_samples))
         self.irm = self.dro = self.anchor = None
+        self.selfreg = SelfRegLoss(width) if "selfreg" in s else None
         if s.get("irm") == "released":
             self.irm = ClassWiseIRM.released(width, num_classes, weight=s["weight"])
         elif s["environments"]:
@@ -70,10 +72,15 @@ class Objective(nn.Module):
             views = torch.cat([crops(views, size, self.s["crop_scale"]) for _ in range(2)])
             labels, indices = labels.repeat(2), indices.repeat(2)
         f = self.backbone(views)
-        losses = F.cross_entropy(self.classify(f), labels, reduction="none")
+        logits = self.classify(f)
+        losses = F.cross_entropy(logits, labels, reduction="none")
         loss = (self.weights[indices] * losses).mean() if self.dro is None else self.dro(losses, indices)
         if self.anchor is not None:
             loss = loss + self.anchor(self.head)
+        if "decoupling" in self.s:
+            loss = loss + spectral_decoupling(logits, weight=self.s["decoupling"])
+        if self.selfreg is not None:
+            loss = loss + loss.detach().clamp(max=1) * self.s["selfreg"] * self.selfreg(f, logits, labels)
         if self.irm is not None:
             self.irm.weight = self.s["weight"] * (progress >= self.s.get("penalty_from", 0.0))
             loss = loss + self.irm(f, labels, indices)
@@ -137,7 +144,7 @@ def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tup
     seed_everything(seed, "environments")
     if s["environments"]:
         ranked = torch.randn_like(features) if s["environments"] == "random" else features
-        objective.irm.fit_environments(ranked, images.labels)
+        objective.irm.fit_environments(ranked, images.labels, adjust=s["environments"] != "plain")
     if s["weights"]:
         objective.weights = weights_of(features, images, s, logits)
     if s["groups"]:

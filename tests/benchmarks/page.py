@@ -74,6 +74,7 @@ QUANTITIES = {
     "seconds": "time",
     "cpu_seconds": "processor time",
     "megabytes": "peak extra memory",
+    "parameters": "parameters",
     "flops": "FLOPs",
     "rate": "rate (of the ceiling)",
 }
@@ -137,8 +138,10 @@ def _ratio(key: str, row: dict[str, Any], first: dict[str, Any] | None) -> str:
 def _quantity(key: str, value: float) -> str:
     if key == "megabytes":
         return f"{value:,.0f} MB"
+    if key == "parameters":
+        return f"{value / 1e6:,.3f} M"
     if key == "flops":
-        return f"{value / 1e12:,.2f} TFLOP"
+        return f"{value / 1e12:,.2f} TFLOP" if value >= 5e11 else f"{value / 1e9:,.3f} GFLOP"
     if key == "rate":
         return f"{_digits(value / 1e12)} TFLOP/s"
     return f"{_digits(1e3 * value)} ms" if value < 1 else f"{_digits(value)} s"

@@ -15,6 +15,7 @@ TITLES = {
     "class_wise_irm": "Class-wise IRM step",
     "environments": "Environments",
     "training_step": "Training step with class-wise IRM",
+    "irm_flops": "Parameters and FLOPs with class-wise IRM",
     "sup_con": "Supervised contrastive loss",
     "info_nce": "NT-Xent of two views",
     "pair_lse": "pair_lse",
