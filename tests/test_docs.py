@@ -90,6 +90,17 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         assert names["loss"].isfinite()
 
 
+GUIDES = [page for page in WITH_PYTHON if page.parent.name == "guides" and "ClassWiseIRM(" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name)
+def test_who_trains_behind_a_mask_reads_how_to_evaluate(page):
+    """A model without its mask has nearly the same accuracy, and other probabilities."""
+    text = page.read_text()
+    assert "## Evaluate, save, export\n" in text or "your_own_loop.md#evaluate-save-export)" in text
+    assert ".fold_into(" in text
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_code_is_no_wider_than_the_page(page):
     for line in "\n".join(blocks(page, "python")).splitlines():

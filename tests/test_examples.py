@@ -39,7 +39,7 @@ def is_picture(path):
 
 @pytest.fixture
 def run_alone(tmp_path, monkeypatch, capsys):
-    """Runs an example that was copied into an empty folder, and gives what it printed."""
+    """Runs an example that was copied into an empty folder, and gives what it printed; ``bars`` are its bars."""
     for package in PACKAGES:
         pytest.importorskip(package, reason="needs the examples extra")
 
@@ -50,9 +50,22 @@ def run_alone(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, *flags.split()])
         monkeypatch.setattr(sys, "path", [part for part in sys.path if Path(part) != EXAMPLES])
         runpy.run_path(name, run_name="__main__")
-        return capsys.readouterr().out
+        output, run.bars = capsys.readouterr()
+        return output
 
     return run
+
+
+# What the bars of those with a loss of equireg say that it is made of.
+PARTS = {
+    "baselines_pretrain.py": "transformation=",
+    "distill.py": "divergence=",
+    "eqinv_finetune.py": "penalty=",
+    "ipirm_pretrain.py": "slopes²=",
+    "quickstart.py": "penalty of ClassWiseIRM=",
+    "reconstruction_pretrain.py": "errors=",
+    "ser_pretrain.py": "alignment=",
+}
 
 
 @pytest.fixture
@@ -76,7 +89,7 @@ EVERY = pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.gl
 
 @EVERY
 def test_an_example_runs_alone(name, run_alone, made_images, tmp_path):
-    """In a folder with images and nothing else, for a step: it prints a table and writes a picture below ``runs``."""
+    """In a folder with images and nothing else, for a step: a table, a picture below ``runs``, parts of the loss."""
     output = run_alone(name, FLAGS[name])
     number = r"[+-]?\d+(?:\.\d+)?%?"
     rows = re.findall(rf"^\S.*?  +{number}(?: ± {number})?(?:  .*)?$", output, re.M)
@@ -85,6 +98,7 @@ def test_an_example_runs_alone(name, run_alone, made_images, tmp_path):
     pictures = list((tmp_path / "runs").rglob("*.png"))
     assert pictures
     assert all(map(is_picture, pictures))
+    assert PARTS.get(name, "") in run_alone.bars
 
 
 @EVERY

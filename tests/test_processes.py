@@ -251,8 +251,8 @@ def test_calls_that_do_not_fit_together(tmp_path):  # D1, D3
         assert f": {fact} must be alike in every process, got rank 0: " in message
 
 
-def outside(rank, seeded):
-    """Steps of a mask that DistributedDataParallel does not wrap, from the same start or not."""
+def outside(rank, seeded, accumulate):
+    """A mask that DistributedDataParallel does not wrap, from the same start or not, and moved in every n-th call."""
     torch.manual_seed(0 if seeded else rank)
     irm, head = ClassWiseIRM(5, 2, projection=nn.Identity()), nn.Linear(5, 2)
     inside = nn.parallel.DistributedDataParallel(nn.ModuleList([ClassWiseIRM(5, 2)]))
@@ -265,14 +265,15 @@ def outside(rank, seeded):
         except ValueError as raised:
             return step, str(raised)
         loss.backward()
-        torch.optim.SGD(irm.parameters(), lr=0.1).step()
+        if (step + 1) % accumulate == 0:
+            torch.optim.SGD(irm.parameters(), lr=0.1).step()
     return None
 
 
-@pytest.mark.parametrize("seeded", [False, True])
-def test_a_mask_outside_ddp_is_refused(seeded, tmp_path):
-    for step, message in in_processes(2, outside, tmp_path, seeded):
-        assert step == seeded
+@pytest.mark.parametrize(("seeded", "accumulate"), [(False, 1), (True, 1), (True, 3)])
+def test_a_mask_outside_ddp_is_refused(seeded, accumulate, tmp_path):
+    for step, message in in_processes(2, outside, tmp_path, seeded, accumulate):
+        assert step == seeded * accumulate
         assert "wrap it in DistributedDataParallel together with the backbone" in message
 
 

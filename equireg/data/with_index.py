@@ -73,6 +73,7 @@ class WithIndex(Dataset[Any]):
         whose = "[B, 2] of whole numbers, as WithIndex(dataset, in_target=True) gives it"
         if check.tensor("target", target).is_floating_point():
             got = f"{target.dtype} {list(target.shape)}: mixtures, as of Mixup or CutMix, have no index"
+            got += " (for timm's train.py, equireg.integrations.timm has some that tell their samples)"
             check.fail_type("target", whose, got)
         if target.dim() != 2 or target.shape[1] != 2:
             check.fail("target", whose, list(target.shape))

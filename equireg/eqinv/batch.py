@@ -51,15 +51,19 @@ def check_projection(check: Arguments, projection: nn.Module | None, num_feature
 def check_mask_alike(irm: Any) -> None:
     """Outside DistributedDataParallel each process would train a mask of its own, from another start or another batch.
 
-    Looked at in the first two calls that train, in which all processes have to take part.
+    Looked at in every call that trains, up to the first one after the optimizer moved the mask: not at once where
+    gradients are accumulated, or where a GradScaler skips steps. All processes have to take part in these calls.
     """
-    if torch.compiler.is_compiling() or not (irm.training and torch.is_grad_enabled()) or irm._seen_alike == 2:
+    if torch.compiler.is_compiling() or not (irm.training and torch.is_grad_enabled()) or irm._moved_alike:
         return
     group = irm.processes.group
-    with Agreement("ClassWiseIRM", world_size(group), group) as facts:
-        digits = irm.mask.weight.detach().float().view(torch.int32)
-        facts["the mask (wrap it in DistributedDataParallel together with the backbone)"] = partial(checksum, digits)
-    irm._seen_alike += 1
+    if (size := world_size(group)) == 1:
+        return
+    with Agreement("ClassWiseIRM", size, group) as facts:
+        seen = checksum(irm.mask.weight.detach().float().view(torch.int32))
+        facts["the mask (wrap it in DistributedDataParallel together with the backbone)"] = seen
+    irm._moved_alike = irm._mask_seen not in (None, seen)
+    irm._mask_seen = seen
 
 
 def facts_of(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | None) -> Facts:

@@ -98,7 +98,7 @@ class ClassWiseIRM(nn.Module):
     Raises:
         TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range,
             and labels other than those fitted at the same index; ``indices`` given before the environments are fitted;
-            masks that differ between processes, looked at in the first two calls that train.
+            masks that differ between processes, looked at in calls that train, until the optimizer has moved them.
 
     Example:
         >>> import torch
@@ -156,7 +156,7 @@ class ClassWiseIRM(nn.Module):
         self.contrast, self.penalty_on, self.risk_weight = contrast, penalty_on, risk_weight
         self.sample_weights = sample_weights
         self.processes, self.checksum = Processes("ClassWiseIRM", gather_distributed), Checksum()
-        self._warned, self._seen_alike = False, 0
+        self._warned, self._moved_alike, self._mask_seen = False, False, None
         self.mask = FeatureMask(num_features)
         self.projection = projection if projection is not None else _projection(num_features)
         self.register_module("environments", None if num_samples is None else Environments(num_classes, num_samples))

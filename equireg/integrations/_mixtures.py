@@ -27,14 +27,15 @@ class Mixture(NamedTuple):
     other_labels: Tensor
     other_indices: Tensor
     share: Tensor  # of the first sample, 0 .. 1
-    smoothing: Tensor  # of labels; the same of all
+    smoothing: Tensor  # of the labels, the same for all
 
     @classmethod
     def of(cls, target: Tensor) -> Mixture:
         """Columns of the targets of ``Mixup`` and ``FastCollateMixup``, float64 [B, 6]."""
-        if target.dim() != 2 or target.shape[1] != len(cls._fields):
-            rule = "[B, 6], as of Mixup and FastCollateMixup of equireg.integrations.timm: timm's own have no index"
-            Arguments("EqInvTask").fail("target", rule, list(target.shape))
+        # timm's own soft labels of six classes are [B, 6] too, but float32.
+        if target.dim() != 2 or target.shape[1] != len(cls._fields) or target.dtype != torch.float64:
+            rule = "float64 [B, 6], as of Mixup and FastCollateMixup of equireg.integrations.timm: timm's have no index"
+            Arguments("EqInvTask").fail("target", rule, f"{target.dtype} {list(target.shape)}")
         label, index, other_label, other_index = target[:, :4].long().unbind(1)
         share, smoothing = target[:, 4:].float().unbind(1)
         return cls(label, index, other_label, other_index, share, smoothing)
@@ -52,7 +53,7 @@ class Mixture(NamedTuple):
 
 
 class _Indexed(data.Mixup):  # type: ignore[misc]  # timm has no types
-    """What both share: timm mixes labels, and is given the places of the samples in the batch for them."""
+    """What both share: timm is given places in the batch for labels, and what it returns tells each sample's share."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)

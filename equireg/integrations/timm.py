@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.loss import BinaryCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
 
     Raises:
         TypeError, ValueError: a model whose classifier is no ``nn.Linear`` of ``irm.num_features``; an ``irm`` whose
-            mask has a scale, which does not fold into a linear layer; mixtures of timm's own; a criterion that cannot
-            be taken sample by sample (timm's binary cross entropy), unless ``sharpness`` is 0.
+            mask has a scale, which does not fold into a linear layer; mixtures of timm's own; timm's binary cross
+            entropy, or another criterion that cannot be taken sample by sample, unless ``sharpness`` is 0.
     """
 
     def __init__(self, model: nn.Module, *, irm: ClassWiseIRM, sharpness: float | str = "auto", **options: Any) -> None:
@@ -62,10 +63,13 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
         if sharpness:
             labels = torch.arange(2) % irm.num_classes
             some = torch.eye(irm.num_classes)[labels] if self.mixed else labels
+            taken = not isinstance(self.criterion, BinaryCrossEntropy)  # its threshold is for whole mixtures
             try:
                 self._sample_by_sample(torch.zeros(2, irm.num_classes), some)
             except (RuntimeError, AssertionError):
-                rule = "one that torch.vmap takes sample by sample, or sharpness=0"
+                taken = False
+            if not taken:
+                rule = "cross entropy or another that torch.vmap takes sample by sample, or sharpness=0"
                 check.fail("criterion", rule, type(self.criterion).__name__)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -233,7 +233,7 @@ class IntermediateViews:
         if "color" in self.parts:
             if images.shape[1] != 3:
                 check.fail("images", "[B, 3, H, W] for colours", list(images.shape))
-            check.pixels("images", images, "in 0 .. 1 for colours")
+            check.pixels("images", images, "in 0 .. 1 for colours: normalise the views, not what they are made of")
         return check
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from equireg import TokenTap
+from equireg import LateClassToken, TokenTap
 from tests.backbones.conftest import hooks, in_two_threads
 
 timm = pytest.importorskip("timm", reason="needs the examples extra")
@@ -276,9 +276,23 @@ def test_several_batches_and_masked_tokens_are_refused_in_words():
 
 
 def test_prefix_tokens_of_a_model_inside_of_another():
-    """As behind a normalisation, or in lightly's masked ViT."""
+    """As behind a normalisation."""
     wrapper, images = nn.Sequential(nn.Identity(), vit()), torch.rand(2, 3, 64, 64)
     with TokenTap(wrapper, "1.blocks.1") as tap, TokenTap(wrapper[1], "blocks.1") as inner:
         wrapper(images)
     assert tap.grid == (4, 4)
     assert torch.equal(tap.tokens, inner.tokens)
+
+
+def test_lightlys_masked_vit():
+    """``LateClassToken`` refuses it and names the tap, which reads its tokens, unless some are left out."""
+    modules = pytest.importorskip("lightly.models.modules", reason="needs the examples extra")
+    wrapped, images = modules.MaskedVisionTransformerTIMM(vit()), torch.rand(2, 3, 64, 64)
+    with pytest.raises(ValueError, match="got MaskedVisionTransformerTIMM; TokenTap reads the tokens of any layer"):
+        LateClassToken(wrapped, 1)
+    with TokenTap(wrapped, "vit.blocks.1") as tap:
+        wrapped(images)
+    assert tap.grid == (4, 4)
+    kept = torch.arange(7).expand(2, 7)
+    with TokenTap(wrapped, "vit.blocks.1"), pytest.raises(ValueError, match="of all patches, none masked"):
+        wrapped.encode(images, idx_keep=kept)

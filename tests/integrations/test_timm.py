@@ -173,8 +173,8 @@ def test_mixtures_are_timms_and_know_their_samples(mode):
         assert len(seen) > 4
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 0])
-def test_the_loss_of_mixtures_is_that_of_the_formula(folder, sharpness):
+@pytest.mark.parametrize(("sharpness", "autocast"), [(1.0, False), (0, False), (1.0, True)])
+def test_the_loss_of_mixtures_is_that_of_the_formula(folder, sharpness, autocast):
     """Both samples of a mixture by share, weight and smoothed label; to IRM it is the larger one."""
     task, loader, _ = patched(folder, soft=True)
     images, target = batch_of(loader)
@@ -184,20 +184,23 @@ def test_the_loss_of_mixtures_is_that_of_the_formula(folder, sharpness):
     masked.sharpness = sharpness
     irm, plain = copy.deepcopy(masked.irm), timm.create_model(MODEL, num_classes=3).train()
     plain.load_state_dict(masked.model.state_dict())
-    result = task(images, mixed)
-    features = plain.forward_head(plain.forward_features(images), pre_logits=True)
-    logits = plain.get_classifier()(irm.mask(features))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = task(images, mixed)
+        features = plain.forward_head(plain.forward_features(images), pre_logits=True)
+        logits = plain.get_classifier()(irm.mask(features)).float()
     shares = mixed[:, 4].tolist()
     assert min(shares) < 0.4
     assert max(shares) > 0.6
     larger = [i if share >= 0.5 else 5 - i for i, share in enumerate(shares)]
-    expected = irm(features, *target[larger].unbind(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = irm(features, *target[larger].unbind(1))
     weights = irm.environments.weights(sharpness=1.0) if sharpness else torch.ones(24)
     for i, share in enumerate(shares):
         logs = logits[i].log_softmax(0)
         for part, (label, index) in ((share, target[i].tolist()), (1 - share, target[5 - i].tolist())):
             expected = expected - part * weights[index] * (0.9 * logs[label] + 0.1 * logs.mean()) / 6
-    torch.testing.assert_close(result["loss"], expected, rtol=1e-5, atol=1e-6)
+    assert result["loss"].dtype == torch.float32
+    torch.testing.assert_close(result["loss"], expected, rtol=1e-3 if autocast else 1e-5, atol=1e-6)
 
 
 def test_an_epoch_of_mixtures_through_the_prefetcher(folder):
@@ -347,9 +350,13 @@ def test_what_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"\[B, 2\] of whole numbers, as WithIndex.*got \[6\]"):
         task(images, target[:, 0])
     of_mixtures = EqInvTask(copy.deepcopy(model), irm=irm, criterion_kwargs={"soft_targets": True}, verbose=False)
-    for theirs in (soft, target):
-        with pytest.raises(ValueError, match=r"\[B, 6\], as of Mixup .* timm's own have no index, got \[6, [23]\]"):
+    of_six_classes = timm.data.Mixup(num_classes=6)(images.clone(), target[:, 0])[1]
+    for theirs in (soft, target, of_six_classes):
+        with pytest.raises(ValueError, match=r"\[B, 6\], as of Mixup .* have no index, got torch.* \[6, [236]\]"):
             of_mixtures(images, theirs)
+    thresholded = {"loss_type": "bce", "soft_targets": True, "bce_target_thresh": 0.2}
+    with pytest.raises(ValueError, match=r"criterion must be cross entropy .* sharpness=0, got BinaryCrossEntropy"):
+        EqInvTask(copy.deepcopy(model), irm=irm, criterion_kwargs=thresholded, verbose=False)
     with pytest.raises(ValueError, match="multi_label must be False"):
         Mixup(multi_label=True)
     with pytest.raises((RuntimeError, ValueError)):  # the unpatched task does not train on indices in silence

@@ -255,8 +255,8 @@ def test_refuses_settings(arguments, error, message):
     ("kind", "images", "error", "message"),
     [
         ("color", torch.rand(2, 1, 8, 8), ValueError, r"images must be \[B, 3, H, W\] for colours"),
-        ("color", 255 * torch.rand(2, 3, 8, 8), ValueError, r"images must be in 0 .. 1 for colours, got"),
-        ("color", torch.full((2, 3, 8, 8), math.nan), ValueError, "images must be in 0 .. 1 for colours, got nan"),
+        ("color", 255 * torch.rand(2, 3, 8, 8), ValueError, "images must be in 0 .. 1 .*: normalise the views, .*got"),
+        ("color", torch.full((2, 3, 8, 8), math.nan), ValueError, "images must be in 0 .. 1 for colours: .*got nan"),
         ("rotation", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "images must be .* got torch.uint8"),
         ("rotation", torch.rand(3, 8, 8), ValueError, r"images must be \[B, C, H, W\], got \[3, 8, 8\]"),
         ("rotation", torch.rand(2, 3, 0, 8), ValueError, "images must be of at least one channel and pixel"),
