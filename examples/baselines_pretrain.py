@@ -116,7 +116,7 @@ def measure(vit: nn.Module, *train_and_test: tuple[Tensor, Tensor]) -> dict[str,
 
 
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
-    accuracy, equivariance = Figure(figsize=(15, 4), layout="constrained").subplots(1, 2)
+    accuracy, equivariance = Figure(figsize=(10, 7), layout="constrained").subplots(2, 1)
     for (name, result), marker in zip(results.items(), "osD"):
         style = {"marker": marker, "linestyle": "", "fillstyle": "none", "markersize": 9, "label": name}
         keys, values = [key.replace(", ", "\n") for key in result], list(result.values())

@@ -97,7 +97,7 @@ def report(table: dict[str, dict[str, float]], told: list, path: Path) -> None:
     print("\ntest accuracy, %".ljust(28) + "".join(f"{views:>12}" for views in VIEWS))
     for name, row in table.items():
         print(name.ljust(27) + "".join(f"{value:12.1f}" for value in row.values()))
-    axes, curves = Figure(figsize=(13, 3.6), layout="constrained").subplots(1, 2)
+    axes, curves = Figure(figsize=(9, 6.5), layout="constrained").subplots(2, 1)
     curves.semilogy(told, label=("cross entropy", "divergence from the teacher"))
     curves.set(xlabel="epoch", title="DistillationLoss of the first student, in the last batch")
     curves.legend()

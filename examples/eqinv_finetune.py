@@ -102,7 +102,7 @@ def report(table: dict[str, list[float]], environments: Environments, told: list
         mean, gain = statistics.mean(values), statistics.mean(values) - statistics.mean(table[PLAIN])
         print(f"{arm:24}{mean:8.1f}{gain:+8.1f}    {'  '.join(f'{value:.1f}' for value in values)}")
 
-    left, middle, right = Figure(figsize=(15, 4), layout="constrained").subplots(1, 3)
+    left, right, middle = Figure(figsize=(10, 6), layout="constrained").subplot_mosaic("AC;BC").values()
     for run in zip(*table.values()):
         left.plot(ARMS, run, "o-")
     left.set(ylabel="test accuracy, %", xmargin=0.2, title="each line: one draw of labelled images")
@@ -110,7 +110,7 @@ def report(table: dict[str, list[float]], environments: Environments, told: list
     middle.set(xlabel="epoch with the line", title="parts of ClassWiseIRM, in the last batch")
     middle.legend()
     grid = right.imshow(shares(environments.cpu()).numpy(), vmin=0, vmax=1, cmap="coolwarm")
-    right.set(xlabel="class", ylabel="anchor class", title="share of each class in Env#1 of the anchor class")
+    right.set(xlabel="class", ylabel="anchor class", title="share of a class in Env#1 of the anchor")
     right.figure.colorbar(grid)
     path.parent.mkdir(parents=True, exist_ok=True)
     left.figure.savefig(path, dpi=110)

@@ -102,7 +102,7 @@ def activation_maps(model: nn.Module, layer: str, select, head: nn.Linear, image
 
 
 def report(test: Scenes, found: dict[str, tuple[list[Tensor], Tensor, Tensor]], folder: Path) -> None:
-    maps, tsne, variance = figures = [Figure(figsize=(12, h), layout="constrained") for h in (9.2, 6.2, 4)]
+    maps, tsne, variance = figures = [Figure(figsize=(10, h), layout="constrained") for h in (7.7, 5.2, 4)]
     grid, clouds, curves = maps.subplots(4, len(found) + 1), tsne.subplots(2, len(found)), variance.subplots(1, 2)
     shown, groupings = {"image": test.images.permute(0, 2, 3, 1)}, (test.labels, test.contexts)
     print(f"\n{'%':24}{'accuracy':>18}{'V in classes':>18}{'V in contexts':>18}{'maps on the digit':>18}")
@@ -114,14 +114,14 @@ def report(test: Scenes, found: dict[str, tuple[list[Tensor], Tensor, Tensor]], 
         points = TSNE(random_state=0).fit_transform(features[-1].numpy())
         for axes, groups, word in zip(column, groupings, ("classes", "contexts")):
             axes.scatter(*points.T, s=6, c=groups.numpy(), cmap="tab10")
-            axes.set(title=f"{name}: {word}", xticks=[], yticks=[])
+            axes.set(xlabel=f"{name}: {word}", xticks=[], yticks=[])
         for axes, title, relative in zip(curves, ("variance within classes", "share of the total"), (False, True)):
             axes.plot([within_class_variance(f, test.labels, relative=relative) for f in features], label=name)
             axes.set(title=title, xlabel="epoch")
     for column, (name, pictures) in zip(grid.T, shown.items()):
         for axes, picture in zip(column, pictures):
             axes.imshow(picture.numpy(), cmap="inferno")
-            axes.set(title=name, xticks=[], yticks=[])
+            axes.set(xlabel=name, xticks=[], yticks=[])
     curves[1].legend()
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in zip(("maps", "tsne", "variance"), figures):

@@ -106,16 +106,16 @@ def accuracies(encoder: nn.Module, *datasets: TensorDataset) -> dict[str, float]
 
 
 def draw(table: dict[str, dict[str, float]], losses: dict[str, list[tuple]], path: Path) -> None:
-    *curves, bars = Figure(figsize=(14, 4), layout="constrained").subplots(1, 3)
+    *curves, bars = Figure(figsize=(10, 3.6), layout="constrained").subplots(1, 3)
     for i, (run, row) in enumerate(table.items()):
         for axes, values in zip(curves, zip(*losses[run])):
             axes.plot(values, label=run)
         bars.bar_label(bars.bar([i, i + 4], row.values(), color=f"C{i}"), fmt="%.1f")
-    curves[0].set(xlabel="step", title="contrast of all images (partitions add to the loss)")
-    curves[1].set(xlabel="step", title="squared slopes of the groups, a sum over partitions")
+    curves[0].set(xlabel="step", title="contrast of all images")
+    curves[1].set(xlabel="step", title="squared slopes of all groups")
     curves[0].legend()
     bars.set_xticks([1, 5], ["k-NN", "linear"])
-    bars.set(title="accuracy of the frozen features, %")
+    bars.set(title="accuracy, %")
     bars.figure.savefig(path, dpi=110)
 
 

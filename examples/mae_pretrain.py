@@ -105,7 +105,7 @@ def draw(mae: MAE, images: Tensor, losses: list[float], path: Path) -> None:
     patches, gray = utils.patchify(images, mae.patch_size), torch.zeros_like(predicted)
     rows = {"image": patches, "seen": utils.set_at_index(patches, hidden, gray)}
     rows["predicted"] = utils.set_at_index(patches, hidden, predicted)
-    curve, pictures = (figure := Figure(figsize=(14, 4), layout="constrained")).subplots(1, 2, width_ratios=(1, 3))
+    curve, pictures = (figure := Figure(figsize=(10, 3), layout="constrained")).subplots(1, 2, width_ratios=(1, 3))
     curve.plot(losses)
     curve.set(title="loss by step", xlabel="step")
     strips = [torch.cat([*utils.unpatchify(row, mae.patch_size)], 2) for row in rows.values()]

@@ -63,7 +63,7 @@ def view(images: Tensor) -> Tensor:
 
 def report(table: list[dict[str, float]], images: Tensor, partitions: Tensor, path: Path) -> None:
     print(f"\n{'adjusted Rand index':20}{'tint':>8}{'classes':>10}{'group sizes':>16}")
-    each, rows = 16, []
+    each, rows = 12, []
     for number, (row, partition) in enumerate(zip(table, partitions), start=1):
         sizes = torch.bincount(partition, minlength=2).tolist()
         print(f"partition {number:<10}{row['tint']:8.2f}{row['classes']:10.2f}{' + '.join(map(str, sizes)):>16}")

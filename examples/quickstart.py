@@ -141,7 +141,7 @@ def main() -> None:
     axes.invert_yaxis()
     options.out.mkdir(parents=True, exist_ok=True)
     axes.figure.savefig(options.out / "accuracy.png", dpi=130)
-    sheet = weight_sheet(environments, data.images, classes=[0, 3, 7], sharpness=options.sharpness)
+    sheet = weight_sheet(environments, data.images, classes=[0, 3, 7], count=3, sharpness=options.sharpness)
     sheet.savefig(options.out / "sheet.png", dpi=130)
     print(f"\n{options.out / 'accuracy.png'}  {options.out / 'sheet.png'}")
 

@@ -106,17 +106,17 @@ def measure(vit: nn.Module, pairs: Tensor, *train_and_test: tuple[Tensor, Tensor
 
 
 def draw(results: dict[str, dict[str, float]], losses: dict[str, list[tuple]], path: Path) -> None:
-    curves, r2, accuracy = Figure(figsize=(14, 4), layout="constrained").subplots(1, 3, width_ratios=(3, 3, 2))
+    curves, r2, accuracy = Figure(figsize=(10, 3.6), layout="constrained").subplots(1, 3, width_ratios=(3, 3, 2))
     for i, (name, result) in enumerate(results.items()):
         for curve, line in zip(zip(*losses[name]), ("-", ":")):
             curves.plot(curve, f"C{i}{line}", label=name if line == "-" else "")
         for axes, keys in ((r2, list(result)[:-2]), (accuracy, list(result)[-2:])):
             bars = axes.bar([j + 0.4 * i for j in range(len(keys))], [result[key] for key in keys], 0.38)
             axes.bar_label(bars, fmt="%.3g", fontsize=9)
-            axes.set_xticks([j + 0.2 for j in range(len(keys))], keys)
-    curves.set(xlabel="step", title="losses: VICReg's, and the reconstruction's (dotted)", yscale="log")
+            axes.set_xticks([j + 0.2 for j in range(len(keys))], [key.removeprefix("R², ") for key in keys])
+    curves.set(xlabel="step", title="losses (dotted: reconstruction)", yscale="log")
     curves.legend()
-    r2.set(title="what two frozen features tell of the transformation")
+    r2.set(title="R² of the transformation")
     curves.figure.savefig(path, dpi=110)
 
 

@@ -106,7 +106,7 @@ def measure(vit: nn.Module, train_set: tuple[Tensor, Tensor], test_set: tuple[Te
 
 
 def draw(results: dict[str, dict[str, float]], losses: dict[str, list[tuple]], path: Path) -> None:
-    curves, accuracy, equivariance = Figure((14, 4), layout="constrained").subplots(1, 3, width_ratios=(3, 2, 3))
+    curves, accuracy, equivariance = Figure((10, 3.6), layout="constrained").subplots(1, 3, width_ratios=(3, 2, 3))
     for (name, result), marker, color in zip(results.items(), "osD", ("C0", "C1", "C2")):
         keys, values = list(result), list(result.values())
         style = {"marker": marker, "linestyle": "", "fillstyle": "none", "markersize": 9, "label": name}
@@ -115,9 +115,9 @@ def draw(results: dict[str, dict[str, float]], losses: dict[str, list[tuple]], p
         accuracy.plot(keys[:2], values[:2], **style)
         equivariance.plot(keys[2::2], values[2::2], **style)
         equivariance.plot(keys[2::2], values[3::2], "_", color="gray")
-    curves.set(title="losses by step: SimCLR's, and SER's (dotted)")
-    accuracy.set(title="accuracy of the class token", xlim=(-0.5, 1.5), ylim=(0, 100))
-    equivariance.set(title="equivariance (gray: of another image)", xlim=(-0.5, 2.5), ylim=(0, 1))
+    curves.set(xlabel="step", title="losses (dotted: SER's)")
+    accuracy.set(title="accuracy", xlim=(-0.5, 1.5), ylim=(0, 100))
+    equivariance.set(title="equivariance (gray: other image)", xlim=(-0.5, 2.5), ylim=(0, 1))
     accuracy.legend()
     curves.figure.savefig(path, dpi=110)
 

@@ -10,6 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import equireg
 
@@ -91,6 +92,17 @@ def test_labels_of_pictures_can_be_read():
     found = {path: [float(size) for size in sizes.findall(path.read_text())] for path in makers}
     assert sum(map(len, found.values())) > 10
     assert not [path for path, own in found.items() if min(own, default=9) < 9]
+
+
+def test_pictures_of_the_docs_are_no_wider_than_their_labels_allow():
+    """A column of the site is 9 inches wide: in a picture of 10, labels of 10 points are shown with 9."""
+    folder = Path(__file__).parent.parent / "docs"
+    wide = {}
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
+            wide[path.name] = picture.width / picture.info["dpi"][0]
+    assert len(wide) > 20
+    assert {name: inches for name, inches in wide.items() if inches > 10.05} == {}
 
 
 def test_a_name_is_public_once():

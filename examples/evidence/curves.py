@@ -58,7 +58,7 @@ def curve_tables(curves: list[Curve]) -> list[str]:
 def draw_curves(curves: list[Curve], path: Path) -> None:
     """A diagram for each measure, with a line and its intervals for each arm and base."""
     measures = list(dict.fromkeys(curve.measure for curve in curves))
-    figure = Figure((4.5 * len(measures), 3.8), layout="constrained")
+    figure = Figure((10, 3.8), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         for curve in (curve for curve in curves if curve.measure == measure):
             centers = [result.difference for result in curve.results.values()]
@@ -66,7 +66,8 @@ def draw_curves(curves: list[Curve], path: Path) -> None:
             label = f"{curve.arm} less {curve.base}"
             axes.errorbar(list(curve.results), centers, half, marker="o", capsize=4, label=label)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(title=measure, xlabel="steps", ylabel="difference")
+        axes.set_title(measure, fontsize=10)
+        axes.set(xlabel="steps", ylabel="difference")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
     figure.savefig(path, dpi=140)

@@ -51,10 +51,11 @@ def table(measure: str, base: float, values: Plane, grid: Grid) -> str:
 
 def draw(planes: dict[str, Plane], grid: Grid, path: Path) -> None:
     (down, rows), (across, columns) = grid.items()
-    figure = Figure((4.2 * len(planes), 3.6), layout="constrained")
+    figure = Figure((10, 3.6), layout="constrained")
     for axes, (measure, values) in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes.items()):
         picture = axes.imshow(values, aspect="auto")
-        axes.set(title=measure, xlabel=across, ylabel=down)
+        axes.set_title(measure, fontsize=10)
+        axes.set(xlabel=across, ylabel=down)
         axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
         axes.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
         figure.colorbar(picture, ax=axes)

@@ -151,9 +151,10 @@ def sentence(rows: Rows, name: str) -> str:
 def draw(sides: dict[str, Rows], path: Path) -> None:
     """Every paired difference with its interval, each side in a diagram of its own."""
     names = list(dict.fromkeys(name for rows in sides.values() for row in rows.values() for name in list(row)[1:]))
-    results = max(sum(map(len, rows.values())) for rows in sides.values())
-    figure = Figure((max(9, 7 * len(sides)), 2 + 0.17 * results), layout="constrained")
-    for axes, (title, rows) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items()):
+    results = [sum(map(len, rows.values())) for rows in sides.values()]
+    figure = Figure((9, 2 + 0.17 * sum(results)), layout="constrained")
+    panels = figure.subplots(len(sides), 1, squeeze=False, height_ratios=results)[:, 0]
+    for axes, (title, rows) in zip(panels, sides.items()):
         for color, name in enumerate(names):
             for place, row in enumerate(rows.values()):
                 if name in row:  # its place among the arms of this measure
