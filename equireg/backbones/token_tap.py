@@ -35,6 +35,9 @@ class TokenTap:
         channels_last: whether an output with four dimensions is [B, H, W, D] (Swin) and not [B, D, H, W]. None decides
             by the images' aspect and the model's ``output_fmt``.
 
+    A grid follows from the number of tokens alone. Of an encoder that drops tokens (MAE) what is kept may look like a
+    smaller grid, so tap it on whole images.
+
     Raises:
         TypeError: ``model`` is not a module; on running, a list of batches, or an output that is not one tensor.
         ValueError: a model compiled already, no such layer; on running, an output without a grid; on reading ``tokens``
