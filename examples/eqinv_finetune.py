@@ -102,7 +102,7 @@ def report(table: dict[str, list[float]], environments: Environments, told: list
         mean, gain = statistics.mean(values), statistics.mean(values) - statistics.mean(table[PLAIN])
         print(f"{arm:24}{mean:8.1f}{gain:+8.1f}    {'  '.join(f'{value:.1f}' for value in values)}")
 
-    left, right, middle = Figure(figsize=(10, 6), layout="constrained").subplot_mosaic("AC;BC").values()
+    left, right, middle = Figure((10, 6), layout="constrained").subplot_mosaic("AC;BC", width_ratios=(4, 3)).values()
     for run in zip(*table.values()):
         left.plot(ARMS, run, "o-")
     left.set(ylabel="test accuracy, %", xmargin=0.2, title="each line: one draw of labelled images")
