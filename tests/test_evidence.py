@@ -233,6 +233,16 @@ def test_a_measure_that_joins_is_taken_from_the_saved_network(jobs, images, tmp_
     assert job.lacks() == {"boxes, turned"}
     execute(job)
     assert job.found() == expected
+
+    one = Job(job.place, "reconstruction", "one", 0, "test", {"weight": 1.0})
+    execute(one)
+    expected, without = one.found(), one.found()
+    assert len(without["curve"]) > 0
+    assert all(values.pop("R², colour") for values in without["curve"].values())
+    write(one.folder, without)
+    assert one.lacks() == {"R², colour"}
+    execute(one)
+    assert one.found() == expected
     assert not jobs["vipriors-20", "rex"].waits()
 
 

@@ -76,7 +76,7 @@ def measure_on_the_way(objective: nn.Module, s: Settings, data: Path, seed: int)
     measures = {
         "equivariance": lambda: equivariance(objective, images.evenly(128).pixels / 255),
         "street scenes": lambda: classes_of_pixels(partial(token_map, objective), data),
-        "r2": lambda: r2(objective, pairable(data / folder, s), s["r2_epochs"], KINDS_OF_PAIRS[:2]),
+        "r2": lambda: r2(objective, pairable(data / folder, s), s["r2_epochs"], KINDS_OF_PAIRS[:3]),
     }
     return found | {name: value for measured in s["curve"] for name, value in measures[measured]().items()}
 
@@ -119,7 +119,12 @@ def joined(objective: nn.Module, data: Path) -> dict[str, float]:
     return boxes(partial(token_map, objective), data)
 
 
-JOINED = {"boxes, average precision", "boxes, turned"}
+def joined_on_the_way(objective: nn.Module, s: Settings, data: Path) -> dict[str, float]:
+    """The same of ``measure_on_the_way``."""
+    return r2(objective, pairable(data / s["data"]["folder"], s), s["r2_epochs"], ("color",))
+
+
+JOINED, JOINED_ON_THE_WAY = {"boxes, average precision", "boxes, turned"}, {"R², colour"}
 
 
 def batches(images: Images) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from evidence.datasets import Images, images_of
 from evidence.experiments import Settings
-from evidence.measures import measure, measure_on_the_way
+from evidence.measures import JOINED, JOINED_ON_THE_WAY, joined, joined_on_the_way, measure, measure_on_the_way
 from evidence.networks import create, encode
 from evidence.planted import planted
 from evidence.turned import TurnedViews
@@ -219,3 +219,19 @@ def results(
             objective.network.load_state_dict(torch.load(path, weights_only=True))
             found["curve"][path.stem.removeprefix("encoder-")] = measure_on_the_way(objective, s, data, seed)
     return found
+
+
+def add_what_joined(
+    found: dict[str, Any], lacking: set[str], objective: nn.Module, s: Settings, data: Path, folder: Path
+) -> None:
+    """Measures that joined since ``found`` was written, of the networks that ``results`` saved and read."""
+
+    def load(name: str) -> None:
+        objective.eval().network.load_state_dict(torch.load(folder / name, weights_only=True))
+
+    if lacking & JOINED:
+        load("encoder.pt")
+        found["told"] |= joined(objective, data)
+    for steps, values in found["curve"].items() if lacking & JOINED_ON_THE_WAY else ():
+        load(f"encoder-{steps}.pt")
+        values |= joined_on_the_way(objective, s, data)

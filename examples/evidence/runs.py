@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from evidence import classification, pretraining
 from evidence.experiments import ENCODERS, GROUPS, TUNING_SEED, Settings, groups_of, seeds_of, settings_of, tried
-from evidence.measures import JOINED, joined
+from evidence.measures import JOINED, JOINED_ON_THE_WAY
 from evidence.networks import fit
 from tqdm.auto import tqdm
 from vipriors.training import differences, write_file
@@ -54,8 +54,11 @@ class Job(NamedTuple):
 
     def lacks(self) -> set[str]:
         """The measures that joined since it was finished."""
-        told = (self.found() or {}).get("told")
-        return JOINED - told.keys() if told and self.settings()["kind"] == "pretraining" else set()
+        found, s = self.found() or {}, self.settings()
+        if s["kind"] != "pretraining" or not found.get("told"):
+            return set()
+        followed = JOINED_ON_THE_WAY if "r2" in s.get("curve", ()) else set()
+        return (JOINED - found["told"].keys()).union(*(followed - values.keys() for values in found["curve"].values()))
 
     def waits(self) -> bool:
         return not self.found() or bool(self.lacks())
@@ -72,8 +75,7 @@ def execute(job: Job) -> None:
         kind = KINDS[s["kind"]]
         objective, images = kind.prepare(s, job.place.data, job.place.runs, folder, seed)
         if found := job.found():
-            objective.eval().network.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
-            found["told"] |= joined(objective, job.place.data)
+            pretraining.add_what_joined(found, job.lacks(), objective, s, job.place.data, folder)
             write(folder, found)
             return
         prepared = time.perf_counter() - start
