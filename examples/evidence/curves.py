@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from evidence.experiments import PLAN, settings_of
 from evidence.tables import Result, by_measure, difference, digits_of, markdown
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 
 class Curve(NamedTuple):
@@ -58,16 +59,18 @@ def curve_tables(curves: list[Curve]) -> list[str]:
 def draw_curves(curves: list[Curve], path: Path) -> None:
     """A diagram for each measure, with a line and its intervals for each arm and base."""
     measures = list(dict.fromkeys(curve.measure for curve in curves))
-    figure = Figure((10, 3.8), layout="constrained")
+    labels = list(dict.fromkeys(f"{curve.arm} less {curve.base}" for curve in curves))
+    figure = Figure((10, 4.2), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         for curve in (curve for curve in curves if curve.measure == measure):
             centers = [result.difference for result in curve.results.values()]
             half = [result.high - result.difference for result in curve.results.values()]
-            label = f"{curve.arm} less {curve.base}"
-            axes.errorbar(list(curve.results), centers, half, marker="o", capsize=4, label=label)
+            color = f"C{labels.index(f'{curve.arm} less {curve.base}')}"
+            axes.errorbar(list(curve.results), centers, half, color=color, marker="o", capsize=4)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(measure, fontsize=10)
-        axes.set(xlabel="steps", ylabel="difference")
+        axes.set(xlabel="steps")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
+    lines = [Line2D([], [], color=f"C{color}", marker="o", label=label) for color, label in enumerate(labels)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=10)
     figure.savefig(path, dpi=140)
