@@ -29,8 +29,8 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     measured = [group for group in groups_of("h100") if group in found["runs"]]
     blocks["h100"] = f"Among the tables above: {', '.join(measured)}." if measured else "Not run: no GPU was at hand."
     dates, machines = found["dates"], found["machines"]
-    blocks["date"] = but_for(dates, max(dates.values()))
-    blocks["machine"] = but_for(machines, Counter(machines.values()).most_common(1)[0][0])
+    for name, values in (("date", dates), ("machine", machines)):
+        blocks[name] = but_for(values, Counter(values.values()).most_common(1)[0][0])
     text = Path(__file__).with_name("page.md").read_text().format_map({**found, **blocks})
     path = folder / "results.md"
     path.write_text("\n".join(map(wrapped, text.strip().splitlines())) + "\n")
