@@ -124,8 +124,8 @@ class GridTransform:
         aspect = math.exp(math.log(ratio[0]) + draw[1] * (math.log(ratio[1]) - math.log(ratio[0])))
         sides = max(1, round(h * math.sqrt(area / aspect))), max(1, round(w * math.sqrt(area * aspect)))
 
-        draws = torch.randint(2, (3, batch_size), generator=generator, device=device)
-        odd, half, flip = draws * draws.new_tensor([[quarter_turns], [quarter_turns], [flips]])
+        odd, half, flip = torch.randint(2, (3, batch_size), generator=generator, device=device)
+        odd, half, flip = odd * quarter_turns, half * quarter_turns, flip * flips
         if batch_size and (h != w or sides[0] != sides[1]):
             odd = odd[:1].expand(batch_size)
             sides = sides[::-1] if bool(odd[0]) else sides

@@ -91,7 +91,7 @@ def train(name: str, images: Tensor, options: argparse.Namespace) -> nn.Module:
                 encode = partial(tokens_of, vit, BLOCKS[name])
                 parts = regularizer(options.method, method.parts, encode, third, turned, angle)
                 loss = loss + weight * parts.loss  # the one line: loss + weight * method(...)
-                bar.set_postfix({k: v.mean().item() for k, v in parts._asdict().items() if torch.is_tensor(v)})
+                bar.set_postfix({k: v.mean().item() for k, v in parts._asdict().items() if torch.is_tensor(v)}, False)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -78,7 +78,7 @@ def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mod
                 parts = ipirm.parts(z1, z2, indices.to(device), mix and tuple(mix))
                 loss, contrast = parts.loss, parts.global_risk  # the one line: loss = ipirm(z1, z2, indices)
                 # Logged apart: a partition that joins adds its groups to the loss, and is no explosion.
-                bar.set_postfix({name: f"{part:.3f}" for name, part in zip(("groups", "slopes²"), parts.of_groups)})
+                bar.set_postfix(zip(("groups", "slopes²"), map(float, parts.of_groups)), refresh=False)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

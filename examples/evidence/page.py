@@ -28,17 +28,16 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     blocks["landscapes"] = landscapes(found["runs"], folder)
     measured = [group for group in groups_of("h100") if group in found["runs"]]
     blocks["h100"] = f"Among the tables above: {', '.join(measured)}." if measured else "Not run: no GPU was at hand."
-    dates, machines = found["dates"], found["machines"]
-    for name, values in (("date", dates), ("machine", machines)):
-        blocks[name] = but_for(values, Counter(values.values()).most_common(1)[0][0])
+    blocks |= {"date": but_for(found["dates"]), "machine": but_for(found["machines"])}
     text = Path(__file__).with_name("page.md").read_text().format_map({**found, **blocks})
     path = folder / "results.md"
     path.write_text("\n".join(map(wrapped, text.strip().splitlines())) + "\n")
     return path
 
 
-def but_for(values: dict[str, str], most: str) -> str:
+def but_for(values: dict[str, str]) -> str:
     """The value of most groups; in brackets those of the others."""
+    most = Counter(values.values()).most_common(1)[0][0]
     others = {
         value: [group for group in values if values[group] == value] for value in sorted({*values.values()} - {most})
     }

@@ -157,7 +157,7 @@ def collect(place: Place) -> dict[str, Any]:
     """The results of every group that is finished: group, arm, seed; the settings are those of experiments.yaml."""
     found: dict[str, Any] = {}
     for group in groups_of(place.scale):
-        ready = all(all(job.found() for job in jobs(place, group)) for jobs in (tuning_of_base, tuning, final))
+        ready = not any(job.waits() for jobs in (tuning_of_base, tuning, final) for job in jobs(place, group))
         for job in final(place, group) if ready else ():
             run = {name: value for name, value in job.found().items() if name != "settings"}
             found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run

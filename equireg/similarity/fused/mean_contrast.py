@@ -96,15 +96,15 @@ def _contrast(
     """The loss, and its gradients to x, p, keys, keys_prime and scale."""
     shapes = _shapes(x, p, keys, keys_prime, needs_x, needs_p)
     grad_x, grad_p, grad_keys, grad_prime = (x.new_zeros(shape) for shape in shapes)
-    own = keys is None or keys_prime is None
-    columns = [(x, grad_x), (p, grad_p)] if own else [(keys, grad_keys), (keys_prime, grad_prime)]
+    if keys is None or keys_prime is None:
+        own, columns = True, [(x, grad_x), (p, grad_p)]
+    else:
+        own, columns = False, [(keys, grad_keys), (keys_prime, grad_prime)]
     form = choice.of_contrast(x.new_empty(0, x.shape[1], dtype=dtype), few(len(x), 2 * len(key_group), x.device))
     if form != "at once":
         dtype = dtype if form == "triton" else x.dtype  # only kernels round
         left = x.to(dtype)
-        right = torch.cat(
-            [part.to(dtype) for part in ((x, p) if keys is None or keys_prime is None else (keys, keys_prime))]
-        )
+        right = torch.cat([part.to(dtype) for part, _ in columns])
         inputs = left, right, scale, "ne", row_group, key_group.repeat(2), None, None, None, None, form
         loss, grad_scale = _by_pair_lse(inputs, x, p, grad_x, grad_p, [grad for _, grad in columns], needs_x, needs_p)
         return loss, grad_x, grad_p, grad_keys, grad_prime, grad_scale
