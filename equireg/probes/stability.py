@@ -20,7 +20,7 @@ __all__ = ["Stability", "perturbation_stability"]
 class Stability(NamedTuple):
     """Shares, 0 .. 1, over all frames of all images."""
 
-    accuracy: float  # of frames that are classified right
+    accuracy: float  # of frames whose class is the first, or among the first ``top_k``, of the classifier's
     flip_rate: float  # of pairs of successive frames whose predictions differ
 
 
@@ -44,6 +44,7 @@ def perturbation_stability(
     perturbations: Sequence[str] = tuple(_REACH),
     *,
     frames: int = 31,
+    top_k: int = 1,
     progress: bool = True,
 ) -> dict[str, Stability]:
     r"""Accuracy and flip rate of a classifier over sequences of growing perturbations of each image.
@@ -64,6 +65,8 @@ def perturbation_stability(
             whole numbers [B].
         perturbations: which sequences.
         frames: length of a sequence, n, at least 2; ImageNet-P has 31.
+        top_k: the accuracy counts a frame whose class is among so many with the largest logits, from 1 to C; the flip
+            rate is always that of the first.
         progress: whether to show a bar, where tqdm is installed.
 
     Returns:
@@ -71,7 +74,8 @@ def perturbation_stability(
 
     Raises:
         TypeError, ValueError: an unknown perturbation, batches that are not (images, labels), on CPU images that are
-            not in 0 .. 1, logits that are not [B, C].
+            not in 0 .. 1, logits that are not [B, C], or of fewer than
+            ``top_k`` classes.
 
     Example:
         >>> def bright(images):  # class 1: brighter than a half
@@ -90,15 +94,16 @@ def perturbation_stability(
     for name in perturbations:
         check.option("perturbations", name, tuple(_REACH))
     check.count("frames", frames, least=2)
+    check.count("top_k", top_k)
     right, flips, count = dict.fromkeys(perturbations, 0), dict.fromkeys(perturbations, 0), 0
     with frozen(model) as device:
         for batch in progress_bar(loader, "perturbed images", shown=progress):
             images, labels = _checked(batch)
             images, labels, count = images.to(device), labels.to(device), count + len(images)
             for name in right:
-                answers = torch.stack([_classes(model, frame) for frame in _sequence(images, name, frames)])
-                right[name] += int((answers == labels).sum())
-                flips[name] += int((answers[1:] != answers[:-1]).sum())
+                answers = torch.stack([_classes(model, frame, top_k) for frame in _sequence(images, name, frames)])
+                right[name] += int((answers == labels[:, None]).sum())
+                flips[name] += int((answers[1:, :, 0] != answers[:-1, :, 0]).sum())
     if not count:
         check.fail("loader", "of at least one image", "none")
     return {name: Stability(right[name] / count / frames, flips[name] / count / (frames - 1)) for name in right}
@@ -140,10 +145,14 @@ def _matrix(name: str, strength: float, height: int, width: int) -> Tensor:
     return centre @ matrix @ centre.inverse()
 
 
-def _classes(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def _classes(model: Callable[[Tensor], Tensor], images: Tensor, top_k: int) -> Tensor:
+    """[B, top_k], the likeliest first."""
     check = Arguments("perturbation_stability")
     check.sizes["B"] = len(images)
-    return check.features("model(images)", model(images), "B C").argmax(1)
+    logits = check.features("model(images)", model(images), "B C")
+    if logits.shape[1] < top_k:
+        check.fail("model(images)", f"logits of at least top_k = {top_k} classes", list(logits.shape))
+    return logits.topk(top_k).indices
 
 
 def _checked(batch: Any) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from vipriors.backbone import accuracy
 from vipriors.images import NORMALIZE
 
 import equireg
@@ -93,25 +92,37 @@ def told(
     folder, size = data / s["data"]["folder"], s["image_size"]
     images = folders(folder, "test", size)
     some, kinds = images.evenly(s["probe_images"]), corrupted_images(folder, size, s["probe_images"])
-    moving = equireg.perturbation_stability(logits, batches(some), frames=s["frames"], progress=False).values()
-    right = {
-        (kind, severity): accuracy(torch.cat([logits(images) for images, _ in batches(part)]), part.labels)
-        for (kind, severity), part in kinds.items()
-    }
+    scores = {key: torch.cat([logits(images) for images, _ in batches(part)]) for key, part in kinds.items()}
+    right = {key: among(1, scores[key], part.labels) for key, part in kinds.items()}
+    moving, moving_5 = (
+        equireg.perturbation_stability(logits, batches(some), frames=s["frames"], top_k=k, progress=False)
+        for k in (1, 5)
+    )
     return {
         "told": {
             **equivariance(objective, images.evenly(128).pixels / 255),
             **r2(objective, pairable(folder, s), s["r2_epochs"]),
-            **quarter_turns(objective, some),
+            **transformations_told(objective, some, "rotation", "quarter turns"),
+            **transformations_told(objective, some, "flip", "flips"),
             **classes_of_pixels(partial(token_map, objective), data),
             **joined(objective, data),
             "corner error, pixels": corner_error(objective, data / FOLDERS["VIPriors"], size, s["r2_epochs"]),
-            "accuracy, moving": mean(found.accuracy for found in moving),
-            "flip rate, moving": mean(found.flip_rate for found in moving),
+            "accuracy, moving": mean(found.accuracy for found in moving.values()),
+            "flip rate, moving": mean(found.flip_rate for found in moving.values()),
         },
         "corrupted": {kind: mean(right[kind, severity] for severity in SEVERITIES) for kind in KINDS},
         "severities": {f"severity {level}": mean(right[kind, level] for kind in KINDS) for level in SEVERITIES},
+        "moving": {kind: 100 * found.accuracy for kind, found in moving.items()},
+        "top 5": {
+            "corrupted, top 5": mean(among(5, scores[key], part.labels) for key, part in kinds.items()),
+            "moving, top 5": 100 * mean(found.accuracy for found in moving_5.values()),
+        },
     }
+
+
+def among(k: int, scores: Tensor, labels: Tensor) -> float:
+    """How often, in percent, the class is among the k with the largest scores [N, C]."""
+    return 100 * (scores.topk(k).indices == labels[:, None]).any(1).float().mean().item()
 
 
 def joined(objective: nn.Module, data: Path) -> dict[str, float]:
@@ -194,11 +205,13 @@ def r2(objective: nn.Module, pixels: Tensor, epochs: int, kinds: tuple[str, ...]
     return found
 
 
-def quarter_turns(objective: nn.Module, images: Images) -> dict[str, float]:
-    """How often the number of quarter turns is told, of 4, from the mean token of a layer."""
+def transformations_told(objective: nn.Module, images: Images, kind: str, name: str) -> dict[str, float]:
+    """How often the number of quarter turns is told, of 4, or a flip, from the mean token of a layer."""
     layers, views = layers_of(objective.network), [NORMALIZE(pixels) for pixels, _ in batches(images)]
-    found = equireg.transformation_accuracy(objective.network, views, [*layers.values()], progress=False)
-    return {f"quarter turns told, {where} layer": found[name] for where, name in layers.items()}
+    found = equireg.transformation_accuracy(
+        objective.network, views, [*layers.values()], transformation=kind, progress=False
+    )
+    return {f"{name} told, {where} layer": found[layer] for where, layer in layers.items()}
 
 
 def corner_error(objective: nn.Module, folder: Path, size: int, epochs: int) -> float:

@@ -68,6 +68,19 @@ def test_equals_a_loop_over_images_and_frames():
     assert any(0 < stability.flip_rate < 1 for stability in found.values())
 
 
+def test_top_k_counts_frames_whose_class_is_among_the_first():
+    """Scores in a fixed order, 2 before 0 before 1: at k = 2 two of three classes count, and no answer flips."""
+    images, labels = labelled()
+    scores = torch.tensor([0.5, 0.1, 0.9])
+    for k, expected in ((1, 1 / 3), (2, 2 / 3), (3, 1.0)):
+        found = perturbation_stability(lambda x: scores.expand(len(x), 3), [(images, labels)], top_k=k, **QUIET)
+        assert set(found.values()) == {Stability(expected, 0.0)}
+    model = Probabilities().eval()
+    firsts, both = (perturbation_stability(model, [(images, labels)], top_k=k, frames=9, **QUIET) for k in (1, 2))
+    assert [found.flip_rate for found in both.values()] == [found.flip_rate for found in firsts.values()]
+    assert any(found.flip_rate for found in firsts.values())
+
+
 def test_sequences_are_torchvisions(real_images):
     """Frame by frame on a photograph, away from its border, where torchvision puts black."""
     from PIL import Image
@@ -126,6 +139,8 @@ BATCH = labelled()
         ({"perturbations": []}, "perturbations must be names in a list"),
         ({"perturbations": ["snow"]}, "perturbations must be one of 'translation', .* got 'snow'"),
         ({"frames": 1}, "frames must be at least 2, got 1"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": 4}, r"model\(images\) must be logits of at least top_k = 4 classes, got \[6, 3\]"),
     ],
 )
 def test_refuses(changes, message):
