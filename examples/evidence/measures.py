@@ -103,9 +103,8 @@ def told(
             **equivariance(objective, images.evenly(128).pixels / 255),
             **r2(objective, pairable(folder, s), s["r2_epochs"]),
             **transformations_told(objective, some, "rotation", "quarter turns"),
-            **transformations_told(objective, some, "flip", "flips"),
             **classes_of_pixels(partial(token_map, objective), data),
-            **joined(objective, data),
+            **joined(objective, s, data),
             "corner error, pixels": corner_error(objective, data / FOLDERS["VIPriors"], size, s["r2_epochs"]),
             "accuracy, moving": mean(found.accuracy for found in moving.values()),
             "flip rate, moving": mean(found.flip_rate for found in moving.values()),
@@ -125,9 +124,10 @@ def among(k: int, scores: Tensor, labels: Tensor) -> float:
     return 100 * (scores.topk(k).indices == labels[:, None]).any(1).float().mean().item()
 
 
-def joined(objective: nn.Module, data: Path) -> dict[str, float]:
+def joined(objective: nn.Module, s: Settings, data: Path) -> dict[str, float]:
     """The measures that joined ``told`` when runs were finished, which take them from the network that they saved."""
-    return boxes(partial(token_map, objective), data)
+    some = folders(data / s["data"]["folder"], "test", s["image_size"]).evenly(s["probe_images"])
+    return boxes(partial(token_map, objective), data) | transformations_told(objective, some, "flip", "flips")
 
 
 def joined_on_the_way(objective: nn.Module, s: Settings, data: Path) -> dict[str, float]:
@@ -135,7 +135,8 @@ def joined_on_the_way(objective: nn.Module, s: Settings, data: Path) -> dict[str
     return r2(objective, pairable(data / s["data"]["folder"], s), s["r2_epochs"], ("color",))
 
 
-JOINED, JOINED_ON_THE_WAY = {"boxes, average precision", "boxes, turned"}, {"R², colour"}
+JOINED = {"boxes, average precision", "boxes, turned", *(f"flips told, {w} layer" for w in ("early", "middle", "last"))}
+JOINED_ON_THE_WAY = {"R², colour"}
 
 
 def batches(images: Images) -> list[tuple[Tensor, Tensor]]:

@@ -231,7 +231,7 @@ def add_what_joined(
 
     if lacking & JOINED:
         load("encoder.pt")
-        found["told"] |= joined(objective, data)
+        found["told"] |= joined(objective, s, data)
     for steps, values in found["curve"].items() if lacking & JOINED_ON_THE_WAY else ():
         load(f"encoder-{steps}.pt")
         values |= joined_on_the_way(objective, s, data)
