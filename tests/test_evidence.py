@@ -19,7 +19,7 @@ from PIL import Image
 for name in ("timm", "lightly", "accelerate", "matplotlib", "sklearn", "imagecorruptions"):
     pytest.importorskip(name, reason="needs the report extra")
 
-from evidence import experiments, frozen
+from evidence import clouds, experiments, frozen
 from evidence import runs as evidence_runs
 from evidence.classification import groups_of, weights_of
 from evidence.corruptions import KINDS, corrupted
@@ -38,6 +38,7 @@ from evidence.views import crops, simclr_colors
 from equireg import GridTransform
 
 ROOT = Path(__file__).parent.parent
+MOVEMENTS = ["translation", "rotation", "tilt", "scale", "shear", "blur", "brightness"]
 
 
 def run(*arguments, **environment):
@@ -106,7 +107,7 @@ def test_share_of_the_way_to_the_ceiling(tmp_path):
 def test_differences_are_followed_along_a_training(tmp_path):
     """A gain that grows with the steps, over the control; the last network is that of the tables."""
     runs = {}
-    for (arm, gain), seed in itertools.product({"off": 0, "one": 1, "two": 2}.items(), range(3)):
+    for (arm, gain), seed in itertools.product({"zero": 0, "one": 1, "two": 2}.items(), range(3)):
 
         def measured(share, gain=gain, seed=seed):
             r2 = {f"R², {kind}": 0.5 + share * (0.1 + 0.001 * seed) * gain for kind in ("rotation", "translation")}
@@ -114,6 +115,7 @@ def test_differences_are_followed_along_a_training(tmp_path):
 
         ends = {"accuracy": measured(1.0), "told": measured(1.0), "chosen": {}}
         ends |= {"corrupted": {"fog": 20.0 + gain}, "severities": {"severity 1": 20.0 + gain}}
+        ends |= {"moving": {"tilt": 30.0 - gain}, "top 5": {"moving, top 5": 60.0}}
         runs.setdefault(arm, {})[str(seed)] = {**ends, "curve": {"1271": measured(0.5), "254": measured(0.1)}}
     found = {
         "scale": "cpu",
@@ -124,19 +126,31 @@ def test_differences_are_followed_along_a_training(tmp_path):
     }
     text = write_page(found | {"step_seconds": {}, "runs": {"reconstruction": runs}}, tmp_path).read_text()
     assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
-    assert "| R², rotation | 1 image | VICReg | +0.010: +0.010 to +0.010 | +0.051: +0.049 to +0.052 | +0.101" in text
-    assert "| CIFAR-10, 50 per class | 2 images | VICReg | −0.2: −0.2 to −0.2 | −1.0: −1.0 to −1.0 | −2.0" in text
+    assert (
+        "| R², rotation | 1 image | linear head, weight 0 | +0.010: +0.010 to +0.010 | +0.051: +0.049 to +0.052 | +0.101"
+        in text
+    )
+    assert (
+        "| CIFAR-10, 50 per class | 2 images | linear head, weight 0 | −0.2: −0.2 to −0.2 | −1.0: −1.0 to −1.0 | −2.0"
+        in text
+    )
     longer = {
         arm: {seed: {**run, "curve": {"3": run["curve"]["254"]}} for seed, run in own.items()}
         for arm, own in runs.items()
     }
-    del longer["one"]
+    longer = {"off": longer["zero"], "two": longer["two"]}
     both = {"reconstruction": runs, "reconstruction-h100": longer}
     pages = {"machines": dict.fromkeys(both, "a"), "dates": dict.fromkeys(both, "2026-01-01"), "runs": both}
     text = write_page({**found, "step_seconds": {}, **pages}, tmp_path).read_text()
     assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
     assert "|  | of | from | 3 steps | 3,900 steps |" in text  # another length, another table
-    assert "| severity 1 | 20.0 | **22.0 (+2.0: +2.0 to +2.0)** |" in text
+    for line in (
+        "|  | VICReg, linear head, weight 0 | 2 images |",
+        "| severity 1 | 20.0 | **22.0 (+2.0: +2.0 to +2.0)** |",
+        "| moving, tilt | 30.0 | **28.0 (−2.0: −2.0 to −2.0)** |",
+        "| moving, top 5 | 60.0 | 60.0 (+0.0: +0.0 to +0.0) |",
+    ):
+        assert line in text
     assert (tmp_path / "results-reconstruction-steps.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -167,11 +181,11 @@ def test_arms_for_one_gpu_are_of_a_hundred_epochs():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Folders as the evidence takes them: four classes of noise, each with a colour of its own."""
+    """Folders as the evidence takes them: five classes of noise, each with a colour of its own."""
     root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
     splits = ("cifar10/train", "cifar10/test", *(f"tiny-vipriors64/{split}" for split in ("train", "val", "test")))
     splits += ("pacs64/photo", "pacs64/sketch")
-    for split, label in itertools.product(splits, range(4)):
+    for split, label in itertools.product(splits, range(5)):
         (folder := root / split / f"class{label}").mkdir(parents=True)
         for number in range(32 if split.endswith("train") else 8):
             pixels = torch.randint(160, (32, 32, 3), generator=generator)
@@ -217,6 +231,9 @@ def test_every_encoder_is_measured_alike_and_not_taken_for_one_of_other_settings
             assert all(math.isfinite(value) for value in found["told"].values())
             assert set(found["told"]) == measured
             assert set(found["corrupted"]) == set(KINDS)
+            assert list(found["moving"]) == MOVEMENTS
+            assert 100 * found["told"]["accuracy, moving"] == pytest.approx(mean(found["moving"].values()))
+            assert set(found["top 5"].values()) == {100.0}  # of five classes
             assert mean(found["corrupted"].values()) == pytest.approx(mean(found["severities"].values()))
         assert 0 < found["step_seconds"] < found["seconds"]
     with pytest.raises(ValueError, match=r"was run with other settings: weight 0.2 \(now 5.0\)"):
@@ -373,6 +390,22 @@ def test_arms_begin_alike(jobs):
         assert all(torch.equal(states[0][key], other[key]) for key in shared for other in states[1:])
 
 
+def test_clouds_are_drawn_of_saved_networks(jobs, tmp_path, monkeypatch):
+    job, path = jobs["ser", "on"], tmp_path / "results-ser-tsne.png"
+    monkeypatch.setattr(clouds, "final", lambda place, group: [job, job._replace(seed=1), job._replace(arm="late")])
+    clouds.draw_clouds_of(job.place, "ipirm", tmp_path)  # of which no picture is planned
+    assert not list(tmp_path.iterdir())
+    clouds.draw_clouds_of(job.place, "ser", tmp_path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    other = job._replace(place=job.place._replace(runs=tmp_path / "runs"))
+    shutil.copytree(job.folder, other.folder)
+    network = torch.load(job.folder / "encoder.pt", weights_only=True)
+    torch.save({name: torch.randn_like(weights) for name, weights in network.items()}, other.folder / "encoder.pt")
+    for run, same in ((job, True), (other, False)):
+        clouds.draw_clouds({"+ SERLoss": run}, tmp_path / "again.png")
+        assert ((tmp_path / "again.png").read_bytes() == path.read_bytes()) == same
+
+
 def test_a_whole_group(jobs, images, tmp_path):
     """The settings are chosen, all arms trained, measured and written; what was run is not run again."""
     place = Place("test", images, tmp_path / "runs/test")
@@ -381,10 +414,11 @@ def test_a_whole_group(jobs, images, tmp_path):
     where = ["--data", images, "--runs", tmp_path / "runs", "--docs", tmp_path, "--processes", 1]
     run("--scale", "test", "--only", "reconstruction", *where, OMP_NUM_THREADS="1", MPLCONFIGDIR=str(tmp_path))
     found = json.loads((tmp_path / "results.json").read_text())["runs"]["reconstruction"]
-    assert {arm: sorted(seeds) for arm, seeds in found.items()} == {arm: ["0", "1"] for arm in ("off", "one", "two")}
+    arms = ("off", "zero", "one", "two")
+    assert {arm: sorted(seeds) for arm, seeds in found.items()} == {arm: ["0", "1"] for arm in arms}
     assert "; 1 image: weight" in (tmp_path / "results.md").read_text()
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
-    assert len(after) == 11  # on validation images three values of the base and two of an arm; three arms of two seeds
+    assert len(after) == 13  # on validation images three values of the base and two of an arm; four arms of two seeds
     first = json.loads((tmp_path / "runs/test/reconstruction/two/0/found.json").read_text())
     assert first["chosen"].keys() == {"lr", "weight"}
     assert before.items() <= after.items()

@@ -21,7 +21,7 @@ class Curve(NamedTuple):
 def along(scale: str, group: str, runs: dict[str, Any], comparison: dict[str, Any]) -> list[Curve]:
     """The curves that a comparison names under ``along``, of what was run."""
     s, found, title = settings_of(scale, group, "off", {}), [], PLAN["titles"].get(group, "")
-    names = {"off": comparison["base"], **comparison["arms"]}
+    names = {comparison.get("from", "off"): comparison["base"], **comparison["arms"]}
     for asked in comparison.get("along", ()):
         arms = {arm: names[arm] for arm in (asked["from"], *asked["arms"]) if arm in runs}
         if asked["from"] not in runs or len(arms) < 2 or "curve" not in next(iter(runs[asked["from"]].values())):

@@ -14,7 +14,7 @@ from typing import Any
 from evidence.curves import Curve, along, curve_tables, draw_curves
 from evidence.experiments import PLAN, groups_of
 from evidence.landscapes import landscapes
-from evidence.tables import VERDICTS, Rows, by_measure, cells, markdown, paired_seeds, table
+from evidence.tables import VERDICTS, Rows, by_measure, paired_seeds, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -24,7 +24,7 @@ TITLES = PLAN["titles"]
 def write_page(found: dict[str, Any], folder: Path) -> Path:
     """``results.md`` in ``folder``, and the pictures of its questions."""
     blocks = {question: answer(found, question, folder) for question in PLAN["questions"]}
-    blocks["corrupted"] = corruption_table(found["runs"])
+    blocks["robustness"] = robustness(found["runs"])
     blocks["landscapes"] = landscapes(found["runs"], folder)
     measured = [group for group in groups_of("h100") if group in found["runs"]]
     blocks["h100"] = f"Among the tables above: {', '.join(measured)}." if measured else "Not run: no GPU was at hand."
@@ -121,21 +121,22 @@ def told(run: dict[str, Any]) -> dict[str, float]:
     return run.get("told", {})
 
 
-def corruption_table(runs: dict[str, Any]) -> str:
-    """Accuracy under each kind of corruption, of the base and its regularized counterpart in groups that have it."""
-    head, lines = [""], {}
-    for group, arm, base, name in PLAN["corrupted"]:
-        if {"off", arm} <= runs.get(group, {}).keys():
-            head += [base, name]
-            arms = {"off": base, arm: name}
-            for kind, row in by_measure(runs[group], arms, under_corruptions).items():
-                lines.setdefault(kind, [kind.replace("_", " ")]).extend(cells(row, arms, 1))
-    return markdown(head, lines.values()) if lines else "Not run."
+def robustness(runs: dict[str, Any]) -> str:
+    """Accuracy under each kind of corruption and movement, for each group that was measured so."""
+    blocks = []
+    for plan in PLAN["robustness"]:
+        of_group, base = runs.get(plan["group"], {}), plan.get("from", "off")
+        arms = {arm: name for arm, name in {base: plan["base"], **plan["arms"]}.items() if arm in of_group}
+        if base in arms and len(arms) > 1:
+            blocks += [f"{plan['base']}:", table(by_measure(of_group, arms, on_changed_images), arms, 1)]
+    return "\n\n".join(blocks) or "Not run."
 
 
-def under_corruptions(run: dict[str, Any]) -> dict[str, float]:
-    """Accuracies by kind, and by severity."""
-    return {**run["corrupted"], **run.get("severities", {})}
+def on_changed_images(run: dict[str, Any]) -> dict[str, float]:
+    """Accuracies by kind of corruption and by severity, and by kind of movement; some by the first five answers."""
+    corrupted = {kind.replace("_", " "): value for kind, value in run["corrupted"].items()}
+    moving = {f"moving, {kind}": value for kind, value in run.get("moving", {}).items()}
+    return corrupted | run.get("severities", {}) | moving | run.get("top 5", {})
 
 
 def sentence(rows: Rows, name: str) -> str:

@@ -73,10 +73,12 @@ def test_top_k_counts_frames_whose_class_is_among_the_first():
     images, labels = labelled()
     scores = torch.tensor([0.5, 0.1, 0.9])
     for k, expected in ((1, 1 / 3), (2, 2 / 3), (3, 1.0)):
-        found = perturbation_stability(lambda x: scores.expand(len(x), 3), [(images, labels)], top_k=k, frames=4, **QUIET)
+        found = perturbation_stability(
+            lambda x: scores.expand(len(x), 3), [(images, labels)], top_k=k, frames=4, **QUIET
+        )
         assert set(found.values()) == {Stability(expected, 0.0)}
     model = Probabilities().eval()
-    firsts, both = (perturbation_stability(model, [(images, labels)], top_k=k, frames=9, **QUIET) for k in (1, 2))
+    firsts, both = (perturbation_stability(model, loader, top_k=k, frames=9, **QUIET) for k in (1, 2))
     assert [found.flip_rate for found in both.values()] == [found.flip_rate for found in firsts.values()]
     assert any(found.flip_rate for found in firsts.values())
 
