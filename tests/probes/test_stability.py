@@ -70,12 +70,9 @@ def test_equals_a_loop_over_images_and_frames():
 
 def test_top_k_counts_frames_whose_class_is_among_the_first():
     """Scores in a fixed order, 2 before 0 before 1: at k = 2 two of three classes count, and no answer flips."""
-    images, labels = labelled()
-    scores = torch.tensor([0.5, 0.1, 0.9])
+    loader, scores = [labelled()], torch.tensor([0.5, 0.1, 0.9])
     for k, expected in ((1, 1 / 3), (2, 2 / 3), (3, 1.0)):
-        found = perturbation_stability(
-            lambda x: scores.expand(len(x), 3), [(images, labels)], top_k=k, frames=4, **QUIET
-        )
+        found = perturbation_stability(lambda x: scores.expand(len(x), 3), loader, top_k=k, frames=4, **QUIET)
         assert set(found.values()) == {Stability(expected, 0.0)}
     model = Probabilities().eval()
     firsts, both = (perturbation_stability(model, loader, top_k=k, frames=9, **QUIET) for k in (1, 2))
