@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from evidence.corruptions import KINDS, corrupted
 from evidence.datasets import Images, folders
 from evidence.experiments import Settings
+from evidence.finetuning import fine_tuned
 from evidence.networks import encode, unit
 from evidence.scenes import boxes, classes_of_pixels
 from sklearn.linear_model import LogisticRegression
@@ -29,18 +30,23 @@ FOLDERS = {"CIFAR-10": "cifar10", "VIPriors": "tiny-vipriors64"}
 def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int) -> dict[str, Any]:
     """Accuracies of linear probes and 20 neighbours on ``split``; of the test images also what ``told`` says."""
     found: dict[str, float] = {}
-    for name, folder in FOLDERS.items():
+    for name in FOLDERS:
         accuracies, probe = probed(objective, s, data, split, seed, name)
         found |= accuracies
-        if folder == s["data"]["folder"]:
+        if name == data_set_of(s):
             last = probe
 
     @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
         return torch.from_numpy(last.decision_function(features_of(objective)(images).float().cpu())).to(images)
 
-    more = told(objective, logits, s, data) if s["told"] and split == "test" else {}  # accuracy chooses settings
+    more = told(objective, logits, s, data, seed) if s["told"] and split == "test" else {}  # accuracy chooses settings
     return {"accuracy": found, **more}
+
+
+def data_set_of(s: Settings) -> str:
+    """Whose images an encoder learnt from."""
+    return next(name for name, folder in FOLDERS.items() if folder == s["data"]["folder"])
 
 
 def features_of(objective: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -70,7 +76,7 @@ def probed(
 def measure_on_the_way(objective: nn.Module, s: Settings, data: Path, seed: int) -> dict[str, float]:
     """Of a network that is not yet trained to the end: accuracies on its own data set, and the measures ``curve``."""
     folder = s["data"]["folder"]
-    found, _ = probed(objective, s, data, "test", seed, next(name for name in FOLDERS if FOLDERS[name] == folder))
+    found, _ = probed(objective, s, data, "test", seed, data_set_of(s))
     images = folders(data / folder, "test", s["image_size"])
     measures = {
         "equivariance": lambda: equivariance(objective, images.evenly(128).pixels / 255),
@@ -86,7 +92,7 @@ def pairable(folder: Path, s: Settings) -> Tensor:
 
 
 def told(
-    objective: nn.Module, logits: Callable[[Tensor], Tensor], s: Settings, data: Path
+    objective: nn.Module, logits: Callable[[Tensor], Tensor], s: Settings, data: Path, seed: int
 ) -> dict[str, dict[str, float]]:
     """What has no test of accuracy on clean images; ``logits`` are of images in 0 .. 1."""
     folder, size = data / s["data"]["folder"], s["image_size"]
@@ -104,7 +110,7 @@ def told(
             **r2(objective, pairable(folder, s), s["r2_epochs"]),
             **transformations_told(objective, some, "rotation", "quarter turns"),
             **classes_of_pixels(partial(token_map, objective), data),
-            **joined(objective, s, data),
+            **joined(objective, s, data, seed),
             "corner error, pixels": corner_error(objective, data / FOLDERS["VIPriors"], size, s["r2_epochs"]),
             "accuracy, moving": mean(found.accuracy for found in moving.values()),
             "flip rate, moving": mean(found.flip_rate for found in moving.values()),
@@ -124,10 +130,16 @@ def among(k: int, scores: Tensor, labels: Tensor) -> float:
     return 100 * (scores.topk(k).indices == labels[:, None]).any(1).float().mean().item()
 
 
-def joined(objective: nn.Module, s: Settings, data: Path) -> dict[str, float]:
+def joined(objective: nn.Module, s: Settings, data: Path, seed: int) -> dict[str, float]:
     """The measures that joined ``told`` when runs were finished, which take them from the network that they saved."""
-    some = folders(data / s["data"]["folder"], "test", s["image_size"]).evenly(s["probe_images"])
-    return boxes(partial(token_map, objective), data) | transformations_told(objective, some, "flip", "flips")
+    folder = data / s["data"]["folder"]
+    some = folders(folder, "test", s["image_size"]).evenly(s["probe_images"])
+    shots = s["shots"][data_set_of(s)][-1]
+    return {
+        **boxes(partial(token_map, objective), data),
+        **transformations_told(objective, some, "flip", "flips"),
+        "accuracy, fine-tuned": fine_tuned(objective, s, folder, shots, seed),
+    }
 
 
 def joined_on_the_way(objective: nn.Module, s: Settings, data: Path) -> dict[str, float]:
@@ -135,7 +147,8 @@ def joined_on_the_way(objective: nn.Module, s: Settings, data: Path) -> dict[str
     return r2(objective, pairable(data / s["data"]["folder"], s), s["r2_epochs"], ("color",))
 
 
-JOINED = {"boxes, average precision", "boxes, turned", *(f"flips told, {w} layer" for w in ("early", "middle", "last"))}
+JOINED = {"boxes, average precision", "boxes, turned", "accuracy, fine-tuned"}
+JOINED |= {f"flips told, {where} layer" for where in ("early", "middle", "last")}
 JOINED_ON_THE_WAY = {"R², colour"}
 
 

@@ -222,7 +222,7 @@ def results(
 
 
 def add_what_joined(
-    found: dict[str, Any], lacking: set[str], objective: nn.Module, s: Settings, data: Path, folder: Path
+    found: dict[str, Any], lacking: set[str], objective: nn.Module, s: Settings, data: Path, folder: Path, seed: int
 ) -> None:
     """Measures that joined since ``found`` was written, of the networks that ``results`` saved and read."""
 
@@ -231,7 +231,7 @@ def add_what_joined(
 
     if lacking & JOINED:
         load("encoder.pt")
-        found["told"] |= joined(objective, s, data)
+        found["told"] |= joined(objective, s, data, seed)
     for steps, values in found["curve"].items() if lacking & JOINED_ON_THE_WAY else ():
         load(f"encoder-{steps}.pt")
         values |= joined_on_the_way(objective, s, data)

@@ -75,7 +75,7 @@ def execute(job: Job) -> None:
         kind = KINDS[s["kind"]]
         objective, images = kind.prepare(s, job.place.data, job.place.runs, folder, seed)
         if found := job.found():
-            pretraining.add_what_joined(found, job.lacks(), objective, s, job.place.data, folder)
+            pretraining.add_what_joined(found, job.lacks(), objective, s, job.place.data, folder, seed)
             write(folder, found)
             return
         prepared = time.perf_counter() - start
