@@ -409,11 +409,11 @@ def test_a_whole_group(jobs, images, tmp_path):
     where = ["--data", images, "--runs", tmp_path / "runs", "--docs", tmp_path, "--processes", 1]
     run("--scale", "test", "--only", "reconstruction", *where, OMP_NUM_THREADS="1", MPLCONFIGDIR=str(tmp_path))
     found = json.loads((tmp_path / "results.json").read_text())["runs"]["reconstruction"]
-    arms = ("off", "zero", "one", "two")
+    arms = ("off", "zero", "one", "two", "all")
     assert {arm: sorted(seeds) for arm, seeds in found.items()} == {arm: ["0", "1"] for arm in arms}
     assert "; 1 image: weight" in (tmp_path / "results.md").read_text()
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
-    assert len(after) == 13  # on validation images three values of the base and two of an arm; four arms of two seeds
+    assert len(after) == 15  # on validation images three values of the base and two of an arm; five arms of two seeds
     first = json.loads((tmp_path / "runs/test/reconstruction/two/0/found.json").read_text())
     assert first["chosen"].keys() == {"lr", "weight"}
     assert before.items() <= after.items()

@@ -104,8 +104,8 @@ class VICReg(nn.Module):
         super().__init__()
         self.s, self.network, size, images = s, create(s), s["image_size"], s["images"]
         self.backbone = nn.Sequential(NORMALIZE, self.network)
-        sigma = (0.1, size / 32)
-        self.views = equireg.IntermediateViews("all", num_intermediate=images or 1, reconstruct="se2", sigma=sigma)
+        shown = {"num_intermediate": images or 1, "reconstruct": s.get("reconstruct", "se2")}
+        self.views = equireg.IntermediateViews("all", **shown, sigma=(0.1, size / 32))
         width = self.network.embed_dim
         if images:
             # So wide that VICReg keeps its own width (the paper's linear head).
