@@ -20,8 +20,8 @@ class Curve(NamedTuple):
 
 def along(scale: str, group: str, runs: dict[str, Any], comparison: dict[str, Any]) -> list[Curve]:
     """The curves that a comparison names under ``along``, of what was run."""
-    s, found, title = settings_of(scale, group, "off", {}), [], PLAN["titles"].get(group, "")
-    names = {comparison.get("from", "off"): comparison["base"], **comparison["arms"]}
+    base, found, title = comparison.get("from", "off"), [], PLAN["titles"].get(group, "")
+    s, names = settings_of(scale, group, base, {}), {base: comparison["base"], **comparison["arms"]}
     for asked in comparison.get("along", ()):
         arms = {arm: names[arm] for arm in (asked["from"], *asked["arms"]) if arm in runs}
         if asked["from"] not in runs or len(arms) < 2 or "curve" not in next(iter(runs[asked["from"]].values())):
@@ -29,10 +29,9 @@ def along(scale: str, group: str, runs: dict[str, Any], comparison: dict[str, An
 
         def measured(run: dict[str, Any], measures: list[str] = asked["measures"]) -> dict[tuple[str, int], float]:
             last = s["epochs"] * (s["samples"] // s["batch_size"])
-            by_steps = {
-                **{int(step): own for step, own in run["curve"].items()},
-                last: {**run["accuracy"], **run["told"]},
-            }
+            by_steps = {int(step): own for step, own in run["curve"].items()}
+            if "told" in run:
+                by_steps[last] = {**run["accuracy"], **run["told"]}
             there = [name for name in measures if all(name in own for own in by_steps.values())]
             return {(name, step): by_steps[step][name] for name in there for step in sorted(by_steps)}
 
