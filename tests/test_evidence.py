@@ -19,14 +19,14 @@ from PIL import Image
 for name in ("timm", "lightly", "accelerate", "matplotlib", "sklearn", "imagecorruptions"):
     pytest.importorskip(name, reason="needs the report extra")
 
-from evidence import clouds, experiments, frozen
+from evidence import experiments, frozen, pictures
 from evidence import runs as evidence_runs
 from evidence.classification import groups_of, weights_of
 from evidence.corruptions import KINDS, corrupted
 from evidence.datasets import TEN_KINDS, Images, corrupted_folders, digits, folders
 from evidence.experiments import GROUPS, settings_of, tried
 from evidence.landscapes import landscapes
-from evidence.measures import JOINED
+from evidence.measures import JOINED, KINDS_OF_PAIRS
 from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import fit
 from evidence.page import accuracies, write_page
@@ -385,20 +385,48 @@ def test_arms_begin_alike(jobs):
         assert all(torch.equal(states[0][key], other[key]) for key in shared for other in states[1:])
 
 
-def test_clouds_are_drawn_of_saved_networks(jobs, tmp_path, monkeypatch):
-    job, path = jobs["ser", "on"], tmp_path / "results-ser-tsne.png"
-    monkeypatch.setattr(clouds, "final", lambda place, group: [job, job._replace(seed=1), job._replace(arm="late")])
-    clouds.draw_clouds_of(job.place, "ipirm", tmp_path)  # of which no picture is planned
-    assert not list(tmp_path.iterdir())
-    clouds.draw_clouds_of(job.place, "ser", tmp_path)
-    assert path.read_bytes()[:4] == b"\x89PNG"
-    other = job._replace(place=job.place._replace(runs=tmp_path / "runs"))
-    shutil.copytree(job.folder, other.folder)
-    network = torch.load(job.folder / "encoder.pt", weights_only=True)
-    torch.save({name: torch.randn_like(weights) for name, weights in network.items()}, other.folder / "encoder.pt")
-    for run, same in ((job, True), (other, False)):
-        clouds.draw_clouds({"+ SERLoss": run}, tmp_path / "again.png")
-        assert ((tmp_path / "again.png").read_bytes() == path.read_bytes()) == same
+def test_pictures_are_drawn_of_saved_networks(jobs, tmp_path, monkeypatch):
+    """The planned ones, of the first seed; those of other weights look otherwise."""
+    for (group, arm), name in ((("ser", "on"), "tsne"), (("ipirm-simsiam", "on"), "augmented")):
+        job, path = jobs[group, arm], tmp_path / f"results-{group}-{name}.png"
+        monkeypatch.setitem(experiments.PLAN, "pictures", {name: {group: {arm: "arm"}}})
+        every = [job, job._replace(seed=1), job._replace(arm="off")]
+        monkeypatch.setattr(pictures, "final", lambda place, group, every=every: every)
+        pictures.draw_pictures(job.place, "planted", tmp_path)
+        assert not path.exists()
+        pictures.draw_pictures(job.place, group, tmp_path)
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        other = job._replace(place=job.place._replace(runs=tmp_path / "runs"))
+        shutil.copytree(job.folder, other.folder)
+        network = torch.load(job.folder / "encoder.pt", weights_only=True)
+        network = {name: 0.1 * torch.rand_like(part.float()).to(part.dtype) for name, part in network.items()}
+        torch.save(network, other.folder / "encoder.pt")
+        (tmp_path / "again").mkdir(exist_ok=True)
+        for run, same in ((job, True), (other, False)):
+            monkeypatch.setattr(pictures, "final", lambda place, group, run=run: [run])
+            pictures.draw_pictures(run.place, group, tmp_path / "again")
+            assert ((tmp_path / "again" / path.name).read_bytes() == path.read_bytes()) == same
+
+
+def test_share_of_the_variance_that_an_augmentation_makes():
+    """One dimension is the place of a bright square, which moves; the other its brightness, which stays."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def backbone(self, images):
+            places = torch.linspace(-1, 1, images.shape[3])
+            return torch.stack(
+                [(images.mean((1, 2)) * places).sum(1) / images.sum((1, 2, 3)), images.amax((1, 2, 3))], 1
+            )
+
+    pixels = torch.zeros(64, 3, 17, 17, dtype=torch.uint8)
+    pixels[:, :, 6:11, 6:11] = (50 + 200 * torch.rand(64, 1, 1, 1)).byte()
+    shares = dict(zip(KINDS_OF_PAIRS, pictures.augmented_shares(Encoder(), pixels)))
+    assert shares["translation"][0] > 0.8
+    assert shares["translation"][1] < 0.1
 
 
 def test_a_whole_group(jobs, images, tmp_path):

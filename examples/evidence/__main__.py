@@ -59,13 +59,13 @@ def main() -> None:
 def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     """What is missing; the results of all groups that are finished here, and of others, of the same arms, as known."""
     import torch
-    from evidence.clouds import draw_clouds_of
+    from evidence.pictures import draw_pictures
     from evidence.runs import Place, collect, run_all
 
     place = Place(options.scale, options.data.resolve(), options.runs.resolve() / options.scale)
     run_all(place, options.only, options.processes)
     for group in options.only:
-        draw_clouds_of(place, group, options.docs)
+        draw_pictures(place, group, options.docs)
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     found, today = collect(place), datetime.date.today().isoformat()
     machine = f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})"

@@ -14,6 +14,7 @@ from evidence import classification, pretraining
 from evidence.experiments import ENCODERS, GROUPS, TUNING_SEED, Settings, groups_of, seeds_of, settings_of, tried
 from evidence.measures import JOINED, JOINED_ON_THE_WAY
 from evidence.networks import fit
+from torch import nn
 from tqdm.auto import tqdm
 from vipriors.training import differences, write_file
 
@@ -86,6 +87,13 @@ def execute(job: Job) -> None:
     write(folder, found)
     for checkpoint in folder.rglob("checkpoint-*.pt"):
         checkpoint.unlink()
+
+
+def trained(job: Job) -> nn.Module:
+    """What a finished pretraining left, in eval mode."""
+    objective, _ = pretraining.prepare(job.settings(), job.place.data, job.place.runs, job.folder, job.seed)
+    objective.network.load_state_dict(torch.load(job.folder / "encoder.pt", weights_only=True))
+    return objective.eval()
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
