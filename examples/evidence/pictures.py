@@ -57,7 +57,7 @@ def draw_shares(jobs: dict[str, Job], path: Path) -> None:
         few, test = folders(folder, "train", size, draw=job.seed, shots=shots), folders(folder, "test", size)
         shares = augmented_shares(objective, test.evenly(s["probe_images"]).pixels)
         order = shares.mean(0).argsort()
-        picture = row[0].imshow(shares[:, order].numpy(), aspect="auto", vmin=0, cmap="inferno")
+        picture = row[0].imshow(shares[:, order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="inferno")
         figure.colorbar(picture, ax=row[0])
         row[0].set_yticks(range(len(KINDS_OF_PAIRS)), KINDS_OF_PAIRS)
         row[0].set(title=f"{name}: share of the variance", xlabel="dimension")
@@ -66,6 +66,7 @@ def draw_shares(jobs: dict[str, Job], path: Path) -> None:
         found = [accuracy(objective, few, test, part) for part in columns.values()]
         row[1].bar_label(row[1].bar(list(columns), found), fmt="%.1f")
         row[1].set(title="linear accuracy, %")
+        row[1].margins(y=0.12)
     figure.savefig(path, dpi=100)
 
 
