@@ -14,12 +14,13 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 for name in ("timm", "lightly", "accelerate", "matplotlib", "sklearn", "imagecorruptions"):
     pytest.importorskip(name, reason="needs the report extra")
 
-from evidence import experiments, frozen, pictures
+from evidence import experiments, frozen, pictures, pretraining
 from evidence import runs as evidence_runs
 from evidence.classification import groups_of, weights_of
 from evidence.corruptions import KINDS, corrupted
@@ -35,7 +36,7 @@ from evidence.tables import by_measure, paired
 from evidence.turned import TurnedViews, differences, numbers
 from evidence.views import crops, simclr_colors
 
-from equireg import GridTransform
+from equireg import ESSLLoss, GridTransform
 
 ROOT = Path(__file__).parent.parent
 MOVEMENTS = ["translation", "rotation", "tilt", "scale", "shear", "blur", "brightness"]
@@ -296,6 +297,20 @@ def test_baselines_are_told_how_the_second_view_differs_from_the_first():
     assert numbers(scaled).flatten().tolist() == pytest.approx([0, 0, 0, 1, 1, math.log(2), -math.log(2)])
 
 
+def test_predicted_turns_are_those_of_either_view():
+    """E-SSL at the last block: what the map tells exactly costs nothing; of the first view alone, it costs."""
+    s = settings_of("test", "ser-rivals", "essl, last", {})
+    model = pretraining.MoCoV3(s, 0)
+    assert (model.late.layer, list(model.layers)) == (0, [5])
+    model.turned.loss = ESSLLoss(4)
+    model.turned.loss.predictor = torch.nn.Identity()
+    turns = [torch.arange(8) % 4, torch.arange(8) // 2 % 4]
+    elements = [GridTransform(t, t < 0, (4, 4), (4, 4)) for t in turns]
+    maps = [[100 * F.one_hot(t, 4).float()[:, None]] for t in turns]
+    assert model.turned.regularizer(maps, elements) == pytest.approx(0, abs=1e-6)
+    assert model.turned.regularizer([maps[0], maps[0]], elements) > 1
+
+
 def test_views_are_of_the_arms_part_of_the_group():
     """Their turns, flips and sizes."""
     drawn = {}
@@ -374,7 +389,7 @@ def test_arms_begin_alike(jobs):
     """The same first weights of what both have; so differences are paired."""
     _, data, runs = jobs["ser", "on"].place
     parts = {"reconstruction": "network.", "vipriors-20": "backbone."}
-    for group in ("ipirm", "ipirm-simsiam", "ser", "ser-local", "ser-barlow", *parts):
+    for group in ("ipirm", "ipirm-simsiam", "ser", "ser-local", "ser-rivals", "ser-barlow", *parts):
         states = []
         for arm in GROUPS[group]["arms"]:
             s = settings_of("test", group, arm, {"weight": 1.0, "risk_weight": 1.0, "sharpness": 1.0})

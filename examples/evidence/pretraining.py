@@ -32,7 +32,7 @@ class MoCoV3(nn.Module):
         super().__init__()
         self.s, self.network = s, create(s)
         width = self.network.embed_dim
-        self.late = equireg.LateClassToken(self.network, s["layer"] if s["turned"] else 0)
+        self.late = equireg.LateClassToken(self.network, s.get("enters", s["layer"]) if s["turned"] else 0)
         self.backbone = nn.Sequential(NORMALIZE, self.late)
         self.projection = heads.MoCoProjectionHead(width, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
         self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)

@@ -23,7 +23,7 @@ class Pair(NamedTuple):
 class TurnedViews(nn.Module):
     """Pairs of views of each image: cropped ones and, of a part of the batch where the arm has ``turned``, turned ones.
 
-    ``turned`` says what is asked of these: "views" nothing, which is the control, "ser", "equimod" or "augself". With
+    ``turned`` says what is asked of these: "views" nothing, the control, or "ser", "equimod", "augself", "essl". With
     ``local`` there are two pairs more, of small crops. ``layers`` is the number of maps that SER reads.
     """
 
@@ -39,6 +39,7 @@ class TurnedViews(nn.Module):
             "ser": lambda: equireg.SERLoss(width, token_norm=True, layers=layers),
             "equimod": lambda: equireg.EquiModLoss(width, num_parameters=7),
             "augself": lambda: equireg.AugSelfLoss(width, differences),
+            "essl": lambda: equireg.ESSLLoss(width, hidden_dim=512),
         }
         self.loss = losses[s["turned"]]() if s["turned"] in losses else None
 
@@ -70,6 +71,8 @@ class TurnedViews(nn.Module):
         if self.s["turned"] == "equimod":
             there, back = (numbers(g).to(first) for g in (forward, backward))
             loss = (self.loss(first, second, there) + self.loss(second, first, back)) / 2
+        elif self.s["turned"] == "essl":
+            loss = (self.loss(first, g1.quarter_turns) + self.loss(second, g2.quarter_turns)) / 2
         else:
             loss = self.loss(first, second, differences(forward), differences(backward))
         return self.s["weight"] * loss
