@@ -127,7 +127,7 @@ def test_differences_are_followed_along_a_training(tmp_path):
     }
     text = write_page(found | {"step_seconds": {}, "runs": {"reconstruction": runs}}, tmp_path).read_text()
     assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
-    base = "linear head, weight 0"
+    base = "weight 0"
     assert f"| R², rotation | 1 image | {base} | +0.010: +0.010 to +0.010 | +0.051: +0.049 to +0.052" in text
     assert f"| CIFAR-10, 50 per class | 2 images | {base} | −0.2: −0.2 to −0.2 | −1.0: −1.0 to −1.0 | −2.0" in text
     longer = {
@@ -141,7 +141,7 @@ def test_differences_are_followed_along_a_training(tmp_path):
     assert "|  | of | from | 254 steps | 1,271 steps | 2,542 steps |" in text
     assert "|  | of | from | 3 steps | 3,900 steps |" in text  # another length, another table
     for line in (
-        "|  | VICReg, linear head, weight 0 | 2 images |",
+        "|  | VICReg, weight 0 | + 2 images |",
         "| severity 1 | 20.0 | **22.0 (+2.0: +2.0 to +2.0)** |",
         "| moving, tilt | 30.0 | **28.0 (−2.0: −2.0 to −2.0)** |",
         "| moving, top 5 | 60.0 | 60.0 (+0.0: +0.0 to +0.0) |",

@@ -71,10 +71,11 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     machine = f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})"
     results: dict[str, dict[str, Any]] = {"runs": {}, "dates": {}, "machines": {}, "step_seconds": {}}
     for group, plan in GROUPS.items():
-        if group in found:
+        old = known.get("runs", {}).get(group, {"": {}})
+        if group in found and found[group] != old:
             steps = {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in found[group].items()}
             fresh = {"runs": found[group], "dates": today, "machines": machine, "step_seconds": steps}
-        elif known.get("runs", {}).get(group, {"": {}}).keys() <= plan["arms"].keys():
+        elif old.keys() <= plan["arms"].keys():
             fresh = {name: known[name][group] for name in results if group in known[name]}
         else:
             continue

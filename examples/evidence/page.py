@@ -128,7 +128,9 @@ def robustness(runs: dict[str, Any]) -> str:
         of_group, base = runs.get(plan["group"], {}), plan.get("from", "off")
         arms = {arm: name for arm, name in {base: plan["base"], **plan["arms"]}.items() if arm in of_group}
         if base in arms and len(arms) > 1:
-            blocks += [f"{plan['base']}:", table(by_measure(of_group, arms, on_changed_images), arms, 1)]
+            rows = by_measure(of_group, arms, on_changed_images)
+            rows = {measure: row for measure, row in rows.items() if len(row) == len(arms)}
+            blocks.append(table(rows, arms, 1))
     return "\n\n".join(blocks) or "Not run."
 
 

@@ -59,7 +59,7 @@ def draw_shares(jobs: dict[str, Job], path: Path) -> None:
         order = shares.mean(0).argsort()
         picture = row[0].imshow(shares[:, order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="inferno")
         figure.colorbar(picture, ax=row[0])
-        row[0].set_yticks(range(len(KINDS_OF_PAIRS)), KINDS_OF_PAIRS)
+        row[0].set_yticks(range(len(KINDS_OF_PAIRS)), [kind.replace("color", "colour") for kind in KINDS_OF_PAIRS])
         row[0].set(title=f"{name}: share of the variance", xlabel="dimension")
         still, following = order.tensor_split(2)
         columns = {"still": still, "following": following, "all": order}

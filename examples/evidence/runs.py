@@ -56,7 +56,7 @@ class Job(NamedTuple):
     def lacks(self) -> set[str]:
         """The measures that joined since it was finished."""
         found, s = self.found() or {}, self.settings()
-        if s["kind"] != "pretraining" or not found.get("told"):
+        if not s.get("told") or "told" not in found:  # of validation images, accuracy alone
             return set()
         followed = JOINED_ON_THE_WAY if "r2" in s.get("curve", ()) else set()
         return (JOINED - found["told"].keys()).union(*(followed - values.keys() for values in found["curve"].values()))
