@@ -71,5 +71,5 @@ def draw_curves(curves: list[Curve], path: Path) -> None:
         axes.set(xlabel="steps")
         axes.grid(alpha=0.3)
     lines = [Line2D([], [], color=f"C{color}", marker="o", label=label) for color, label in enumerate(labels)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=10)
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=10)
     figure.savefig(path, dpi=140)

@@ -3,6 +3,7 @@
 The prose is in ``page.md``, where ``{eqinv}`` and its like stand for what is written here.
 """
 
+import math
 import re
 import textwrap
 from collections import Counter
@@ -11,12 +12,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from evidence.curves import Curve, along, curve_tables, draw_curves
+from evidence.curves import along, curve_tables, draw_curves
 from evidence.experiments import PLAN, groups_of
 from evidence.landscapes import landscapes
-from evidence.tables import VERDICTS, Rows, by_measure, paired_seeds, table
+from evidence.tables import HIGHER, LOWER, NOTHING, VERDICTS, Rows, by_measure, paired_seeds, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 TITLES = PLAN["titles"]
 
@@ -59,52 +61,52 @@ def wrapped(line: str) -> str:
 
 
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
+    """One comparison after the other; the pictures of the first are named after the question."""
     blocks: list[str] = []
-    drawn: dict[str, Rows] = {"accuracy, points": {}, "other measures": {}}
-    curves: list[Curve] = []
-    for comparison in PLAN["questions"][question]:
-        groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
-        base = comparison.get("from", "off")
-        arms = {base: comparison["base"], **comparison["arms"]}
-        arms = {arm: name for arm, name in arms.items() if any(arm in runs for runs in groups.values())}
-        if len(arms) < 2:
-            continue
-        accuracy, tables, chosen = {}, [], []
-        for group, runs in groups.items():
-            title = TITLES.get(group, "")
-            accuracy |= by_measure(runs, arms, partial(accuracies, title))
-            if features := by_measure(runs, arms, told):
-                where = f", {title}" if title else ""
-                tables += [f"What the features tell{where}:", table(features, arms, 3)]
-                drawn["other measures"] |= {measure + where: row for measure, row in features.items()}
-            settings = {arm: next(iter(runs[arm].values()))["chosen"] for arm in arms if arm in runs}
-            shared = settings.get("off", {}).keys()  # with all arms
-            for arm, values in settings.items():
-                own = [setting for setting in values if arm == "off" or setting not in shared]
-                chosen += [f"{title} {arms[arm]}: {setting} {values[setting]:g}".strip() for setting in own]
-        drawn["accuracy, points"] |= {name: row for name, row in accuracy.items() if not name.endswith("all images")}
-        share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
-        seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
-        blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share), *tables]
-        blocks.append("\n".join(f"- {sentence(accuracy, name)}" for arm, name in arms.items() if arm != base))
-        steps = (found["step_seconds"].get(group, {}) for group in groups)
-        times = next((step for step in steps if step.get(base, 0) > 0.1), {})  # of shorter ones most is chance
-        if ratios := [f"{arms[arm]} {times[arm] / times[base]:.2f}" for arm in arms if arm in times and arm != base]:
-            blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
-        if chosen:
-            blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
-        curves += [curve for group, runs in groups.items() for curve in along(found["scale"], group, runs, comparison)]
-    if not blocks:
-        return "Not run."
-    draw({title: rows for title, rows in drawn.items() if rows}, folder / f"results-{question}.png")
-    if curves:
-        draw_curves(curves, folder / f"results-{question}-steps.png")
+    for place, comparison in enumerate(PLAN["questions"][question]):
+        blocks += compared(found, comparison, folder, comparison["groups"][0] if place else question)
+    return "\n\n".join(blocks) or "Not run."
+
+
+def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, name: str) -> list[str]:
+    groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
+    base = comparison.get("from", "off")
+    arms = {base: comparison["base"], **comparison["arms"]}
+    arms = {arm: called for arm, called in arms.items() if any(arm in runs for runs in groups.values())}
+    if len(arms) < 2:
+        return []
+    accuracy, features, chosen = {}, {}, []
+    for group, runs in groups.items():
+        title = TITLES.get(group, "")
+        accuracy |= by_measure(runs, arms, partial(accuracies, title))
+        features |= by_measure(runs, arms, told)
+        settings = {arm: next(iter(runs[arm].values()))["chosen"] for arm in arms if arm in runs}
+        shared = settings.get("off", {}).keys()  # with all arms
+        for arm, values in settings.items():
+            own = [setting for setting in values if arm == "off" or setting not in shared]
+            chosen += [f"{title} {arms[arm]}: {setting} {values[setting]:g}".strip() for setting in own]
+    share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
+    seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
+    draw(accuracy, features, folder / f"results-{name}.png")
+    blocks = [f"![Paired differences and their 95% intervals](results-{name}.png)"]
+    blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share)]
+    if features:
+        blocks += ["What the features tell:", table(features, arms, 3)]
+    blocks.append("\n".join(f"- {sentence(accuracy, called)}" for arm, called in arms.items() if arm != base))
+    steps = (found["step_seconds"].get(group, {}) for group in groups)
+    times = next((step for step in steps if step.get(base, 0) > 0.1), {})  # of shorter ones most is chance
+    if ratios := [f"{arms[arm]} {times[arm] / times[base]:.2f}" for arm in arms if arm in times and arm != base]:
+        blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
+    if chosen:
+        blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
+    if curves := [curve for group, runs in groups.items() for curve in along(found["scale"], group, runs, comparison)]:
+        draw_curves(curves, folder / f"results-{name}-steps.png")
         blocks += [
             "Differences along the training, of the networks as they are after so many steps:",
             *curve_tables(curves),
-            f"![The same differences against steps](results-{question}-steps.png)",
+            f"![The same differences against steps](results-{name}-steps.png)",
         ]
-    return "\n\n".join([f"![Paired differences and their 95% intervals](results-{question}.png)", *blocks])
+    return blocks
 
 
 def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
@@ -143,31 +145,35 @@ def on_changed_images(run: dict[str, Any]) -> dict[str, float]:
 
 def sentence(rows: Rows, name: str) -> str:
     """What the intervals of one arm's accuracies say, in words."""
-    parts = []
-    for verdict in VERDICTS:
-        if where := [measure for measure, row in rows.items() if name in row and row[name].verdict == verdict]:
-            parts.append(f"{verdict} {'; '.join(where)}")
+    on = {
+        verdict: [measure for measure, row in rows.items() if name in row and row[name].verdict == verdict]
+        for verdict in VERDICTS
+    }
+    parts = [f"{verdict} {'; '.join(on[verdict])}" for verdict in (HIGHER, LOWER) if on[verdict]]
+    if on[NOTHING]:
+        parts.append(f"{'On the others no' if parts else 'No'} {NOTHING}")
     return f"**{name}**: {'. '.join(parts)}."
 
 
-def draw(sides: dict[str, Rows], path: Path) -> None:
-    """Every paired difference with its interval, each side in a diagram of its own."""
-    names = list(dict.fromkeys(name for rows in sides.values() for row in rows.values() for name in list(row)[1:]))
-    results = [sum(map(len, rows.values())) for rows in sides.values()]
-    figure = Figure((9, 2 + 0.17 * sum(results)), layout="constrained")
-    panels = figure.subplots(len(sides), 1, squeeze=False, height_ratios=results)[:, 0]
-    for axes, (title, rows) in zip(panels, sides.items()):
-        for color, name in enumerate(names):
-            for place, row in enumerate(rows.values()):
-                if name in row:  # its place among the arms of this measure
-                    y = place + list(row).index(name) / len(row) - 0.5
-                    _, center, low, high = row[name]
-                    axes.plot([low, center, high], [y] * 3, f"C{color}o-", markevery=[1], linewidth=2, markersize=5)
+def draw(accuracy: Rows, features: Rows, path: Path) -> None:
+    """Every paired difference with its interval: a diagram for each measure, with a scale of its own."""
+    rows = {f"{name}, points": row for name, row in accuracy.items() if not name.endswith("all images")} | features
+    names = list(dict.fromkeys(name for row in rows.values() for name in list(row)[1:]))
+    lines, columns = math.ceil(len(rows) / 4), min(len(rows), 4)
+    figure = Figure((9, 1.2 + lines * (0.65 + 0.09 * len(names))), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for (title, row), axes in zip(rows.items(), panels):
+        for y, name in enumerate(names):
+            if name in row:
+                _, center, low, high = row[name]
+                axes.plot([low, center, high], [y] * 3, f"C{y}o-", markevery=[1], linewidth=2, markersize=4)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), rows, fontsize=10)
-        axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_title(f"difference from the base: {title}", fontsize=10)
-    lines = [Line2D([], [], color=f"C{color}", marker="o", label=name) for color, name in enumerate(names)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=10)
+        axes.set(ylim=(len(names) - 0.5, -0.5), yticks=[])
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(labelsize=9)
+        axes.set_title(textwrap.fill(title, 26), fontsize=9)
+    for axes in panels:  # that no measure is left for
+        axes.set_axis_off()
+    labels = [Line2D([], [], color=f"C{color}", marker="o", label=name) for color, name in enumerate(names)]
+    figure.legend(handles=labels, loc="outside lower center", ncols=3, fontsize=10)
     figure.savefig(path, dpi=140)

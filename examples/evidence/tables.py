@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t
 
-VERDICTS = HIGHER, LOWER, NOTHING = "Higher on", "Lower on", "No difference that these seeds can tell on"
+VERDICTS = HIGHER, LOWER, NOTHING = "Higher on", "Lower on", "difference that these seeds can tell"
 
 
 class Result(NamedTuple):
