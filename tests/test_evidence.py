@@ -205,6 +205,8 @@ def jobs(images, tmp_path_factory):
         "ser-h100/on",
         "ser-local/everywhere",
         "ser-barlow/on",
+        "ser-dino/on",
+        "reconstruction-rivals/mae",
         "vipriors-20/rex",
     ):
         group, arm = name.split("/")
@@ -261,7 +263,16 @@ def test_a_measure_that_joins_is_taken_from_the_saved_network(jobs, images, tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["ipirm-simsiam/on", "ser/on", "ser-local/everywhere", "ser-barlow/on", "vipriors-20/rex"]
+    "name",
+    [
+        "ipirm-simsiam/on",
+        "ser/on",
+        "ser-local/everywhere",
+        "ser-barlow/on",
+        "ser-dino/on",
+        "reconstruction-rivals/mae",
+        "vipriors-20/rex",
+    ],
 )
 def test_a_stopped_training_ends_in_the_same_bits(jobs, name, tmp_path, monkeypatch):
     job = jobs[tuple(name.split("/"))]
@@ -390,7 +401,7 @@ def test_arms_begin_alike(jobs):
     """The same first weights of what both have; so differences are paired."""
     _, data, runs = jobs["ser", "on"].place
     parts = {"reconstruction": "network.", "vipriors-20": "backbone."}
-    for group in ("ipirm", "ipirm-simsiam", "ser", "ser-local", "ser-rivals", "ser-barlow", *parts):
+    for group in ("ipirm", "ipirm-simsiam", "ser", "ser-local", "ser-rivals", "ser-barlow", "ser-dino", *parts):
         states = []
         for arm in GROUPS[group]["arms"]:
             s = settings_of("test", group, arm, {"weight": 1.0, "risk_weight": 1.0, "sharpness": 1.0})

@@ -1,7 +1,5 @@
 """The self-supervised base methods, on lightly's heads and losses, and the one line that each regularizer adds."""
 
-import contextlib
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +10,17 @@ from evidence.experiments import Settings
 from evidence.measures import JOINED, JOINED_ON_THE_WAY, joined, joined_on_the_way, measure, measure_on_the_way
 from evidence.networks import create, encode
 from evidence.planted import planted
+from evidence.teachers import DINO, MoCoV3
 from evidence.turned import TurnedViews
 from evidence.views import crops, moved, simclr_colors
 from lightly.loss import BarlowTwinsLoss, VICRegLoss
 from lightly.models.modules import heads
-from lightly.models.utils import update_momentum
+from mae_pretrain import MAE
 from torch import Tensor, nn
-from vipriors.backbone import class_tokens
 from vipriors.images import NORMALIZE
-from vipriors.training import cosine, seed_everything
+from vipriors.training import seed_everything
 
 import equireg
-
-
-class MoCoV3(nn.Module):
-    """Chen, Xie and He, 2021, on a vision transformer."""
-
-    def __init__(self, s: Settings, samples: int):
-        super().__init__()
-        self.s, self.network = s, create(s)
-        width = self.network.embed_dim
-        self.late = equireg.LateClassToken(self.network, s.get("enters", s["layer"]) if s["turned"] else 0)
-        self.backbone = nn.Sequential(NORMALIZE, self.late)
-        self.projection = heads.MoCoProjectionHead(width, s["hidden_dim"], 256, num_layers=3, batch_norm=True)
-        self.prediction = heads.BYOLPredictionHead(256, s["hidden_dim"], 256)
-        self.teacher = copy.deepcopy(nn.ModuleList([self.late, self.projection])).requires_grad_(False)
-        blocks = len(self.network.blocks)
-        self.layers = range(blocks) if s.get("everywhere") else [s["layer"] - 1]  # whose maps turn
-        self.turned = TurnedViews(s, width, s["patch_size"], len(self.layers))
-
-    def encode(self, parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Class tokens of all parts of a view, and the maps of its last part."""
-        with contextlib.ExitStack() as stack:
-            taps = [stack.enter_context(equireg.TokenTap(self.network, f"blocks.{layer}")) for layer in self.layers]
-            found = torch.cat([self.late(part) for part in parts])
-            return found, [tap.tokens for tap in taps]
-
-    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
-        pairs = self.turned(pixels / 255)
-        found = [[self.encode(parts) for parts in pair.views] for pair in pairs]
-        # One base loss over both parts of the batch; queries are of all views, keys of the two global ones.
-        queries = [self.prediction(self.projection(features)) for pair in found for features, _ in pair]
-        momentum = cosine(round(1e6 * progress), 10**6, self.s["momentum"], 1.0)
-        for student, teacher in zip((self.late, self.projection), self.teacher):
-            update_momentum(student, teacher, momentum)
-        with torch.no_grad():
-            backbone, projection = self.teacher
-            keys = [projection(torch.cat([backbone(part) for part in parts])) for parts in pairs[0].views]
-        compared = [(q, k) for i, q in enumerate(queries) for j, k in enumerate(keys) if i != j]
-        loss = 2 * sum(contrast(q, k) for q, k in compared) / len(compared)
-        maps = [[of_view for _, of_view in pair] for pair in found]
-        return loss + sum(map(self.turned.regularizer, maps, [pair.elements for pair in pairs])) / len(pairs), {}
-
-    def probed(self, images: Tensor) -> Tensor:
-        """What linear probes read."""
-        return class_tokens(self.network, self.late.layer, NORMALIZE(images))
 
 
 class BarlowTwins(nn.Module):
@@ -90,11 +44,6 @@ class BarlowTwins(nn.Module):
                 tokens.append([tap.tokens])  # of the last part
         loss = self.loss(*(self.projection(f).float() for f in features)) / self.s["hidden_dim"]
         return loss + self.turned.regularizer(tokens, elements), {}
-
-
-def contrast(queries: Tensor, keys: Tensor, temperature: float = 0.2) -> Tensor:
-    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
-    return 2 * temperature * F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
 class VICReg(nn.Module):
@@ -129,6 +78,21 @@ class VICReg(nn.Module):
         invariant, equivariant = zip(*map(self.head.split, tokens))
         loss = self.loss(*(self.projection(part.mean(1)) for part in invariant))
         return loss + self.s["weight"] * self.head(*equivariant, targets), {}
+
+
+class MaskedAutoencoder(nn.Module):
+    """He et al., 2022: that of the example."""
+
+    def __init__(self, s: Settings, samples: int):
+        super().__init__()
+        self.s, self.network = s, create(s).to(memory_format=torch.contiguous_format)  # which lightly asks for
+        self.backbone = nn.Sequential(NORMALIZE, self.network)
+        self.mae = MAE(self.network, hidden=0.75)
+
+    def forward(self, pixels: Tensor, labels: Tensor, indices: Tensor, progress: float) -> tuple[Tensor, dict]:
+        view = crops(pixels / 255, self.s["image_size"], self.s["crop_scale"])
+        predicted, true, _ = self.mae(NORMALIZE(view))
+        return F.mse_loss(predicted, true), {}
 
 
 class Partitioned(nn.Module):
@@ -196,7 +160,8 @@ class SimSiam(Partitioned):
         return *(self.prediction(z).float() for z in projections), *projections
 
 
-METHODS = {"mocov3": MoCoV3, "barlow": BarlowTwins, "vicreg": VICReg, "simclr": SimCLR, "simsiam": SimSiam}
+METHODS = {"mocov3": MoCoV3, "dino": DINO, "barlow": BarlowTwins, "vicreg": VICReg, "mae": MaskedAutoencoder,
+           "simclr": SimCLR, "simsiam": SimSiam}  # fmt: skip
 
 
 def prepare(s: Settings, data: Path, runs: Path, folder: Path, seed: int) -> tuple[nn.Module, Images]:

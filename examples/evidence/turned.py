@@ -35,8 +35,9 @@ class TurnedViews(nn.Module):
         self.views = [equireg.EquivariantViews(size, stride, **how) for size in sizes]
         self.colors = [equireg.mocov3_photometric(size) for size in sizes]
         differences = {"turns": ("classification", 4), "flip": ("binary", 1), "scale": ("regression", 2)}
+        tokens = {"token_norm": True, "temperature": s.get("temperature", 0.3)}
         losses = {
-            "ser": lambda: equireg.SERLoss(width, token_norm=True, layers=layers),
+            "ser": lambda: equireg.SERLoss(width, **tokens, layers=layers),
             "equimod": lambda: equireg.EquiModLoss(width, num_parameters=7),
             "augself": lambda: equireg.AugSelfLoss(width, differences),
             "essl": lambda: equireg.ESSLLoss(width, hidden_dim=512),
