@@ -1,5 +1,6 @@
 """Every data set of the experiments as one uint8 tensor of images, with labels and, where they are known, contexts."""
 
+from colorsys import hsv_to_rgb
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -85,10 +86,11 @@ def digits(root: Path, split: str, size: int, *, draw: int | None, conflicting: 
 
 
 @cache
-def tinted(root: Path, split: str, size: int, *, draw: int | None) -> Images:
-    """scikit-learn's digits in red or blue, at random: a factor that is planted beside the class."""
+def tinted(root: Path, split: str, size: int, *, draw: int | None, hues: int) -> Images:
+    """scikit-learn's digits, each in one of so many hues at random: a factor that is planted beside the class."""
     gray, labels, generator = gray_digits(split, draw)
-    return painted(gray, labels, torch.randint(2, labels.shape, generator=generator), torch.eye(3)[[0, 2]])
+    wheel = torch.tensor([hsv_to_rgb(hue / hues, 1, 1) for hue in range(hues)])
+    return painted(gray, labels, torch.randint(hues, labels.shape, generator=generator), wheel)
 
 
 # Ten that differ much from each other, none of them slow; number c is that of class c.

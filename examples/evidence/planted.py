@@ -23,16 +23,19 @@ def planted(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
         return 100 * equireg.linear_probe(x[rows], getattr(train, what)[rows], test, getattr(held_out, what))
 
     everything = torch.arange(len(x))
+    half = train.contexts * 2 // (int(train.contexts.max()) + 1)  # of the hues
     found = {
         "digits": probe(everything, "labels"),
         "digits, 10 labels of each": probe(few(train), "labels"),
-        # Odd ones in one colour, even ones in the other: a probe that reads the colour is wrong on half of the others.
-        "digits, labels of one colour": probe((train.labels % 2 == train.contexts).nonzero()[:, 0], "labels"),
-        "colour": probe(everything, "contexts"),
+        "digits, k-NN": 100 * equireg.knn_accuracy(x, train.labels, test, held_out.labels),
+        # Odd ones in one half of the hues, even ones in the other: a probe that reads the hue errs on half of the rest.
+        "digits, labels of half the hues": probe((train.labels % 2 == half).nonzero()[:, 0], "labels"),
     }
     agreement = partial(adjusted_rand_score, train.contexts)
-    indices = [agreement(partition.cpu()) for partition in objective.partitions.partitions[1:]]
-    return {"accuracy": found, "told": {"adjusted Rand index of the best partition": max(indices, default=0.0)}}
+    indices = [agreement(partition.cpu()) for partition in objective.partitions.partitions[1:]] or [0.0]
+    told = {"hues told": probe(everything, "contexts") / 100}
+    told |= {"adjusted Rand index, first partition": indices[0], "adjusted Rand index, last partition": indices[-1]}
+    return {"accuracy": found, "told": told}
 
 
 def few(images: Images) -> Tensor:

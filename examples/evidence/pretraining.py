@@ -102,7 +102,7 @@ class Partitioned(nn.Module):
         super().__init__()
         self.s, self.network = s, create(s)
         self.backbone = nn.Sequential(NORMALIZE, self.network)
-        self.partitions = equireg.PartitionUpdater(samples)
+        self.partitions = equireg.PartitionUpdater(samples, s.get("num_groups", 2), weight=s.get("search_weight", 0.5))
         self.loss = loss(self.partitions, weight=s["weight"] if s["partitions"] else 0.0)  # without: the base method
 
     def embed(self, images: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ class Partitioned(nn.Module):
             if epoch == 0:
                 self.partitions.add(images.contexts)
         elif self.s["partitions"] == "random":
-            self.partitions.add(torch.randint(2, (len(images.labels),), device=self.partitions.partitions.device))
+            groups = torch.randint(self.partitions.num_groups, (len(images.labels),))
+            self.partitions.add(groups.to(self.partitions.partitions.device))
         else:
             self.eval()
             self.partitions.update(*(encode(self.embed, images.pixels) for _ in range(2)), progress=False)
