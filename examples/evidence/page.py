@@ -87,7 +87,7 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
             chosen += [f"{title} {arms[arm]}: {setting} {values[setting]:g}".strip() for setting in own]
     share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
     seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
-    draw(accuracy, features, folder / f"results-{name}.png")
+    draw(accuracy, features, arms[base], folder / f"results-{name}.png")
     blocks = [f"![Paired differences and their 95% intervals](results-{name}.png)"]
     blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share)]
     if features:
@@ -155,12 +155,13 @@ def sentence(rows: Rows, name: str) -> str:
     return f"**{name}**: {'. '.join(parts)}."
 
 
-def draw(accuracy: Rows, features: Rows, path: Path) -> None:
+def draw(accuracy: Rows, features: Rows, base: str, path: Path) -> None:
     """Every paired difference with its interval: a diagram for each measure, with a scale of its own."""
     rows = {f"{name}, points": row for name, row in accuracy.items() if not name.endswith("all images")} | features
     names = list(dict.fromkeys(name for row in rows.values() for name in list(row)[1:]))
     lines, columns = math.ceil(len(rows) / 4), min(len(rows), 4)
-    figure = Figure((9, 1.2 + lines * (0.65 + 0.09 * len(names))), layout="constrained")
+    figure = Figure((9, 1.5 + lines * (0.65 + 0.09 * len(names))), layout="constrained")
+    figure.suptitle(f"Difference from {base}, and its 95% interval", fontsize=10)
     panels = figure.subplots(lines, columns, squeeze=False).flat
     for (title, row), axes in zip(rows.items(), panels):
         for y, name in enumerate(names):

@@ -30,6 +30,7 @@ def draw_clouds(jobs: dict[str, Job], path: Path) -> None:
     Below a cloud stands the share of the variance that is within classes, of the features themselves.
     """
     figure = Figure((10, 4.5 * len(jobs)), layout="constrained")
+    figure.suptitle("Test images; a colour is a class", fontsize=11)
     for row, (name, job) in zip(figure.subplots(len(jobs), 2, squeeze=False), jobs.items()):
         s, objective = job.settings(), trained(job)
         test = folders(job.place.data / s["data"]["folder"], "test", s["image_size"]).evenly(1000)
@@ -39,7 +40,7 @@ def draw_clouds(jobs: dict[str, Job], path: Path) -> None:
             share = within_class_variance(features, test.labels, relative=True)
             points = TSNE(perplexity=min(30, len(features) / 4), random_state=0).fit_transform(features.numpy())
             axes.scatter(*points.T, s=8, c=test.labels.numpy(), cmap="tab10")
-            axes.set(xlabel=f"within classes: {100 * share:.1f}% of the variance", xticks=[], yticks=[])
+            axes.set(xlabel=f"within classes: {100 * share:.1f}% of the features' variance", xticks=[], yticks=[])
             axes.set_title(f"{name}: images {word}", fontsize=11)
     figure.savefig(path, dpi=100)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from equireg import PartitionUpdater, WithIndex, extract_two_views
+from equireg import PartitionUpdater, WithIndex, extract_two_views, soft_info_nce
 from equireg.ipirm import partitions
 from equireg.ipirm.partition_search import SearchConfig, adjusted_rand_index, entropy_limit, find_partition
 from tests import references
@@ -151,6 +151,25 @@ def test_finds_what_the_features_encode(groups, block_size):
     assert adjusted_rand_index(found, hidden) >= (1 if block_size > 120 else 0.6)
     assert updater.reports[0].agreement == (0.0,)
     assert not updater.reports[0].collapsed
+
+
+def test_slopes_hide_what_losses_find_in_features_that_tell_samples_apart():
+    """As trained ones do. With the slopes, a partition into groups that nothing tells apart has the larger objective."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(2, (400,), generator=generator)
+    own = torch.nn.functional.normalize(torch.randn(400, 64, generator=generator), dim=1)
+    z = own + 0.6 * torch.eye(64)[hidden] + 0.01 * torch.randn(2, 400, 64, generator=generator)
+    found, objective, of_hidden = {}, {}, {}
+    for weight in (0.0, 0.5):
+        updater = PartitionUpdater(400, weight=weight)
+        found[weight] = adjusted_rand_index(updater.update(*z, **QUIET), hidden)
+        objective[weight] = updater.reports[0].objective
+        risk, slope = soft_info_nce(*z, torch.eye(2)[hidden], temperature=0.5)
+        of_hidden[weight] = float(risk.sum() + weight * slope.square().sum())
+    assert found[0.0] == 1
+    assert abs(found[0.5]) < 0.05
+    assert objective[0.0] == pytest.approx(of_hidden[0.0], rel=1e-3)
+    assert objective[0.5] > of_hidden[0.5] + 0.1
 
 
 @pytest.mark.parametrize("groups", [2, 3])
