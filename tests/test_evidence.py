@@ -24,7 +24,7 @@ from evidence import experiments, frozen, pictures, pretraining
 from evidence import runs as evidence_runs
 from evidence.classification import groups_of, weights_of
 from evidence.corruptions import KINDS, corrupted
-from evidence.datasets import TEN_KINDS, Images, corrupted_folders, digits, folders
+from evidence.datasets import TEN_KINDS, Images, corrupted_folders, digits, folders, images_of
 from evidence.experiments import GROUPS, settings_of, tried
 from evidence.landscapes import landscapes
 from evidence.measures import JOINED, KINDS_OF_PAIRS
@@ -454,6 +454,27 @@ def test_share_of_the_variance_that_an_augmentation_makes():
     shares = dict(zip(KINDS_OF_PAIRS, pictures.augmented_shares(Encoder(), pixels)))
     assert shares["translation"][0] > 0.8
     assert shares["translation"][1] < 0.1
+
+
+def test_planted_hues_are_found_or_given(tmp_path):
+    """Digits in as many hues as it says; true partitions agree with these; what is sought and how are data."""
+    place, threads = Place("test", tmp_path, tmp_path / "runs"), torch.get_num_threads()
+    drawn = images_of(settings_of("test", "planted", "off", {}), tmp_path, "train", 0)
+    assert set(drawn.contexts.tolist()) == set(range(16))
+    for hue in range(16):  # brightest where the ink is, and of one colour
+        brightest = drawn.pixels[drawn.contexts == hue].amax((2, 3)).float()
+        assert brightest.div(brightest.amax(1, keepdim=True)).std(0).max() < 0.01
+    execute(job := Job(place, "planted", "contexts", 0, "test", {"weight": 0.2}))
+    torch.set_num_threads(threads)
+    assert {f"adjusted Rand index, {one} partition": 1.0 for one in ("first", "last")}.items() <= job.found()[
+        "told"
+    ].items()
+    sought = {}
+    for arm in ("published", "on", "two"):
+        s = settings_of("test", "planted", arm, {"weight": 0.2})
+        partitions = evidence_runs.KINDS[s["kind"]].prepare(s, tmp_path, tmp_path, tmp_path, 0)[0].partitions
+        sought[arm] = partitions.num_groups, partitions.weight
+    assert sought == {"published": (16, 0.5), "on": (16, 0.0), "two": (2, 0.0)}
 
 
 def test_a_whole_group(jobs, images, tmp_path):

@@ -74,8 +74,8 @@ class PartitionUpdater(nn.Module):
         num_samples: N, length of the dataset.
         num_groups: K, 2 or more, at most N.
         temperature: τ of the similarities, above 0.
-        weight: λ₂ of the squared slopes, at least 0. With the paper's 0.5, where features tell samples apart, as trained
-            ones do, groups that nothing tells apart can have the largest objective; with 0 the losses alone decide.
+        weight: λ₂ of the squared slopes, at least 0. With the paper's 0.5, groups that nothing tells apart can have the
+            largest objective where features tell samples apart, as trained ones do; with 0 the losses alone decide.
         lr: Adam's learning rate, above 0.
         max_passes: at most this many passes; with 0 ``update`` finds nothing and gives the last partition.
         block_size: samples compared with each other at once; None compares all, in time that grows with N².

@@ -154,7 +154,7 @@ def test_finds_what_the_features_encode(groups, block_size):
 
 
 def test_slopes_hide_what_losses_find_in_features_that_tell_samples_apart():
-    """As trained ones do. With the slopes, a partition into groups that nothing tells apart has the larger objective."""
+    """As trained ones do. With slopes, groups that nothing tells apart have the larger objective."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(2, (400,), generator=generator)
     own = torch.nn.functional.normalize(torch.randn(400, 64, generator=generator), dim=1)
