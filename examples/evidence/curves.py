@@ -58,13 +58,13 @@ def curve_tables(curves: list[Curve]) -> list[str]:
 def draw_curves(curves: list[Curve], path: Path) -> None:
     """A diagram for each measure, with a line and its intervals for each arm and base."""
     measures = list(dict.fromkeys(curve.measure for curve in curves))
-    labels = list(dict.fromkeys(f"{curve.arm} less {curve.base}" for curve in curves))
+    labels = list(dict.fromkeys(f"{curve.arm}, less {curve.base}" for curve in curves))
     figure = Figure((10, 4.2), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         for curve in (curve for curve in curves if curve.measure == measure):
             centers = [result.difference for result in curve.results.values()]
             half = [result.high - result.difference for result in curve.results.values()]
-            color = f"C{labels.index(f'{curve.arm} less {curve.base}')}"
+            color = f"C{labels.index(f'{curve.arm}, less {curve.base}')}"
             axes.errorbar(list(curve.results), centers, half, color=color, marker="o", capsize=4)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(measure, fontsize=10)
