@@ -72,7 +72,7 @@ def train(name: str, images: Tensor, labels: Tensor, classes: int, options: argp
 
 @torch.no_grad()
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Which answers are, [N]."""
+    """Which answers are right, [N]."""
     return torch.cat([model(x.to(device) / 127.5 - 1).argmax(1).cpu() for x in images.split(500)]) == labels
 
 

@@ -70,9 +70,6 @@ def draw_curves(curves: list[Curve], path: Path) -> None:
         axes.set_title(measure, fontsize=10)
         axes.set(xlabel="steps", ylabel="difference")
         axes.grid(alpha=0.3)
-    lines = [
-        Line2D([], [], color=f"C{color}", marker="o", label=label.replace(" less ", ", less "))
-        for color, label in enumerate(labels)
-    ]
+    lines = [Line2D([], [], color=f"C{color}", marker="o", label=label) for color, label in enumerate(labels)]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=10)
     figure.savefig(path, dpi=140)
