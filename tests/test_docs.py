@@ -58,6 +58,12 @@ def test_readme_blocks_run_each_by_itself():
         assert names["loss"].isfinite()
 
 
+def test_the_report_that_a_page_shows_is_the_one_its_code_prints(capsys):
+    page = DOCS / "is_my_data_biased.md"
+    exec(compile(blocks(page, "python")[0], name(page), "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out == blocks(page, "text")[0]
+
+
 WITH_PYTHON = [page for page in SITE if blocks(page, "python")]
 
 

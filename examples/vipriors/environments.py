@@ -29,7 +29,7 @@ def run(options: Namespace) -> dict[str, Any]:
         if not PartialState().is_main_process:
             return {}
         features, labels = frozen_features(create(options, encoder), images, options)
-        environments = Environments.split(features, labels, len(images.classes))
+        environments = Environments.split(features, labels, len(images.classes), score="margin")
         save(folder / "environments.pt", environments.state_dict())
         weight_sheet(environments, images, class_names=images.classes).savefig(folder / "weight-sheet.png")
         return {"samples": len(labels), "classes": len(images.classes)}
