@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 import numbers
 import os
+from itertools import chain
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -42,6 +43,12 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         raise RuntimeError("equireg: forward-mode derivatives (jvp) are not implemented; reverse mode has them")
 
 
+def for_layers(layers: nn.Module, features: Tensor) -> Tensor:
+    """Features of any floating dtype in that of the layers' weights, as a linear map takes no other."""
+    weight = next(layers.parameters(), features)
+    return features.to(weight.dtype)
+
+
 class Arguments:
     """The arguments of one call to ``function``, checked one after the other."""
 
@@ -50,6 +57,13 @@ class Arguments:
         self.sizes: dict[str, int] = {}
         self.device: torch.device | None = None
         self.device_of = ""
+
+    def beside(self, module: nn.Module) -> Arguments:
+        """All tensors belong on the device of the module, of which each parameter and buffer has the same."""
+        first = next(chain(module.parameters(), module.buffers()), None)
+        if first is not None:
+            self.device, self.device_of = first.device, "the loss module (its .to(device) moves it)"
+        return self
 
     def fail(self, name: str, rule: str, got: object) -> NoReturn:
         raise ValueError(f"{self.function}: {name} must be {rule}, got {got}")
@@ -146,6 +160,26 @@ class Arguments:
             self.fail_type(name, "a whole number", f"{type(value).__name__} {value!r}")
         if value < least:
             self.fail(name, f"at least {least}", value)
+
+    def sides(self, name: str, value: object, patch_size: int = 1) -> tuple[int, int]:
+        """(height, width) of images or grids, given as that or as one side; of whole patches."""
+        both = value if isinstance(value, (tuple, list)) else (value, value)
+        if len(both) != 2:
+            self.fail(name, "a side or (height, width)", value)
+        for side in both:
+            self.count(name, side)
+            if side % patch_size:
+                self.fail(name, f"whole patches of {patch_size}", value)
+        return both[0], both[1]
+
+    def span(self, name: str, limits: object) -> None:
+        """Two finite numbers above zero, the first no larger than the second."""
+        if not isinstance(limits, (tuple, list)) or len(limits) != 2:
+            self.fail(name, "two numbers above 0 in rising order", limits)
+        for limit in limits:
+            self.number(name, limit)
+        if not 0 < limits[0] <= limits[1] < math.inf:
+            self.fail(name, "two numbers above 0 in rising order", limits)
 
     def option(self, name: str, value: object, allowed: tuple[object, ...]) -> None:
         # `is` for booleans: 1 == True, yet 1 is no spelling of True here.

@@ -6,7 +6,7 @@ import dis
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def extract_features(
                 got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
                 check.fail_type("loader", "a loader of (images, labels, indices), see WithIndex", got)
             images, labels, indices = (check.tensor(name, part) for name, part in zip(_PARTS, batch))
-            features = _encoded(check, encoder, images.to(device))
+            features = encoded(check, encoder, images.to(device))
             labels, indices = check.integers("labels", labels.cpu(), "B"), check.integers("indices", indices.cpu(), "B")
             parts.append((features, labels, indices))
     if not parts:
@@ -114,7 +114,7 @@ def extract_view_features(
         for batch in progress_bar(loader, "features of two views", shown=progress):
             images = images_of(check, batch).to(device)
             view, _, parameters = views(images, generator)
-            x, x_view = (_encoded(Arguments("extract_view_features"), encoder, part) for part in (images, view))
+            x, x_view = (encoded(Arguments("extract_view_features"), encoder, part) for part in (images, view))
             parts.append((x, x_view, parameters.cpu()))
     if not parts:
         check.fail("loader", "of at least one batch", "none")
@@ -160,7 +160,7 @@ def extract_two_views(
                 check.fail_type("loader", "a loader of ((view1, view2), ..., indices)", type(batch).__name__)
             views = [check.tensor("a view", view, "images").to(device) for view in pair]
             check.sizes.pop("B", None)  # all batches share the width; both views and the indices share the size
-            first, second = (_encoded(check, encoder, view) for view in views)
+            first, second = (encoded(check, encoder, view) for view in views)
             indices = check.tensor("indices", batch[-1], "whole numbers").cpu()
             parts.append((first, second, check.integers("indices", indices, "B")))
     if not parts:
@@ -205,6 +205,8 @@ def _modules_of(thing: Any, seen: set[int]) -> Iterator[nn.Module]:
         parts = [*thing.values()]
     elif callable(thing) and not isinstance(thing, type):
         parts = [*getattr(thing, "__dict__", {}).values()]
+    elif not isinstance(thing, (type, ModuleType)):  # an object that holds a model, such as a trainer, and much else
+        parts = [part for part in getattr(thing, "__dict__", {}).values() if isinstance(part, nn.Module)]
     if isinstance(thing, FunctionType):  # a decorator, such as torch.no_grad(), keeps the function itself
         parts += [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
     for part in (getattr(thing, "__wrapped__", None), *parts):
@@ -232,6 +234,7 @@ def check_callable(check: Arguments, name: str, value: object) -> None:
         check.fail_type(name, "a module or a function", type(value).__name__)
 
 
-def _encoded(check: Arguments, encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def encoded(check: Arguments, encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Features [B, D] of images, on the CPU."""
     output = check.tensor("encoder's output", encoder(images))
     return check.features("encoder's output", output.cpu(), "B D")

@@ -114,8 +114,7 @@ class GridTransform:
         check.count("batch_size", batch_size, least=0)
         h, w = _grid(check, "grid", grid)
         for name, limits in (("scale", scale), ("ratio", ratio)):
-            if len(limits) != 2 or not 0 < limits[0] <= limits[1] < math.inf:
-                check.fail(name, "two numbers above 0 in rising order", limits)
+            check.span(name, limits)
         check.option("quarter_turns", quarter_turns, (True, False))
         check.option("flips", flips, (True, False))
         device = generator.device if generator is not None else None
@@ -250,8 +249,6 @@ class GridTransform:
 
 
 def _grid(check: Arguments, name: str, grid: Grid) -> Grid:
-    if len(grid) != 2:
-        check.fail(name, "(height, width)", grid)
-    for side in grid:
-        check.count(name, side)
-    return grid[0], grid[1]
+    if not isinstance(grid, (tuple, list)):
+        check.fail_type(name, "(height, width)", f"{type(grid).__name__} {grid!r}")
+    return check.sides(name, grid)

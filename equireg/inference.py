@@ -105,6 +105,9 @@ def ensemble(
     check = Arguments("ensemble")
     log_p = _stacked(check, probabilities)
     _check_merge(check, merge, sharpening)
+    if isinstance(weights, (tuple, list)):
+        for weight in weights:
+            check.number("weights", weight)
     given = torch.ones(len(log_p)) if weights is None else torch.as_tensor(weights)
     if given.shape != (len(log_p),):
         check.fail("weights", f"{len(log_p)} numbers, one for each model", list(given.shape))

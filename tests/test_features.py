@@ -105,3 +105,26 @@ def test_encoder_that_calls_a_function_of_no_module():
     loader = DataLoader(WithIndex(TensorDataset(torch.ones(4, 3), torch.arange(4))), batch_size=4)
     features, _, _ = extract_features(double, loader)
     assert features.eq(2).all()
+
+
+class Holder:
+    """An object that is no module and cannot be called, such as a trainer."""
+
+    def __init__(self):
+        self.model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3))
+        self.name = "holder"
+
+    def encode(self, images):
+        assert not self.model.training
+        return self.model(images)
+
+
+HOLDER = Holder()
+
+
+@pytest.mark.parametrize("encoder", [HOLDER.encode, lambda images: HOLDER.encode(images)], ids=["method", "function"])
+def test_model_of_an_object_is_frozen_too(encoder):
+    before = HOLDER.model[1].running_mean.clone()
+    extract_features(encoder, loader(), progress=False)
+    assert HOLDER.model.training
+    assert torch.equal(HOLDER.model[1].running_mean, before)

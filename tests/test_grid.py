@@ -229,6 +229,12 @@ def square(turns=(0, 1), flip=(True, False), source=(2, 2), target=(2, 2), **opt
         (lambda: square() @ GridTransform.identity(2, (3, 3)), r"onto the grid \(2, 2\) of the left, got \(3, 3\)"),
         (lambda: square() @ GridTransform.identity(3, (2, 2)), "the right operand must be of 2 elements, got 3"),
         (lambda: GridTransform.random(2, (4, 4), scale=(1.3, 0.7)), "scale must be two numbers"),
+        (
+            lambda: GridTransform.random(2, (4, 4), scale=0.7),
+            "scale must be two numbers above 0 in rising order, got 0.7",
+        ),
+        (lambda: GridTransform.random(2, (4, 4), ratio=("a", "b")), "ratio must be a number, got str 'a'"),
+        (lambda: GridTransform.identity(2, 4), r"source must be \(height, width\), got int 4"),
     ],
 )
 def test_wrong_arguments(call, message):  # G2, G6, G7, G8

@@ -135,6 +135,25 @@ def test_values_and_gradients(record, streamed, dtype, monkeypatch):
         assert near(mine, theirs, limit_of_gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("record", modules, ids=lambda record: record.name)
+def test_a_module_in_fp32_takes_features_of_any_dtype(record, dtype):
+    """Outside of autocast: what comes out is what comes of the same features in fp32."""
+    args = on_floats(lambda x: x.to(dtype))(record.sample(torch.float32))
+    found, gradients = step(record.build(torch.float32), args)
+    expected, _ = step(record.build(torch.float32), on_floats(lambda x: x.float())(args))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("record", [r for r in modules if state_of(r.build())], ids=lambda record: record.name)
+def test_features_on_another_device_than_the_module_are_named(record):
+    args = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, record.sample())
+    with pytest.raises(ValueError, match=rf"^{record.public_name}: \w+.* must be on cpu as .* is, got meta"):
+        record.build()(*args)
+
+
 @pytest.mark.parametrize("record", [r for r in RECORDS if leaves(r.sample())], ids=lambda record: record.name)
 def test_gradcheck(record):
     loss, args = record.build(), take(record.sample(), slice(4))  # of three classes: two samples of one

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.baselines._pooled import pooled
 from equireg.similarity import accumulation_dtype
 
@@ -65,7 +65,12 @@ class AugSelfLoss(nn.Module):
         check.count("hidden_dim", hidden_dim)
         if not targets:
             check.fail("targets", "at least one augmentation", targets)
-        for name, (kind, width) in targets.items():
+        for name, kind_and_width in targets.items():
+            if not isinstance(name, str) or not name or "." in name:  # they name modules
+                check.fail("targets", "named by strings without a dot", repr(name))
+            if not isinstance(kind_and_width, (tuple, list)) or len(kind_and_width) != 2:
+                check.fail(f"targets[{name!r}]", "(kind, width)", kind_and_width)
+            kind, width = kind_and_width
             check.option(f"targets[{name!r}]", kind, tuple(_LOSSES))
             check.count(f"targets[{name!r}]", width)
             if kind == "binary" and width != 1:
@@ -97,7 +102,7 @@ class AugSelfLoss(nn.Module):
             backward_targets: those of view 1 against view 2.
 
         Raises:
-            TypeError, ValueError: wrong dtypes, shapes or devices, a difference that is missing or out of range.
+            TypeError, ValueError: wrong dtypes, shapes or devices, a difference that is missing, a class out of range.
         """
         return self.parts(features1, features2, forward_targets, backward_targets).loss
 
@@ -106,6 +111,7 @@ class AugSelfLoss(nn.Module):
     ) -> AugSelfParts:
         """The loss, and in ``.losses`` that of each augmentation, detached, by name."""
         first, second, targets = self._checked(features1, features2, forward_targets, backward_targets)
+        first, second = (for_layers(self.predictors, x) for x in (first, second))
         both = torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)])
         total, losses = both.new_zeros((), dtype=accumulation_dtype(both.dtype)), {}
         for name, (kind, _) in self.targets.items():
@@ -117,7 +123,7 @@ class AugSelfLoss(nn.Module):
         self, features1: Tensor, features2: Tensor, forward_targets: Targets, backward_targets: Targets
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Both features [B, D], averaged over their places; and of each augmentation the targets in both orders."""
-        check = Arguments("AugSelfLoss")
+        check = Arguments("AugSelfLoss").beside(self)
         check.sizes["D"] = self.dim
         first, second = (pooled(check, *named) for named in (("features1", features1), ("features2", features2)))
         if not len(first):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.similarity import accumulation_dtype
 
 __all__ = ["CrossAttentionReconstruction"]
@@ -80,11 +80,7 @@ class CrossAttentionReconstruction(nn.Module):
         counts = {"dim": dim, "patch_size": patch_size, "num_heads": num_heads}
         for name, value in (counts | {"hidden_dim": hidden_dim, "channels": channels}).items():
             check.count(name, value)
-        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-        for side in (height, width):
-            check.count("image_size", side)
-            if side % patch_size:
-                check.fail("image_size", f"of whole patches of {patch_size} pixels", image_size)
+        height, width = check.sides("image_size", image_size, patch_size)
         if dim % num_heads:
             check.fail("num_heads", f"a divisor of dim = {dim}", num_heads)
         self.dim, self.patch_size, self.num_heads, self.channels = dim, patch_size, num_heads, channels
@@ -136,7 +132,7 @@ class CrossAttentionReconstruction(nn.Module):
         return CrossAttentionParts(errors.mean(), errors.detach())
 
     def _check(self, tokens1: Tensor, tokens2: Tensor) -> Arguments:
-        check = Arguments("CrossAttentionReconstruction")
+        check = Arguments("CrossAttentionReconstruction").beside(self)
         check.sizes["D"] = self.dim
         check.features("tokens1", tokens1, "B T D")
         h, w = self.grid
@@ -148,7 +144,7 @@ class CrossAttentionReconstruction(nn.Module):
         return check
 
     def _reconstructed(self, tokens1: Tensor, tokens2: Tensor) -> Tensor:
-        asked, given = self.norm(tokens1), self.norm(tokens2)
+        asked, given = (self.norm(for_layers(self, tokens)) for tokens in (tokens1, tokens2))
         q, k, v = (
             layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, T, D / heads]
             for layer, x in ((self.query, asked), (self.key, given), (self.value, given))

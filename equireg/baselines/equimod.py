@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.baselines._pooled import pooled_pairs
 from equireg.similarity import normalized, pair_lse
 
@@ -94,9 +94,10 @@ class EquiModLoss(nn.Module):
 
     def parts(self, features: Tensor, transformed: Tensor, parameters: Tensor) -> EquiModParts:
         """The loss and, detached, what it is made of: ``.loss``, ``.alignment`` and ``.log_denominator``."""
-        check = Arguments("EquiModLoss")
+        check = Arguments("EquiModLoss").beside(self)
         check.sizes.update(D=self.dim, P=self.num_parameters)
         before, after = pooled_pairs(check, features, transformed, parameters, "negatives come from other images")
+        before, after, parameters = (for_layers(self.projection, x) for x in (before, after, parameters))
         given = torch.cat([self.projection(before), self.parameters_projection(parameters)], dim=1)
         predicted, target = normalized(self.predictor(given)), normalized(self.projection(after))
         image = torch.arange(len(target), device=target.device)

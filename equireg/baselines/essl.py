@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.baselines._pooled import pooled
 from equireg.similarity import accumulation_dtype
 
@@ -91,14 +91,14 @@ class ESSLLoss(nn.Module):
 
     def parts(self, features: Tensor, quarter_turns: Tensor) -> ESSLParts:
         """The loss and, detached, that of each image and the share of the turns that are told."""
-        check = Arguments("ESSLLoss")
+        check = Arguments("ESSLLoss").beside(self)
         check.sizes["D"] = self.dim
         given = pooled(check, "features", features)
         turns = check.integers("quarter_turns", quarter_turns, "B")
         check.below("quarter_turns", turns, _TURNS, "quarter turns")
         if not len(given):
             check.fail("features", "of at least one image", list(features.shape))
-        logits = self.predictor(given)
+        logits = self.predictor(for_layers(self.predictor, given))
         losses = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), turns, reduction="none")
         told = (logits.detach().argmax(1) == turns).to(losses.dtype)
         return ESSLParts(losses.mean(), losses.detach(), told.mean())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.similarity import accumulation_dtype
 
 __all__ = ["SelfRegLoss"]
@@ -118,7 +118,7 @@ class SelfRegLoss(nn.Module):
         features, logits = features.contiguous(), logits.contiguous()  # the same bits whatever the strides
         following = _next_of_class(labels)
         partners = following, following[following]
-        projected = self.projection(features)
+        projected = self.projection(for_layers(self.projection, features))
         if projected.shape != features.shape:
             Arguments("SelfRegLoss").fail("projection", "from [B, D] to [B, D]", list(projected.shape))
         of_features = _dissimilarity(features, projected, partners, share)
@@ -128,7 +128,7 @@ class SelfRegLoss(nn.Module):
 
     def _checked(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """The labels, as int64."""
-        check = Arguments("SelfRegLoss")
+        check = Arguments("SelfRegLoss").beside(self)
         check.sizes["D"] = self.dim
         check.features("features", features, "B D")
         check.features("logits", logits, "B C")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.baselines._hypernetwork import Hypernetwork
 from equireg.baselines._pooled import pooled_pairs
 from equireg.similarity import accumulation_dtype, gram
@@ -123,9 +123,10 @@ class SIELoss(nn.Module):
 
     def parts(self, features: Tensor, transformed: Tensor, parameters: Tensor) -> SIEParts:
         """The loss and, detached, its terms before they are weighted."""
-        check = Arguments("SIELoss")
+        check = Arguments("SIELoss").beside(self)
         check.sizes.update(D=sum(self.halves), P=self.num_parameters)
         before, after = pooled_pairs(check, features, transformed, parameters, "their variance is taken")
+        before, after = (for_layers(self.heads, x) for x in (before, after))
         (z, z_after), (e, e_after) = (
             (head(half), head(half_after))
             for head, half, half_after in zip(self.heads, before.split(self.halves, 1), after.split(self.halves, 1))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.baselines._hypernetwork import Hypernetwork
 from equireg.baselines._pooled import pooled
 from equireg.similarity import mean_contrast, normalized
@@ -107,11 +107,12 @@ class STLLoss(nn.Module):
 
     def parts(self, features: Tensor, transformed: Tensor, others: Tensor, others_transformed: Tensor) -> STLParts:
         """The loss and, detached, both terms: ``.equivariance`` and ``.transformation``, which is not yet weighted."""
-        check = Arguments("STLLoss")
+        check = Arguments("STLLoss").beside(self)
         check.sizes["D"] = self.dim
         given = {"features": features, "transformed": transformed}
         given |= {"others": others, "others_transformed": others_transformed}
-        x, x_after, other, other_after = (pooled(check, *named) for named in given.items())
+        rows = (pooled(check, *named) for named in given.items())
+        x, x_after, other, other_after = (for_layers(self.projection, part) for part in rows)
         if len(x) < 2:
             check.fail(
                 "features", "of at least 2 rows: negatives come from other transformations", list(features.shape)

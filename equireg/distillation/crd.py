@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.similarity import normalized
 
 __all__ = ["ContrastiveDistillation"]
@@ -112,8 +112,8 @@ class ContrastiveDistillation(nn.Module):
         """
         indices = self._checked(student, teacher, indices)
         others = self._draw(indices)
-        v_student = normalized(self.embed_student(student.contiguous()))
-        v_teacher = normalized(self.embed_teacher(teacher.detach().contiguous()))
+        v_student = normalized(self.embed_student(for_layers(self, student).contiguous()))
+        v_teacher = normalized(self.embed_teacher(for_layers(self, teacher.detach()).contiguous()))
         # As they are now: the banks move in place, and the backward pass needs what the loss saw.
         banks = self.bank_teacher.to(v_student.dtype, copy=True), self.bank_student.to(v_student.dtype, copy=True)
         with torch.autocast(v_student.device.type, enabled=False):  # sums stay in full precision
@@ -125,7 +125,7 @@ class ContrastiveDistillation(nn.Module):
         return ContrastiveDistillationParts(of_student + of_teacher, of_student.detach(), of_teacher.detach())
 
     def _checked(self, student: Tensor, teacher: Tensor, indices: Tensor) -> Tensor:
-        check = Arguments("ContrastiveDistillation")
+        check = Arguments("ContrastiveDistillation").beside(self)
         for name, features, dim in (("student", student, self.dims[0]), ("teacher", teacher, self.dims[1])):
             check.features(name, features, "B D")
             if features.shape[1] != dim or len(features) == 0:

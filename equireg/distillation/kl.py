@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.distillation._features import align_features
 from equireg.similarity import accumulation_dtype
 
@@ -162,9 +163,10 @@ class FeatureDistillation(nn.Module):
 
     def parts(self, student: Tensor, teacher: Tensor) -> FeatureDistillationParts:
         """The loss, and in ``.divergence`` what it is the mean of, detached."""
-        mine, goal = align_features(Arguments("FeatureDistillation"), student, teacher, *self.dims)
+        check = Arguments("FeatureDistillation").beside(self)
+        mine, goal = align_features(check, student, teacher, *self.dims)
         exact = accumulation_dtype(mine.dtype)
-        apart = divergence(self.connector(mine).to(exact), goal.to(exact), self.temperature)
+        apart = divergence(self.connector(for_layers(self.connector, mine)).to(exact), goal.to(exact), self.temperature)
         return FeatureDistillationParts(apart.mean(), apart.detach())
 
     def extra_repr(self) -> str:
@@ -175,5 +177,6 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of softmax over the last dimension, [...]."""
     mine, theirs = (part / temperature for part in (student, teacher.detach()))
     q, p = theirs.log_softmax(-1), mine.log_softmax(-1)
-    result: Tensor = (q.exp() * (q - p)).sum(-1)
+    apart = (q - p).masked_fill(q == -math.inf, 0)  # what the teacher rules out counts nothing
+    result: Tensor = (q.exp() * apart).sum(-1)
     return result

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.distillation._features import align_features, channels_last
 from equireg.similarity import accumulation_dtype
 
@@ -143,7 +143,7 @@ class OverhaulDistillation(nn.Module):
 
     def _checked(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Features of student and teacher at each layer, channels last; the margins are known."""
-        check = Arguments("OverhaulDistillation")
+        check = Arguments("OverhaulDistillation").beside(self)
         self._check_layers(check, "students", students)
         self._check_layers(check, "teachers", teachers)
         for i, margin in enumerate(self.margins):
@@ -178,5 +178,5 @@ class _Connector(nn.Module):
         nn.init.kaiming_normal_(self.linear.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        places: Tensor = self.norm(self.linear(x).flatten(0, -2))
+        places: Tensor = self.norm(self.linear(for_layers(self, x)).flatten(0, -2))
         return places.view(*x.shape[:-1], -1)

@@ -21,9 +21,8 @@ SETTINGS = (
 
 def checked_batch(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Labels and indices as int64."""
-    check = Arguments("ClassWiseIRM")
+    check = Arguments("ClassWiseIRM").beside(irm)
     check.sizes["D"] = irm.num_features
-    check.device, check.device_of = irm.mask.weight.device, "the loss module (irm.to(device) moves it)"
     labels = check_batch(check, "features", features, labels)
     check.below("labels", labels, irm.num_classes, "num_classes")
     if indices is not None:

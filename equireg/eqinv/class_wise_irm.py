@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from equireg._agreement import Checksum
-from equireg._checks import Arguments, values_visible
+from equireg._checks import Arguments, for_layers, values_visible
 from equireg.distributed import Group, Processes
 from equireg.eqinv.adjusted_similarity import Adjust
 from equireg.eqinv.batch import check_mask_alike, check_projection, checked_batch, facts_of, zero_of
@@ -90,10 +90,10 @@ class ClassWiseIRM(nn.Module):
     better the more samples of each class a batch holds.
 
     Shapes and behaviour of the call ``irm(features [B, D], labels [B], indices [B] | None) -> loss``: a 0-d tensor in
-    float32 (float64 for float64 features). Where no class has two samples, the loss is a zero with zero gradients; the
-    first such batch warns (on CPU). By default each process of a distributed run takes the classes of its own batch.
-    The environments are buffers, which ``DistributedDataParallel`` sends to every process at each step unless told
-    ``broadcast_buffers=False``: tell it so where the dataset is large.
+    float32 (float64 for a module and features of it). Where no class has two samples, the loss is a zero with zero
+    gradients; the first such batch of more than one sample warns (on CPU). By default each process of a distributed run
+    takes the classes of its own batch. The environments are buffers, which ``DistributedDataParallel`` sends to every
+    process at each step unless told ``broadcast_buffers=False``: tell it so where the dataset is large.
 
     Raises:
         TypeError, ValueError: arguments of a wrong type, shape or range; on CPU also labels or indices out of range,
@@ -150,7 +150,7 @@ class ClassWiseIRM(nn.Module):
         if projection is not None and not isinstance(projection, nn.Module):
             check.fail_type("projection", "an nn.Module or None", type(projection).__name__)
         check_projection(check, projection, num_features)
-        self.num_features, self.num_classes = num_features, num_classes
+        self.num_features, self.num_classes, self.num_samples = num_features, num_classes, num_samples
         self.weight, self.penalty = weight, penalty
         self.temperature, self.denominator, self.detach = temperature, denominator, detach
         self.contrast, self.penalty_on, self.risk_weight = contrast, penalty_on, risk_weight
@@ -241,8 +241,7 @@ class ClassWiseIRM(nn.Module):
             TypeError, ValueError: as :meth:`Environments.split`; what goes with ``encoder`` and what does not; a loader
                 that leaves samples of its dataset out, unless ``num_samples`` is given.
         """
-        if num_samples is None and self.environments is not None and not self.environments.fitted:
-            num_samples = self.environments.num_samples
+        num_samples = self.num_samples if num_samples is None else num_samples
         environments = fitted_environments(
             *(features, labels, indices),
             num_classes=self.num_classes,
@@ -309,7 +308,8 @@ class ClassWiseIRM(nn.Module):
         frozen = features.detach()
         batch = self._batch(frozen, labels, indices)
 
-        compared = compare(self.projection(self.mask(frozen if self.detach is True else features)), batch)
+        masked = self.mask(frozen if self.detach is True else features)
+        compared = compare(self.projection(for_layers(self.projection, masked)), batch)
         risk = risk_of(compared, self.denominator)
         by_batch = self.contrast == "batch"
         contrast = compared.anchor_mean(sup_con_of(compared)) if by_batch else compared.class_mean(risk.sum(1))
@@ -332,7 +332,8 @@ class ClassWiseIRM(nn.Module):
             return compared
         # The same values once more, without the gradient into φ; running statistics count the batch only once.
         buffers = {name: buffer.clone() for name, buffer in self.projection.named_buffers()}
-        return compare(functional_call(self.projection, buffers, (self.mask(features),)), batch)
+        masked = for_layers(self.projection, self.mask(features))
+        return compare(functional_call(self.projection, buffers, (masked,)), batch)
 
     def _batch(self, features: Tensor, labels: Tensor, indices: Tensor | None) -> Batch:
         processes = self.processes

@@ -234,12 +234,12 @@ class Environments(nn.Module):
 
         Args:
             indices: dataset indices [B] of samples that took part in the split; None for all N.
-            sharpness: t, at least 0; 0 gives 1 everywhere. ``"auto"`` takes it from the shape of the scores: 0 where
-                they look as in data without bias, up to 2 (:attr:`EnvironmentsReport.sharpness`).
+            sharpness: t, at least 0; 0 gives 1 everywhere. ``"auto"``: :attr:`EnvironmentsReport.sharpness`, 0 to 2.
             cap: c, above 0. Without it one sample could outweigh a hundred.
 
         Returns:
-            float32 [B] or [N], of mean 1 within each class over the dataset, on the device of the environments.
+            float32 [B] or [N], of mean 1 within each class over the dataset, on the environments' device; formed once,
+            and again after ``load_state_dict``.
 
         Raises:
             TypeError, ValueError: arguments of a wrong type or range; fewer than two classes; a sample that took no

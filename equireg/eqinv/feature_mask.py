@@ -7,6 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from equireg._checks import Arguments
 
@@ -76,8 +77,10 @@ class FeatureMask(nn.Module):
             return nn.Sequential(copy.deepcopy(self), copy.deepcopy(head))
         if head.in_features != len(self.weight):
             check.fail("head", f"of {len(self.weight)} features", head.in_features)
-        folded = nn.Linear(head.in_features, head.out_features, head.bias is not None)
-        folded.to(head.weight.device, head.weight.dtype)
+        how = {"bias": head.bias is not None, "device": head.weight.device, "dtype": head.weight.dtype}
+        folded: nn.Linear = skip_init(
+            nn.Linear, head.in_features, head.out_features, **how
+        )  # it draws no random numbers
         folded.weight.copy_(head.weight * self.weight.sigmoid())
         if head.bias is not None:
             folded.bias.copy_(head.bias)

@@ -49,7 +49,8 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
     Raises:
         TypeError, ValueError: a model whose classifier is no ``nn.Linear`` of ``irm.num_features``; an ``irm`` whose
             mask has a scale, which does not fold into a linear layer; mixtures of timm's own; timm's binary cross
-            entropy, or another criterion that cannot be taken sample by sample, unless ``sharpness`` is 0.
+            entropy, or another criterion that is not the mean of what it is of each sample, as with weights of
+            classes, unless ``sharpness`` is 0.
     """
 
     def __init__(self, model: nn.Module, *, irm: ClassWiseIRM, sharpness: float | str = "auto", **options: Any) -> None:
@@ -60,17 +61,10 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
             check.fail("irm", "one whose mask has no scale, so that it folds into the classifier", irm.mask.scale)
         super().__init__(_Masked(check, model, irm, sharpness), **options)
         self.mixed = bool((options.get("criterion_kwargs") or {}).get("soft_targets"))
-        if sharpness:
-            labels = torch.arange(2) % irm.num_classes
-            some = torch.eye(irm.num_classes)[labels] if self.mixed else labels
-            taken = not isinstance(self.criterion, BinaryCrossEntropy)  # its threshold is for whole mixtures
-            try:
-                self._sample_by_sample(torch.zeros(2, irm.num_classes), some)
-            except (RuntimeError, AssertionError):
-                taken = False
-            if not taken:
-                rule = "cross entropy or another that torch.vmap takes sample by sample, or sharpness=0"
-                check.fail("criterion", rule, type(self.criterion).__name__)
+        if sharpness and not self._is_a_mean_over_samples(irm.num_classes):
+            rule = "cross entropy without weights of classes, or another that is the mean of what torch.vmap takes "
+            rule += "sample by sample, or sharpness=0"
+            check.fail("criterion", rule, type(self.criterion).__name__)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.mixed:
@@ -115,6 +109,17 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
             rule = "one that EqInvTask saved; start from another by --initial-checkpoint"
             Arguments("EqInvTask").fail("checkpoint", rule, "one without a task_state")
         unwrap_model(self.get_eval_model(ema=ema)).load_both(state_dict, task_state, strict)
+
+    def _is_a_mean_over_samples(self, num_classes: int) -> bool:
+        if isinstance(self.criterion, BinaryCrossEntropy):  # its threshold is for whole mixtures
+            return False
+        labels = torch.arange(min(num_classes, 256))
+        logits = torch.arange(len(labels) * num_classes).sin().view(len(labels), num_classes)
+        some = torch.eye(num_classes)[labels] if self.mixed else labels
+        try:
+            return bool(torch.isclose(self._sample_by_sample(logits, some).mean(), self.criterion(logits, some)))
+        except (RuntimeError, AssertionError):
+            return False
 
     def _sample_by_sample(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The criterion, a mean over the batch, of each sample alone: [B]."""

@@ -101,7 +101,7 @@ class PartitionLoss(nn.Module):
         """The groups of a batch, int64 [P, B], in the partitions that have more than one; and how many at most."""
         table = self.partitions
         if isinstance(table, PartitionUpdater):
-            return table.partitions[1:, indices], table.num_groups
+            return table.splitting[:, indices], table.num_groups
         return self._split[:, indices], self._most
 
     def check_indices(self, check: Arguments, indices: Tensor) -> Tensor:

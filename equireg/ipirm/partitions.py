@@ -151,6 +151,14 @@ class PartitionUpdater(nn.Module):
         self.register_buffer("partitions", torch.zeros(1, num_samples, dtype=torch.int64))
         self.register_buffer("generator_state", torch.Generator().manual_seed(seed).get_state())
         self.reports: list[PartitionReport] = []
+        self._of_one_group: set[int] = set()  # rows beside the first, as a partition that collapsed
+
+    @property
+    def splitting(self) -> Tensor:
+        """int64 [P, N]: the partitions that have more than one group."""
+        if not self._of_one_group:
+            return self.partitions[1:]
+        return self.partitions[[row for row in range(1, len(self.partitions)) if row not in self._of_one_group]]
 
     def update(
         self,
@@ -239,6 +247,12 @@ class PartitionUpdater(nn.Module):
     def _join(self, partition: Tensor) -> None:
         found = torch.cat([self.partitions[1:], partition[None]])
         self.partitions = torch.cat([self.partitions[:1], found if self.keep is None else found[-self.keep :]])
+        self._note_those_of_one_group()
+
+    def _note_those_of_one_group(self) -> None:
+        """Once, so that no step waits for a GPU."""
+        alone = (self.partitions == self.partitions[:, :1]).all(1).tolist()
+        self._of_one_group = {row for row in range(1, len(alone)) if alone[row]}
 
     def _rows(
         self,
@@ -360,3 +374,4 @@ class PartitionUpdater(nn.Module):
             return
         self.partitions = torch.zeros_like(saved, device=self.partitions.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._note_those_of_one_group()

@@ -27,3 +27,9 @@ def fit_linear(
 
         optimizer.step(objective)  # type: ignore[arg-type]
     return weight.detach(), bias.detach()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The fitted map, in full precision likewise."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight, bias)

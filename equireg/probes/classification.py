@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.probes._features import enough_for_epochs, seeded, standardized
-from equireg.probes._linear import fit_linear
+from equireg.probes._linear import fit_linear, linear
 from equireg.probes._mlp import fit_mlp, mlp
 from equireg.similarity import normalized
 
@@ -134,7 +134,7 @@ def linear_probe(
     x, x_test = standardized(train_features, features)
     if hidden_dim is None:
         weight, bias = logistic_regression(x, train_labels.long(), classes, weight_decay, max_iterations)
-        return float((F.linear(x_test, weight, bias).argmax(1) == labels).float().mean())
+        return float((linear(x_test, weight, bias).argmax(1) == labels).float().mean())
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         rows, y = torch.randperm(len(x), generator=generator), train_labels.long().clone()
         layers = fit_mlp(

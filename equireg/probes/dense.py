@@ -12,6 +12,7 @@ from torch import Tensor
 from equireg._checks import Arguments
 from equireg.features import check_callable, frozen
 from equireg.probes._features import standardizer
+from equireg.probes._linear import linear
 from equireg.probes._maps import MOVES, image_batches, token_map
 from equireg.probes.classification import logistic_regression
 
@@ -95,7 +96,7 @@ def dense_probe(
         for images, masks in _batches("loader", loader, num_classes, ignored, progress):
             for name, move in MOVES.items():
                 tokens = token_map("dense_probe", encode, move(images).to(device))
-                scores = F.linear(standardize(tokens.movedim(1, -1)), weight, bias).movedim(-1, 1)
+                scores = linear(standardize(tokens.movedim(1, -1)), weight, bias).movedim(-1, 1)
                 truth = move(masks).to(scores.device)
                 answers = F.interpolate(scores, truth.shape[1:], mode="bilinear", align_corners=False).argmax(1)
                 table[name] += _confusion(answers, truth, num_classes, ignored).cpu()

@@ -13,7 +13,7 @@ from torch import Tensor
 from equireg._checks import Arguments
 from equireg.features import check_callable, frozen
 from equireg.probes._features import standardizer
-from equireg.probes._linear import fit_linear
+from equireg.probes._linear import fit_linear, linear
 from equireg.probes._maps import MOVES, image_batches, token_map
 
 __all__ = ["detection_probe"]
@@ -121,7 +121,7 @@ def detection_probe(
             for name, move in MOVES.items():
                 moved = move(images)
                 tokens = token_map("detection_probe", encode, moved.to(device))
-                logits, logs = F.linear(standardize(tokens.permute(0, 2, 3, 1)), *head).split([num_classes, 4], -1)
+                logits, logs = linear(standardize(tokens.permute(0, 2, 3, 1)), *head).split([num_classes, 4], -1)
                 centres, stride = _places(tokens, moved)
                 for scores, log in zip(logits.flatten(1, 2).sigmoid().cpu(), logs.flatten(1, 2).cpu()):
                     boxes = _boxes(centres, stride * log.exp()).clamp(min=0)

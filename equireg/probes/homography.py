@@ -12,7 +12,7 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg._progress import progress_bar
-from equireg.features import check_callable, frozen, images_of
+from equireg.features import check_callable, encoded, frozen, images_of
 from equireg.image_transforms import projected
 from equireg.probes._features import enough_for_epochs, seeded, split_rows, standardized
 from equireg.probes._mlp import fit_mlp, mlp
@@ -88,12 +88,14 @@ def homography_probe(
     check.not_negative("weight_decay", weight_decay)
     generator = seeded(check, seed)
     parts: list[tuple[Tensor, Tensor]] = []
+    outputs = Arguments("homography_probe")  # all batches share the width
     with frozen(encoder) as device:
         for batch in progress_bar(loader, "features of two patches", shown=progress):
+            check = Arguments("homography_probe")  # a loader may give images on a device that features do not stay on
             images = check.features("images", images_of(check, batch), "B C H W").to(device)
-            check.sizes.clear()
             first, second, moved = _pairs(check, images, patch_size, reach, generator)
-            found = [check.features("encoder's output", encoder(view), "B D").cpu() for view in (first, second)]
+            outputs.sizes.pop("B", None)
+            found = [encoded(outputs, encoder, view) for view in (first, second)]
             parts.append((torch.cat(found, 1), moved))
     if not parts:
         check.fail("loader", "of at least one batch", "none")

@@ -110,11 +110,7 @@ class IntermediateReconstructionHead(nn.Module):
         if head_dim is not None:
             check.count("head_dim", head_dim)
         width = dim if head_dim is None else head_dim
-        sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-        if len(sides) != 2:
-            check.fail("image_size", "a side or (height, width)", image_size)
-        for side in sides:
-            check.count("image_size", side)
+        sides = check.sides("image_size", image_size)
         check.number("equivariant_fraction", equivariant_fraction)
         if not (0 < equivariant_fraction <= 1 and round(equivariant_fraction * width) > 0):
             rule = f"above 0 and up to 1, and one of {width} features or more"
@@ -170,7 +166,7 @@ class IntermediateReconstructionHead(nn.Module):
         Raises:
             TypeError, ValueError: other types or shapes, views of different batches, tokens that do not fit the grid.
         """
-        self._check(Arguments("IntermediateReconstructionHead"), equivariant1, equivariant2)
+        self._check(Arguments("IntermediateReconstructionHead").beside(self), equivariant1, equivariant2)
         joined = self._joined(equivariant1, equivariant2)
         images = torch.stack([self._decode(decoder, joined) for decoder in self.decoders])
         if self.mean is None or self.std is None:
@@ -193,7 +189,7 @@ class IntermediateReconstructionHead(nn.Module):
 
     def parts(self, equivariant1: Tensor, equivariant2: Tensor, targets: Tensor) -> ReconstructionParts:
         """The loss, and in ``.errors`` the mean squared error of each intermediate image, detached."""
-        check = Arguments("IntermediateReconstructionHead")
+        check = Arguments("IntermediateReconstructionHead").beside(self)
         self._check(check, equivariant1, equivariant2)
         self._check_targets(check, equivariant1, targets)
         joined = self._joined(equivariant1, equivariant2)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from equireg._checks import Arguments
+from equireg._checks import Arguments, for_layers
 from equireg.distributed import Group, Processes
 from equireg.grid import GridTransform
 from equireg.similarity import mean_contrast, normalized
@@ -179,8 +179,9 @@ class SERLoss(nn.Module):
         """Of one map of each view."""
         processes = self.processes
         with processes.alike() as facts:
-            _check_views(tokens1, tokens2, g1, g2, self.dim, least=2 if processes.size == 1 else 1)
+            _check_views(self, tokens1, tokens2, g1, g2, least=2 if processes.size == 1 else 1)
             relative = g2.__matmul__(g1.inverse())  # g2 @ g1⁻¹; torch.compile of PyTorch 2.6 cannot trace the operator
+            tokens1, tokens2 = (for_layers(self.projection, tokens) for tokens in (tokens1, tokens2))
             projected = self.projection(relative.on_tokens(self.token_norm(tokens1)))
             z, z_prime = normalized(projected), normalized(self.projection(self.token_norm(tokens2)))
             facts.update({"projected tokens1": z, "projected tokens2": z_prime})
@@ -222,10 +223,10 @@ def _check_maps(z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None
 
 
 def _check_views(
-    tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform, dim: int, *, least: int
+    ser: SERLoss, tokens1: Tensor, tokens2: Tensor, g1: GridTransform, g2: GridTransform, *, least: int
 ) -> None:
-    """Tokens at the places of their elements' target grids, ``dim`` wide, of ``least`` images or more."""
-    check = Arguments("SERLoss")
+    """Tokens at the places of their elements' target grids, ``ser.dim`` wide, of ``least`` images or more."""
+    check = Arguments("SERLoss").beside(ser)
     for name, g in (("g1", g1), ("g2", g2)):
         if not isinstance(g, GridTransform):
             check.fail_type(name, "a GridTransform", type(g).__name__)
@@ -233,7 +234,7 @@ def _check_views(
         check.fail("g2", f"of g1's source grid {g1.source}", g2.source)
     if len(g2) != len(g1):
         check.fail("g2", f"of {len(g1)} elements as g1", len(g2))
-    check.sizes.update(B=len(g1), D=dim)
+    check.sizes.update(B=len(g1), D=ser.dim)
     for name, g, number, tokens in (("tokens1", g1, "T1", tokens1), ("tokens2", g2, "T2", tokens2)):
         check.features(name, tokens, f"B {number} D")
         if tokens.shape[1] != g.target[0] * g.target[1]:

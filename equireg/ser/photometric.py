@@ -96,7 +96,7 @@ def mocov3_photometric(image_size: int | tuple[int, int]) -> tuple[Photometric, 
         >>> first(torch.rand(8, 3, 32, 32)).shape, second(torch.rand(3, 32, 32)).shape
         (torch.Size([8, 3, 32, 32]), torch.Size([3, 32, 32]))
     """
-    side = image_size if isinstance(image_size, int) else min(image_size)
+    side = min(Arguments("mocov3_photometric").sides("image_size", image_size))
     kernel_size = max(3, side // 10 | 1)  # an odd number
     return BatchPolicy(kernel_size, blur=1.0, solarize=0.0), BatchPolicy(kernel_size, blur=0.1, solarize=0.2)
 

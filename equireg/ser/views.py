@@ -65,19 +65,12 @@ class EquivariantViews:
     ):
         check = Arguments("EquivariantViews")
         check.count("patch_size", patch_size)
-        sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-        if len(sides) != 2:
-            check.fail("image_size", "a side or (height, width)", image_size)
-        for side in sides:
-            check.count("image_size", side)
-            if side % patch_size:
-                check.fail("image_size", f"whole patches of {patch_size}", image_size)
+        self.image_size = check.sides("image_size", image_size, patch_size)
         if photometric is None:
             photometric = mocov3_photometric(image_size)
         policies = (photometric, photometric) if callable(photometric) else photometric
         if not isinstance(policies, (tuple, list)) or len(policies) != 2 or not all(map(callable, policies)):
             check.fail("photometric", "a callable or a pair of them", photometric)
-        self.image_size = (sides[0], sides[1])
         if crop is not None:
             if not isinstance(crop, (tuple, list)) or len(crop) != 2:
                 check.fail("crop", "None or two areas", crop)

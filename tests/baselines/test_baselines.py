@@ -78,6 +78,12 @@ def rebuild(tokens2=(6, 9, 8), images1=(6, 3, 4, 6)):
         (lambda: equimod(features=1, transformed=1), ValueError, "features must be of at least 2 images"),
         (lambda: AugSelfLoss(8, {}), ValueError, "AugSelfLoss: targets must be at least one"),
         (lambda: AugSelfLoss(8, {"x": ("ordinal", 3)}), ValueError, r"targets\['x'\] must be one of 'regression'"),
+        (lambda: AugSelfLoss(8, {"x": "binary"}), ValueError, r"targets\['x'\] must be \(kind, width\), got binary"),
+        (
+            lambda: AugSelfLoss(8, {"a.b": ("binary", 1)}),
+            ValueError,
+            "targets must be named by .* without a dot, got 'a",
+        ),
         (lambda: AugSelfLoss(8, {"x": ("binary", 2)}), ValueError, r"targets\['x'\] must be \('binary', 1\)"),
         (lambda: augself(flip=torch.arange(6) % 4), TypeError, r"flip.* must be a"),
         (lambda: augself(rotation=torch.full((6,), 4)), ValueError, r"in 0 .. 3 \(cl"),

@@ -1,6 +1,7 @@
 """Stage II's losses where their records do not reach: layouts, margins, memory banks, real backbones."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ def test_default_beta_is_hintons():
 
 
 # ------------------------------------------------------------------------------------------------- on features
+
+
+def test_a_class_that_the_teacher_rules_out_counts_nothing():
+    student = torch.tensor([[0.5, 1.0, -2.0]], requires_grad=True)
+    loss = DistillationLoss(temperature=1.0, alpha=0.0)(student, torch.tensor([[0.0, 1.0, -math.inf]]))
+    q, p = torch.tensor([0.0, 1.0]).softmax(0), student.detach()[0].log_softmax(0)
+    torch.testing.assert_close(loss.detach(), (q * (q.log() - p[:2])).sum())
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient[0], p.exp() - F.pad(q, (0, 1)))
 
 
 def test_features_in_any_layout():

@@ -131,7 +131,9 @@ def test_folding_the_mask_into_the_head(kind, bias):
     if kind == "scale":
         irm.mask.scale = 10.0
     features = torch.randn(6, WIDTH)
+    state = torch.get_rng_state()
     folded = irm.fold_into(head)
+    assert torch.equal(torch.get_rng_state(), state)  # to validate after each epoch does not change the training
     assert (type(folded) is nn.Linear) == (kind in {"linear", "weight norm"})
     torch.testing.assert_close(folded(features), head(irm.mask(features)))
     if type(folded) is nn.Linear:
@@ -158,6 +160,9 @@ def test_environments_of_full_size_from_the_start():
     assert irm.environments.labels is buffer
     assert {name: value.shape for name, value in irm.state_dict().items()} == shapes
     average.update_parameters(irm)
+    irm.fit_environments(features + torch.randn(30, WIDTH), labels)  # anew, as before a later epoch
+    assert irm.environments.labels is buffer
+    irm.fit_environments(features, labels)
     other = ClassWiseIRM(WIDTH, CLASSES, num_samples=40)
     other.load_state_dict(average.module.state_dict())
     assert other.environments.fitted

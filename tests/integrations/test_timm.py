@@ -330,6 +330,11 @@ def test_what_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"criterion must be .* sharpness=0, got BinaryCrossEntropy"):
         EqInvTask(copy.deepcopy(model), irm=irm, criterion_kwargs={"loss_type": "bce"}, verbose=False)
     EqInvTask(copy.deepcopy(model), irm=irm, sharpness=0, criterion_kwargs={"loss_type": "bce"}, verbose=False)
+    for options in ({"weight": torch.tensor([1.0, 1.0, 9.0])}, {"ignore_index": 2}, {"reduction": "sum"}):
+        criterion = torch.nn.CrossEntropyLoss(**options)
+        with pytest.raises(ValueError, match=r"criterion must be .* the mean of .* got CrossEntropyLoss"):
+            EqInvTask(copy.deepcopy(model), irm=irm, criterion=criterion, verbose=False)
+        EqInvTask(copy.deepcopy(model), irm=irm, sharpness=0, criterion=criterion, verbose=False)
     with pytest.raises(ValueError, match=r"for the model's \d+ features and 3 classes, got \d+ and 4"):
         EqInvTask(model, irm=ClassWiseIRM(width, 4))
     with pytest.raises(ValueError, match=r"no scale.*got 10.0"):

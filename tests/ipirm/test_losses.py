@@ -290,3 +290,21 @@ def test_wrong_batches(changes, error, message):  # E5
     arguments = {"z1": torch.ones(4, 3), "z2": torch.ones(4, 3), "indices": torch.arange(4)}
     with pytest.raises(error, match=f"IPIRMLoss: {message}"):
         IPIRMLoss(PARTITIONS)(**{**arguments, **changes})
+
+
+def test_partitions_of_one_group_are_left_out():
+    """The global term would count twice, once with a penalty; as ``partitions`` of a tensor leave them out too."""
+    z1, z2 = views(8)
+    groups, indices = torch.arange(8) % 2, torch.arange(8)
+    updater = PartitionUpdater(8)
+    updater.add(torch.zeros(8, dtype=torch.int64))
+    alone = IPIRMLoss(updater)(z1, z2, indices)
+    torch.testing.assert_close(alone, IPIRMLoss(updater.partitions)(z1, z2, indices))
+    updater.add(groups)
+    parts = IPIRMLoss(updater).parts(z1, z2, indices)
+    assert parts.risk.shape == (1, 2)
+    torch.testing.assert_close(parts.loss, IPIRMLoss(groups[None])(z1, z2, indices))
+    loaded = PartitionUpdater(8)
+    loaded.load_state_dict(updater.state_dict())
+    assert torch.equal(IPIRMLoss(loaded)(z1, z2, indices), parts.loss)
+    assert torch.equal(loaded.splitting, groups[None])

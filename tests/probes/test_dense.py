@@ -72,6 +72,14 @@ def test_equals_a_loop_over_pixels():
         assert found[name] == pytest.approx(sum(shares) / 2, abs=5e-3)
 
 
+def test_answers_in_full_precision_also_under_autocast():
+    images, masks = blocks(12)
+    (train, test), calls = halves(images + torch.randn(images.shape), masks), {"num_classes": 4, **QUIET}
+    expected = dense_probe(pixels, train, test, **calls)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dense_probe(pixels, train, test, **calls) == expected
+
+
 def test_an_encoder_that_knows_where_up_is_loses_when_turned():
     """Tokens that turn with the image keep their score; rows of an upright image say the same only upright."""
     rows = torch.arange(8) // 2

@@ -120,3 +120,16 @@ def test_refuses(changes, message):
     arguments = {"encoder": pooled, "loader": [places(40)], "patch_size": 16, **QUICK}
     with pytest.raises((TypeError, ValueError), match=f"^homography_probe: {message}"):
         homography_probe(**{**arguments, **changes})
+
+
+def test_output_of_another_device_is_brought_to_the_cpu():
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("cuda:0")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    error = homography_probe(lambda x: pooled(x).as_subclass(Elsewhere), [places(40)], 16, **QUICK)
+    assert error == homography_probe(pooled, [places(40)], 16, **QUICK)

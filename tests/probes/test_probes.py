@@ -165,6 +165,15 @@ def test_probes_take_features_from_anywhere(probe):
         assert probe(x, y, x, y) == expected
 
 
+def test_linear_probe_answers_in_full_precision_too():
+    """Where classes overlap, a score rounded to bfloat16 is another answer now and then."""
+    x, y = torch.randn(4000, 16), torch.arange(4000) % 4
+    x[:, :4] += torch.nn.functional.one_hot(y, 4)
+    expected = linear_probe(x, y, x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_probe(x, y, x, y) == expected
+
+
 def test_three_layers_tell_what_no_line_tells():
     """Quadrants: classes by the sign of a product, on samples that were not trained on."""
     x, x_test = torch.randn(2, 600, 4)

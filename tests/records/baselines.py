@@ -90,7 +90,7 @@ RECORDS = [
             "G6 prefix tokens": Refused(
                 ValueError, r"tokens1 must be of 2 x 4 tokens, .* got \[12, 7, 6\]", replace(0, lambda x: x[:, 1:])
             ),
-            "patches": Refused(ValueError, "image_size must be of whole patches", options={"image_size": 7}),
+            "patches": Refused(ValueError, "image_size must be whole patches", options={"image_size": 7}),
             "heads": Refused(ValueError, "num_heads must be a divisor of dim = 6, got 4", options={"num_heads": 4}),
         },
         empty=Refused(ValueError, r"tokens1 must be of at least one image, got \[0, 8, 6\]"),

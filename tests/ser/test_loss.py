@@ -119,7 +119,7 @@ def module(*arguments):
         (module(FIRST, SECOND, ONE, SHORT), ValueError, "g2 must be of 3 elements as g1, got 2"),  # G8
         (module(FIRST, SECOND[:, :-1], ONE, TWO), ValueError, "tokens2 must be of"),  # G7
         (module(FIRST[..., :4], SECOND, ONE, TWO), ValueError, r"tokens1 must be .*8\].*got"),
-        (module(FIRST, SECOND.to("meta"), ONE, TWO), ValueError, "tokens2 must be on cpu as tokens1 is"),
+        (module(FIRST, SECOND.to("meta"), ONE, TWO), ValueError, "tokens2 must be on cpu as the loss module"),
         (lambda: SERLoss(0), ValueError, "dim must be at least 1, got 0"),
         (lambda: SERLoss(8.0), TypeError, "dim must be a whole number"),
         (lambda: SERLoss(8, projection_dim=-1), ValueError, "projection_dim must be at least 1"),
