@@ -63,7 +63,7 @@ def projected(images: Tensor, matrices: Tensor, *, padding: str, size: tuple[int
     down, right = (torch.arange(side, device=x.device, dtype=x.dtype) + 0.5 for side in (height, width))
     places = F.pad(torch.stack(torch.meshgrid(right, down, indexing="xy"), -1), (0, 1), value=1)
     with _without_autocast(x):
-        seen = (places.flatten(0, 1) @ matrices.to(x.dtype).transpose(1, 2)).unflatten(1, (height, width))
+        seen = (places.flatten(0, 1) @ matrices.to(x).transpose(1, 2)).unflatten(1, (height, width))
         scale = torch.tensor([2 / images.shape[3], 2 / images.shape[2]], device=x.device, dtype=x.dtype)
         grid = seen[..., :2] / seen[..., 2:] * scale - 1
         return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False).to(images.dtype)

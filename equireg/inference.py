@@ -150,7 +150,7 @@ def fit_ensemble_weights(
     if not ((labels >= 0) & (labels < log_p.shape[2])).all():
         check.fail("labels", f"in 0 .. {log_p.shape[2] - 1} (classes)", labels.unique().tolist())
     with torch.inference_mode(False), torch.enable_grad():
-        log_p, labels = log_p.detach().double().cpu().clone(), labels.cpu().clone()
+        log_p, labels = log_p.detach().cpu().double().clone(), labels.cpu().clone()
         logits = torch.zeros(len(log_p), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([logits], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 

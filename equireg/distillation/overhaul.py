@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equireg._checks import Arguments, for_layers
 from equireg.distillation._features import align_features, channels_last
-from equireg.similarity import accumulation_dtype
+from equireg.similarity import accumulation_dtype, exactly
 
 __all__ = ["OverhaulDistillation"]
 
@@ -99,7 +99,7 @@ class OverhaulDistillation(nn.Module):
         for batch in features:
             self._check_layers(check, "features", batch)
             for i, layer in enumerate(batch):
-                places = channels_last(check, "features", layer, self.dims[i][1]).double().flatten(0, -2)
+                places = exactly(channels_last(check, "features", layer, self.dims[i][1])).flatten(0, -2)
                 sums[i], counts[i] = sums[i] + places.clamp(max=0).sum(0), counts[i] + (places < 0).sum(0)
         if not isinstance(counts[0], Tensor):
             check.fail("features", "of at least one batch", "none")
@@ -120,7 +120,7 @@ class OverhaulDistillation(nn.Module):
             weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
             if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.shape != (self.dims[i][1],):
                 check.fail("layers", f"normalisations of {self.dims[i][1]} channels with weight and bias", layer)
-            std, mean = weight.detach().double().abs().clamp(min=1e-12), bias.detach().double()
+            std, mean = exactly(weight.detach()).abs().clamp(min=1e-12), exactly(bias.detach())
             share = torch.special.ndtr(-mean / std)
             density = torch.exp(-((mean / std) ** 2) / 2) / math.sqrt(2 * math.pi)
             self._set_margin(i, torch.where(share > 1e-3, mean - std * density / share.clamp(min=1e-12), -3 * std))

@@ -126,7 +126,7 @@ def entropy_limit(num_groups: int) -> float:
 def adjusted_rand_index(one: Tensor, other: Tensor) -> float:
     """How far two partitions [N] agree: 1 the same but for names, 0 by chance (Hubert & Arabie, 1985)."""
     width = int(other.max()) + 1
-    table = torch.bincount(one * width + other, minlength=(int(one.max()) + 1) * width).view(-1, width).double()
+    table = torch.bincount(one * width + other, minlength=(int(one.max()) + 1) * width).view(-1, width).cpu().double()
 
     def pairs(sizes: Tensor) -> float:
         return float((sizes * (sizes - 1) / 2).sum())

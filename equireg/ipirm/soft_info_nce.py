@@ -19,7 +19,7 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.distributed import Group, Processes
-from equireg.similarity import normalized, pair_lse
+from equireg.similarity import exactly, normalized, pair_lse
 
 __all__ = ["soft_info_nce"]
 
@@ -103,7 +103,7 @@ def soft_info_nce(
         row_ids, cols = col_ids[mine], processes.gather(views).flatten(0, 2)
     lse, mean = pair_lse(rows, cols, 1 / temperature, row_id=row_ids, col_id=col_ids, col_weight=col_weight)
     if weights is not None:
-        others = 2 * _of_rows(_without_own(all_shares.double()))[:, mine]
+        others = 2 * _of_rows(_without_own(exactly(all_shares)))[:, mine]
         scale = (2 * len(all_shares) - 2) / torch.where(others > 0, others, 1)
         lse = lse + scale.log().to(lse.dtype)
     terms = info_nce_terms(lse, mean, _of_rows((views[:, 0] * views[:, 1]).sum(1) / temperature))

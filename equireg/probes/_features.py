@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg.similarity import exactly
 
 
 def standardizer(train: Tensor) -> Callable[[Tensor], Tensor]:
@@ -17,14 +18,14 @@ def standardizer(train: Tensor) -> Callable[[Tensor], Tensor]:
     would find any weight for it.
     """
     with torch.inference_mode(False), torch.no_grad():
-        exact = train.double()  # in fp32 the mean of a constant column is off by its last digit
+        exact = exactly(train)  # in fp32 the mean of a constant column is off by its last digit
         mean, std = exact.mean(0), exact.std(0, correction=0)
         varies = std > 1e-6 * exact.abs().amax(0)
         inverse = torch.where(varies, 1 / torch.where(varies, std, 1), 0)
 
     def standardize(part: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return ((part.double() - mean) * inverse).float()
+            return ((exactly(part) - mean) * inverse).float()
 
     return standardize
 

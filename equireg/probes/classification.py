@@ -10,7 +10,7 @@ from equireg._checks import Arguments
 from equireg.probes._features import enough_for_epochs, seeded, standardized
 from equireg.probes._linear import fit_linear, linear
 from equireg.probes._mlp import fit_mlp, mlp
-from equireg.similarity import normalized
+from equireg.similarity import exactly, normalized
 
 __all__ = ["knn_accuracy", "linear_probe"]
 
@@ -173,6 +173,6 @@ def _check_samples(
 def _directions(check: Arguments, name: str, features: Tensor) -> Tensor:
     """Rows of unit length, in fp32, whatever their scale."""
     check.finite(name, features)
-    exact = features.detach().double()
+    exact = exactly(features.detach())
     largest = exact.abs().amax(1, keepdim=True)
     return normalized((exact / torch.where(largest > 0, largest, 1)).float())

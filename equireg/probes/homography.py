@@ -123,7 +123,7 @@ def _pairs(
     moved = reach * (2 * torch.rand(count, 4, 2, generator=generator, dtype=torch.float64) - 1)
     square = (size * _CORNERS).expand(count, -1, -1)
     first, second = (
-        projected(images, homographies(square, quad).to(images.device), padding="border", size=(size, size))
+        projected(images, homographies(square, quad), padding="border", size=(size, size))
         for quad in (square + corner, square + corner + moved)
     )
     return first, second, moved.flatten(1).float()

@@ -121,7 +121,7 @@ def _sequence(images: Tensor, name: str, frames: int) -> Iterable[Tensor]:
             sigma = torch.full((len(images),), strength * images.shape[3], device=images.device)
             yield in_blocks(lambda x, sigma, radius=radius: gaussian_blur(x, sigma, radius=radius), images, sigma)
         else:
-            matrices = _matrix(name, strength, images.shape[2], images.shape[3]).to(images.device)
+            matrices = _matrix(name, strength, images.shape[2], images.shape[3])
             moved = matrices.expand(len(images), -1, -1)
             yield in_blocks(lambda x, m: projected(x, m, padding="reflection"), images, moved)
 

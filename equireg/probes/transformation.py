@@ -17,6 +17,7 @@ from equireg.features import check_callable, frozen, images_of
 from equireg.probes._features import enough_for_epochs, seeded, split_rows, standardized
 from equireg.probes._mlp import fit_mlp, mlp
 from equireg.probes.classification import linear_probe
+from equireg.similarity import exactly
 
 __all__ = ["transformation_accuracy", "transformation_r2"]
 
@@ -96,8 +97,8 @@ def transformation_r2(
         layers = fit_mlp(
             x, t, train, t.shape[1], F.mse_loss, hidden_dim, epochs, weight_decay, generator, progress=progress
         )
-        residual = (t[test] - mlp(x[test], layers)).double().square().sum(0)
-    return (1 - residual / (t[test] - t[test].mean(0)).double().square().sum(0)).float().cpu()
+        residual = exactly(t[test] - mlp(x[test], layers)).square().sum(0)
+    return (1 - residual / exactly(t[test] - t[test].mean(0)).square().sum(0)).float().cpu()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg.similarity import exactly
 
 __all__ = ["within_class_variance"]
 
@@ -50,7 +51,7 @@ def within_class_variance(features: Tensor, labels: Tensor, *, relative: bool = 
     if int(labels.min()) < 0:
         check.fail("labels", "0 or above", int(labels.min()))
     check.finite("features", features)
-    x = features.double()
+    x = exactly(features)
     classes, place = labels.unique(return_inverse=True)
     sums = x.new_zeros(len(classes), x.shape[1]).index_add_(0, place, x)
     within = (x - (sums / place.bincount()[:, None])[place]).square().sum(1).mean()

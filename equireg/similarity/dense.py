@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WITHOUT_FLOAT64 = {"mps"}  # devices
+
 
 class Pairs(NamedTuple):
     """Which pairs (row, column) are kept, by a relation between their groups; pairs with equal ids never are."""
@@ -65,6 +67,11 @@ class Outcome(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exactly(x: Tensor) -> Tensor:
+    """In float64; in float32 on a device without it."""
+    return x.to(torch.float32 if x.device.type in WITHOUT_FLOAT64 else torch.float64)
 
 
 def exponent_limit(dtype: torch.dtype) -> float:
