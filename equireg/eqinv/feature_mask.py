@@ -78,9 +78,8 @@ class FeatureMask(nn.Module):
         if head.in_features != len(self.weight):
             check.fail("head", f"of {len(self.weight)} features", head.in_features)
         how = {"bias": head.bias is not None, "device": head.weight.device, "dtype": head.weight.dtype}
-        folded: nn.Linear = skip_init(
-            nn.Linear, head.in_features, head.out_features, **how
-        )  # it draws no random numbers
+        # It draws no random numbers, so that folding once an epoch leaves the training as it is.
+        folded: nn.Linear = skip_init(nn.Linear, head.in_features, head.out_features, **how)
         folded.weight.copy_(head.weight * self.weight.sigmoid())
         if head.bias is not None:
             folded.bias.copy_(head.bias)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
@@ -115,7 +116,7 @@ class EqInvTask(ClassificationTask):  # type: ignore[misc]  # timm has no types
             return False
         labels = torch.arange(min(num_classes, 256))
         logits = torch.arange(len(labels) * num_classes).sin().view(len(labels), num_classes)
-        some = torch.eye(num_classes)[labels] if self.mixed else labels
+        some = F.one_hot(labels, num_classes).float() if self.mixed else labels
         try:
             return bool(torch.isclose(self._sample_by_sample(logits, some).mean(), self.criterion(logits, some)))
         except (RuntimeError, AssertionError):
