@@ -4,8 +4,8 @@
 
 Before the first epoch and every few epochs from then on, IP-IRM divides the training images into two groups by what the
 features still mix up. SimCLR's loss has to be small in both groups by the same similarity: one line of the training
-loop below. Three runs start from the same weights and see the same views: SimCLR, IP-IRM with random partitions (its
-control), and IP-IRM with the partitions it finds. It prints a table and writes encoders and a picture to --out.
+loop below. Three runs start from the same weights and, without --mix, see the same views: SimCLR, IP-IRM with random
+partitions (its control), and with those it finds. It prints a table and writes encoders and a picture to --out.
 """
 
 import argparse

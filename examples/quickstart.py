@@ -132,7 +132,7 @@ def main() -> None:
     title = f"{environments.report()}\n\nAccuracy on {options.split} images (%), mean ± std of {options.seeds} seeds"
     print(f"\n{title}\n{'':32}{'bias-aligned':>16}{'bias-conflicting':>20}")
     axes = Figure(figsize=(8, 4), layout="constrained").subplots()
-    axes.set(xlim=(0, 100), xlabel="test accuracy on digits that wear another class's colour (%)")
+    axes.set(xlim=(0, 100), xlabel=f"{options.split} accuracy on digits that wear another class's colour (%)")
     for place, (name, runs) in enumerate(table.items()):
         (aligned, a), (other, b) = ((statistics.mean(values), statistics.pstdev(values)) for values in zip(*runs))
         print(f"{name:32}{aligned:>10.1f} ± {a:.1f}{other:>14.1f} ± {b:.1f}")

@@ -139,7 +139,7 @@ def main() -> None:
     for name in ("SimCLR", "views alone", "SER"):
         vit, losses[name] = train(name, train_set[0], options)
         results[name] = measure(vit, train_set, test_set)
-        torch.save(vit.state_dict(), options.out / f"{name}.pt")  # timm's keys; "SER" goes with a LateClassToken
+        torch.save(vit.state_dict(), options.out / f"{name}.pt")  # timm's keys; but for SimCLR, of a LateClassToken
     print(f"\n{'':28}" + "".join(f"{name:>14}" for name in results))
     for key in results["SER"]:
         print(f"{key:28}" + "".join(f"{result[key]:14.2f}" for result in results.values()))

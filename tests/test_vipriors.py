@@ -210,6 +210,8 @@ def disturb(path):
 def test_a_stale_step_is_not_taken_for_done(recipe, again, capsys):
     """What comes of another encoder or model than the one that is there now is refused, or left out, and it is told."""
     out, arguments = again
+    with pytest.raises(recipe.TrainingError, match=r"environments.pt was made of other training images; run Step 2"):
+        recipe.main([*arguments, "--shots", "3", "--steps", "finetune"])
     disturb(out / "pretrain" / "encoder.pt")
     with pytest.raises(recipe.TrainingError, match=r"other settings: encoder '\w{64}' \(now '\w{64}'\)"):
         recipe.main([*arguments, "--resume", "--steps", "environments"])
@@ -280,7 +282,7 @@ def test_no_test_images_and_no_validation_images(recipe, data, tmp_path):
     )
     found = read(tmp_path / "out" / "recipe.json")["pretrain"]
     assert found["partitions"] == []
-    assert 0 <= found["k-NN"] <= 100
+    assert 0 <= found["k-NN, val"] <= 100
     row = json.loads((tmp_path / "out" / "pretrain" / "log.jsonl").read_text().splitlines()[0])
     assert row["loss"] == row["contrast"]
     images = import_module("vipriors.images")

@@ -38,7 +38,9 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
 
     @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(last.decision_function(features_of(objective)(images).float().cpu())).to(images)
+        where = next(objective.parameters()).device
+        features = features_of(objective)(images.to(where)).float().cpu()
+        return torch.from_numpy(last.decision_function(features)).to(images)
 
     more = told(objective, logits, s, data, seed) if s["told"] and split == "test" else {}  # accuracy chooses settings
     return {"accuracy": found, **more}

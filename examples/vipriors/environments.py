@@ -1,7 +1,8 @@
 """Step 2: the environments of each class, from features of the frozen encoder; and a sheet of what lies in them.
 
 For each class, the half of the other images that resembles it most for reasons other than their own class is Env#1, and
-the rest is Env#2 (EqInv, Section 4). The sheet shows the images of some classes that weigh most, and least.
+the rest is Env#2 (EqInv, Section 4). Weights rank the images by the margin (``Environments.split``). The sheet shows
+the images of some classes that weigh most, and least.
 """
 
 from argparse import Namespace

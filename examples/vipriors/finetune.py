@@ -181,8 +181,8 @@ def fine_tuned(options: Namespace, num_classes: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def environments_of(options: Namespace, encoder: Path | None) -> Path | None:
-    """Those of Step 2, of the same encoder; None, and they are found in each batch, where there are none."""
+def environments_of(options: Namespace, encoder: Path | None, images: ImageFiles) -> Path | None:
+    """Those of Step 2, of the same encoder and images; None, and they are found in each batch, where there are none."""
     path, weighted = options.out / "environments" / "environments.pt", bool(sharpness_of(options))
     if not path.exists() and weighted:
         raise TrainingError(f"{path}: no such file; run Step 2 (environments) first, or leave --sample-weights out")
@@ -190,6 +190,8 @@ def environments_of(options: Namespace, encoder: Path | None) -> Path | None:
         return None
     if made_with(path.parent, "encoder") != hash_of(encoder):
         raise TrainingError(f"{path} was made with another encoder than {encoder}; run Step 2 (environments) again")
+    if made_with(path.parent, "files") != names_hash(images):  # an index would mean another image
+        raise TrainingError(f"{path} was made of other training images; run Step 2 (environments) again")
     return path
 
 
@@ -210,7 +212,7 @@ def steps_down(options: Namespace) -> Callable[[int, int], float]:
 def run(options: Namespace) -> dict[str, Any]:
     """``model.pt``; accuracy on validation and test images, in percent."""
     images, encoder = read(options, "train"), encoder_of(options)
-    environments = environments_of(options, encoder)
+    environments = environments_of(options, encoder, images)
     made_of = {"encoder": hash_of(encoder), "environments": hash_of(environments), "files": names_hash(images)}
 
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import equireg
 from vipriors.backbone import create, frozen_features, is_vit
-from vipriors.images import MEAN, NORMALIZE, STD, TO_TENSOR, colors, crop, labelled, names_hash, read, whole
+from vipriors.images import MEAN, NORMALIZE, STD, TO_TENSOR, colors, crop, measured, names_hash, read, whole
 from vipriors.run_folder import fit, once, save, warm_cosine
 from vipriors.training import seed_everything
 
@@ -84,7 +84,8 @@ class Views(Dataset):
         self.policy = v2.Compose([*crop(options), *colors(options), *TO_TENSOR, NORMALIZE])
         self.pixels = v2.Compose(whole(options).transforms[:-1])  # in 0 .. 1
         stride = options.patch_size if is_vit(options.model) else STRIDES[LAYER]
-        self.turned = equireg.EquivariantViews(size, stride) if options.ser else None
+        like_the_others = v2.Compose(colors(options))  # else colours tell which part of a batch an image is of
+        self.turned = equireg.EquivariantViews(size, stride, photometric=like_the_others) if options.ser else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -243,7 +244,7 @@ class Objective(nn.Module):
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """``encoder.pt``; k-NN and linear accuracy of the frozen features, in percent, and what partitions were found."""
+    """``encoder.pt``; k-NN and linear accuracy of its features on each labelled split, in percent; partitions."""
     images = unlabelled(options)
 
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -254,13 +255,13 @@ def run(options: Namespace) -> dict[str, Any]:
             return {}
         net = objective.encoder.net
         save(folder / "encoder.pt", net.state_dict())  # plain timm keys
-        splits = [read(options, split) for split in ("train", labelled(options))]
-        x, y, x_test, y_test = (
-            part for images in splits for part in frozen_features(net, images, options, probed=True)
-        )
-        own = [part[:, -net.num_features :] for part in (x, x_test)]  # of a ViT the last class token
-        found = {"k-NN": 100 * equireg.knn_accuracy(own[0], y, own[1], y_test)}
-        found["linear"] = 100 * equireg.linear_probe(x, y, x_test, y_test)
+        (x, y), found = frozen_features(net, read(options, "train"), options, probed=True), {}
+        for split in measured(options):
+            if (read(options, split).labels >= 0).all():
+                held_out, labels = frozen_features(net, read(options, split), options, probed=True)
+                own = [part[:, -net.num_features :] for part in (x, held_out)]  # of a ViT the last class token
+                found[f"k-NN, {split}"] = 100 * equireg.knn_accuracy(own[0], y, own[1], labels)
+                found[f"linear, {split}"] = 100 * equireg.linear_probe(x, y, held_out, labels)
         reports = [report._asdict() | {"at_the_bound": report.at_the_bound} for report in objective.partitions.reports]
         return found | {"partitions": reports}
 
