@@ -59,7 +59,8 @@ def train(student: nn.Module, teacher: nn.Module | None, method: str, loader: Da
     overhaul = equireg.OverhaulDistillation(widths, widths).to(DEVICE)
     contrastive = equireg.ContrastiveDistillation(widths[-1], widths[-1], num_samples=len(loader.dataset)).to(DEVICE)
     if method == "overhaul":
-        overhaul.fit_margins(run(teacher, x.to(DEVICE))[2] for x, _, _ in loader)
+        with torch.random.fork_rng(devices=[]):  # it sees the batches of the others
+            overhaul.fit_margins(run(teacher, x.to(DEVICE))[2] for x, _, _ in loader)
     modules, told = nn.ModuleList([student, overhaul, contrastive]), []
     optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
@@ -112,9 +113,8 @@ def report(table: dict[str, dict[str, float]], told: list, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = os.environ.get("EQUIREG_DATA")
-    images = "holds train/<class>/* and test/<class>/*; default: $EQUIREG_DATA/cifar10"
-    parser.add_argument("--data", type=Path, default=data and Path(data, "cifar10"), required=not data, help=images)
+    data, text = os.environ.get("EQUIREG_DATA"), "with train/<class>/* and test/<class>/*; or $EQUIREG_DATA/cifar10"
+    parser.add_argument("--data", type=Path, default=data and Path(data, "cifar10"), required=not data, help=text)
     parser.add_argument("--checkpoint", type=Path, help="of --model without a classifier; default: random weights")
     parser.add_argument("--model", default="resnet18", help="a ResNet of timm")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="a student for each")

@@ -3,11 +3,10 @@
     python examples/eqinv_pictures.py
 
 A digit lies anywhere on an image of one colour: in training that of its class in 90% of the cases, in the test set any.
-A small CNN is trained three times, as in the paper: from scratch, from SimCLR, and from SimCLR with ``ClassWiseIRM``,
-whose features are looked at before and after the mask. In runs/eqinv_pictures are class activation maps (Figs. 9, 10),
-test features by t-SNE in the colours of classes and of contexts (Fig. 3), and V, the variance within classes (Fig. 6b).
-The table has V as a share of the total variance, the same within contexts, and the share of the activation maps that
-lies in the square of the digit, a quarter of the image.
+A small CNN is trained three times, as in the paper: from scratch, from SimCLR, and so with ``ClassWiseIRM``, whose
+features are looked at before and after the mask. In runs/eqinv_pictures are class activation maps (Figs. 9, 10), test
+features by t-SNE in the colours of classes and of contexts (Fig. 3), and V, the variance within classes (Fig. 6b). The
+table has V as a share of the total, the same within contexts, and the share of the maps in the square of the digit.
 """
 
 import argparse
@@ -77,6 +76,7 @@ def pretrained(images: Tensor, epochs: int) -> nn.Module:
 
 def finetuned(name: str, backbone: nn.Module, irm: ClassWiseIRM | None, data: Scenes, test: Scenes, epochs: int):
     """Of raw and masked features: those after each epoch, maps of the true classes, and which answers are right."""
+    torch.manual_seed(torch.initial_seed())  # all start from the same head, and see the same batches
     selects = {f"{name}, raw": nn.Identity(), f"{name}, masked": irm.mask} if irm else {name: nn.Identity()}
     curves, head, (*_, select) = {part: [] for part in selects}, nn.Linear(WIDTH, 10), selects.values()
 
