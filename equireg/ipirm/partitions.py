@@ -155,7 +155,7 @@ class PartitionUpdater(nn.Module):
 
     @property
     def splitting(self) -> Tensor:
-        """int64 [P, N]: the partitions that have more than one group."""
+        """The partitions that have more than one group, int64 [P, N]."""
         if not self._of_one_group:
             return self.partitions[1:]
         return self.partitions[[row for row in range(1, len(self.partitions)) if row not in self._of_one_group]]
