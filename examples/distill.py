@@ -113,7 +113,7 @@ def report(table: dict[str, dict[str, float]], told: list, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data, text = os.environ.get("EQUIREG_DATA"), "with train/<class>/* and test/<class>/*; or $EQUIREG_DATA/cifar10"
+    data, text = os.environ.get("EQUIREG_DATA"), "holds {train,test}/<class>/*; default: $EQUIREG_DATA/cifar10"
     parser.add_argument("--data", type=Path, default=data and Path(data, "cifar10"), required=not data, help=text)
     parser.add_argument("--checkpoint", type=Path, help="of --model without a classifier; default: random weights")
     parser.add_argument("--model", default="resnet18", help="a ResNet of timm")

@@ -3,7 +3,7 @@
     python examples/eqinv_pictures.py
 
 A digit lies anywhere on an image of one colour: in training that of its class in 90% of the cases, in the test set any.
-A small CNN is trained three times, as in the paper: from scratch, from SimCLR, and so with ``ClassWiseIRM``, whose
+A small CNN is trained three times, as in the paper: from scratch, from SimCLR, and from that by ``ClassWiseIRM``; its
 features are looked at before and after the mask. In runs/eqinv_pictures are class activation maps (Figs. 9, 10), test
 features by t-SNE in the colours of classes and of contexts (Fig. 3), and V, the variance within classes (Fig. 6b). The
 table has V as a share of the total, the same within contexts, and the share of the maps in the square of the digit.

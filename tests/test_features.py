@@ -39,20 +39,23 @@ def test_encoder_is_left_as_it_was_also_when_it_fails():  # P5
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Elsewhere(torch.Tensor):
+    """Says that it is on an accelerator, until it is brought to the CPU."""
+
+    moved = False
+
+    @property
+    def device(self):
+        return torch.device("cuda:0")
+
+    def cpu(self):
+        Elsewhere.moved = True
+        return self.as_subclass(torch.Tensor)
+
+
 def test_output_of_another_device_is_brought_to_the_cpu():
     """An encoder on an accelerator answers there; labels and indices stay on the CPU."""
-
-    class Elsewhere(torch.Tensor):
-        moved = False
-
-        @property
-        def device(self):
-            return torch.device("cuda:0")
-
-        def cpu(self):
-            Elsewhere.moved = True
-            return self.as_subclass(torch.Tensor)
-
+    Elsewhere.moved = False
     features, _, _ = extract_features(lambda images: images.as_subclass(Elsewhere), loader(), progress=False)
     assert Elsewhere.moved
     assert features.device.type == "cpu"

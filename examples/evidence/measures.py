@@ -36,11 +36,8 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
         if name == data_set_of(s):
             last = probe
 
-    @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
-        where = next(objective.parameters()).device
-        features = features_of(objective)(images.to(where)).float().cpu()
-        return torch.from_numpy(last.decision_function(features)).to(images)
+        return torch.from_numpy(last.decision_function(encode(features_of(objective), images))).to(images)
 
     more = told(objective, logits, s, data, seed) if s["told"] and split == "test" else {}  # accuracy chooses settings
     return {"accuracy": found, **more}

@@ -46,9 +46,9 @@ def measured(options: Namespace) -> tuple[str, ...]:
     return ("val", "test") if any((options.data / name).is_dir() for name in ("test", "testgt")) else ("val",)
 
 
-def labelled(options: Namespace) -> str:
-    """The last of these that has labels."""
-    return next(split for split in reversed(measured(options)) if (read(options, split).labels >= 0).all())
+def labelled(options: Namespace) -> list[str]:
+    """Those of these that have labels."""
+    return [split for split in measured(options) if (read(options, split).labels >= 0).all()]
 
 
 def names_hash(*parts: ImageFiles) -> str:

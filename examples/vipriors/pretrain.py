@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import equireg
 from vipriors.backbone import create, frozen_features, is_vit
-from vipriors.images import MEAN, NORMALIZE, STD, TO_TENSOR, colors, crop, measured, names_hash, read, whole
+from vipriors.images import MEAN, NORMALIZE, STD, TO_TENSOR, colors, crop, labelled, names_hash, read, whole
 from vipriors.run_folder import fit, once, save, warm_cosine
 from vipriors.training import seed_everything
 
@@ -256,12 +256,11 @@ def run(options: Namespace) -> dict[str, Any]:
         net = objective.encoder.net
         save(folder / "encoder.pt", net.state_dict())  # plain timm keys
         (x, y), found = frozen_features(net, read(options, "train"), options, probed=True), {}
-        for split in measured(options):
-            if (read(options, split).labels >= 0).all():
-                held_out, labels = frozen_features(net, read(options, split), options, probed=True)
-                own = [part[:, -net.num_features :] for part in (x, held_out)]  # of a ViT the last class token
-                found[f"k-NN, {split}"] = 100 * equireg.knn_accuracy(own[0], y, own[1], labels)
-                found[f"linear, {split}"] = 100 * equireg.linear_probe(x, y, held_out, labels)
+        for split in labelled(options):
+            held_out, labels = frozen_features(net, read(options, split), options, probed=True)
+            own = [part[:, -net.num_features :] for part in (x, held_out)]  # of a ViT the last class token
+            found[f"k-NN, {split}"] = 100 * equireg.knn_accuracy(own[0], y, own[1], labels)
+            found[f"linear, {split}"] = 100 * equireg.linear_probe(x, y, held_out, labels)
         reports = [report._asdict() | {"at_the_bound": report.at_the_bound} for report in objective.partitions.reports]
         return found | {"partitions": reports}
 

@@ -58,7 +58,7 @@ def submission(path: Path, images: ImageFiles, probabilities: Tensor) -> None:
 def run(options: Namespace) -> dict[str, Any]:
     """``predictions.pt``, ``submission.csv``, and accuracies of crops, and of the ensemble with a student, if there."""
     model = fine_tuned(options, len(read(options, "train").classes))
-    student, on = options.out / "distill", labelled(options)
+    student, on = options.out / "distill", labelled(options)[-1]
     made_of = {"model": hash_of(options.out / "finetune" / "model.pt"), "student": None}
     made_of["files"] = names_hash(*(read(options, split) for split in measured(options)))
     if (student / RESULTS).exists():

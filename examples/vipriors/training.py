@@ -213,7 +213,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
     """Whatever happens, the file is the old one or the new one, as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # processes may write one file at once
     try:
         with _named(path), open(temporary, "wb") as file:
             file.write(content)

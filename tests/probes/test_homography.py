@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as tv
 from equireg import homography_probe
 from equireg.image_transforms import projected
 from equireg.probes.homography import _pairs, homographies
+from tests.test_features import Elsewhere
 
 QUICK = {"epochs": 30, "hidden_dim": 64, "progress": False}
 
@@ -123,13 +124,5 @@ def test_refuses(changes, message):
 
 
 def test_output_of_another_device_is_brought_to_the_cpu():
-    class Elsewhere(torch.Tensor):
-        @property
-        def device(self):
-            return torch.device("cuda:0")
-
-        def cpu(self):
-            return self.as_subclass(torch.Tensor)
-
     error = homography_probe(lambda x: pooled(x).as_subclass(Elsewhere), [places(40)], 16, **QUICK)
     assert error == homography_probe(pooled, [places(40)], 16, **QUICK)
