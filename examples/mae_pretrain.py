@@ -83,7 +83,7 @@ def train(mae: MAE, images: Tensor, options: argparse.Namespace) -> list[float]:
 
 @torch.no_grad()
 def measure(vit: nn.Module, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Accuracy of the frozen class token, and of the mean of the patch tokens."""
+    """Accuracy of the last class token, which He et al. probe too, and of the mean of the last patch tokens."""
 
     def tokens(images: Tensor) -> Tensor:
         found = vit.eval().forward_features(normalize(images.to(device) / 255))

@@ -336,6 +336,8 @@ def test_help_shows_every_flag_with_its_default(recipe, capsys):
         (["finetune", "--label-smoothing", "1.5"], "--label-smoothing must be in 0 .. 1, got 1.5"),
         (["finetune", "--mixup", "-1"], "--mixup must be in 0 .. inf, got -1"),
         (["finetune", "--mixup", "0.2", "--sample-weights", "auto"], "--mixup goes without --sample-weights"),
+        (["finetune", "--mixup", "0.2", "--selfreg", "1"], "--mixup goes without --selfreg"),
+        (["finetune", "--decoupling", "-1"], "--decoupling must be in 0 .. inf, got -1.0"),
         (["finetune", "--sample-weights", "high"], "--sample-weights must be a number or auto, got 'high'"),
         (["finetune", "--shots", "6", "--sample-weights", "1"], "run Step 2 (environments) first, or leave"),
         (["all", "--data", "nowhere"], "nowhere"),
@@ -664,6 +666,31 @@ def test_mixed_and_smoothed_labels(mixup, smoothing, penalty, recipe, data, monk
     seen.clear()
     objective.eval()(*batch)
     assert torch.equal(seen[0], classified)
+
+
+@pytest.mark.parametrize("scale", [0, 10])
+def test_what_eqinv_is_compared_with(scale, recipe, data):
+    """Each adds its published term to cross entropy, of the features that the classifier gets, and is learned from."""
+    finetune, images = import_module("vipriors.finetune"), import_module("vipriors.images")
+    how = {"penalty": "off", "scale": scale, "decoupling": 0.2, "selfreg": 0.5, "drop_path": 0}
+    options = options_of(recipe, "finetune", data, {**VIT, "late-class-token": 0}, **how)
+    batch = finetune.Views(options, images.read(options, "train"))(0, [0, 1, 6, 7, 12, 13])
+    objective = finetune.Objective(options, 4).train()
+    torch.manual_seed(1)
+    loss, parts = objective(*batch)
+    f = objective.features(batch[0])
+    f = scale * f / f.norm(dim=1, keepdim=True) if scale else f
+    logits = objective.model.get_classifier()[1](f)
+    entropy = torch.nn.functional.cross_entropy(logits, batch[2])
+    torch.manual_seed(1)
+    pull = 0.5 * min(1.0, entropy.item()) * objective.selfreg(f, logits, batch[2])
+    torch.testing.assert_close(parts["decoupling"], 0.2 / 2 * logits.square().mean())
+    torch.testing.assert_close(parts["selfreg"], pull)
+    torch.testing.assert_close(loss, entropy + parts["decoupling"] + pull)
+    loss.backward()
+    assert all(p.grad is not None for p in objective.selfreg.parameters())
+    trained = [p for group in finetune.by_layers(objective, options).param_groups for p in group["params"]]
+    assert {id(p) for p in objective.selfreg.parameters()} <= {id(p) for p in trained}
 
 
 def test_both_arms_begin_with_one_classifier(recipe, data):

@@ -32,9 +32,15 @@ class AugSelfParts(NamedTuple):
 class AugSelfLoss(nn.Module):
     r"""AugSelf: predict from two views how their augmentations differ.
 
-    For each augmentation a three-layer MLP on both features, concatenated in either order (Lee et al., NeurIPS 2021):
-    ``"regression"`` by squared error after a tanh, ``"binary"`` by cross entropy of one logit, ``"classification"`` by
-    that of all. The loss is their sum.
+    With the features :math:`f, f'` of two views, for each augmentation :math:`t` its differences :math:`\omega_t` of
+    view 2 against view 1 and :math:`\omega'_t` of view 1 against view 2, and a three-layer MLP :math:`p_t` on both
+    features, concatenated in either order (Lee et al., "Improving Transferability of Representations via
+    Augmentation-Aware Self-Supervision", NeurIPS 2021), the mean over images of
+
+    .. math:: \frac{1}{2} \sum_t \ell_t(p_t([f, f']), \omega_t) + \ell_t(p_t([f', f]), \omega'_t)
+
+    :math:`\ell_t` is for ``"regression"`` the squared error after a tanh, for ``"binary"`` the cross entropy of one
+    logit, for ``"classification"`` that of all. The released MLPs have BatchNorm, these have none.
 
     Under DistributedDataParallel each process takes the mean over its own samples, and the averaged gradients are those
     of the whole batch where all have equally many.

@@ -39,7 +39,8 @@ class EquiModLoss(nn.Module):
 
     Embeddings are a projection of the features; token maps are averaged over their places first, as the transformation
     belongs to the image. With several transformed views, call it for each and add. The negatives are those of this
-    process.
+    process. The released code also takes both views as anchors and other predictions as negatives, and its heads have
+    BatchNorm.
 
     Args:
         dim: D, the width of the features.

@@ -35,9 +35,9 @@ class ESSLLoss(nn.Module):
 
     .. math:: -\log \frac{e^{p_k(f(T_k(x)))}}{\sum_{j=0}^3 e^{p_j(f(T_k(x)))}}
 
-    The predictor is an MLP of three layers, with LayerNorm and ReLU after the first two, as released. The paper adds
-    the loss with weight 0.4 to SimCLR's, and gives it all four turns of a small crop of each image, as the example
-    does. Token maps are averaged over their places.
+    The predictor is an MLP of three layers, with LayerNorm and ReLU after the first two, as released for CIFAR-10. The
+    paper adds the loss with weight 0.4 to SimCLR's, and gives it all four turns of a small crop of each image, as the
+    example does. Token maps are averaged over their places.
 
     Under DistributedDataParallel each process takes the mean over its own images, and the averaged gradients are those
     of the whole batch where all have equally many.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.transforms import v2
 
-from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles
+from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles, SelfRegLoss, spectral_decoupling
 from vipriors.backbone import accuracy, create, encoder_of, frozen_features, is_vit
 from vipriors.images import Augmented, colors, measured, names_hash, read
 from vipriors.run_folder import fit, hash_of, load, made_with, once, save, warm_cosine
@@ -53,10 +53,12 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "mixup": (0.0, "of the Beta distribution by which images for cross entropy are mixed; 0: unmixed"),
     "label_smoothing": (0.0, "share of a label that all classes have"),
     "sample_weights": ("0", "sharpness of the weights of Step 2 in cross entropy, a number or auto; 0: all alike"),
+    "decoupling": (0.0, "weight of spectral decoupling, a penalty on squared logits that EqInv is compared with"),
+    "selfreg": (0.0, "weight of SelfReg, which pulls samples of a class together and EqInv is compared with"),
     "drop_path": (0.0, "share of the residual branches of a vision transformer that are dropped"),
 }
 HEAD = ("objective", "penalty", "scale")  # what decides the layers of the classifier
-LARGEST = dict.fromkeys(("weight", "contrast_weight", "scale", "mixup"), math.inf)
+LARGEST = dict.fromkeys(("weight", "contrast_weight", "scale", "mixup", "decoupling", "selfreg"), math.inf)
 LARGEST |= {"penalty_from": 1, "label_smoothing": 1, "magnitude": 30}
 
 
@@ -68,6 +70,8 @@ def check(options: Namespace) -> None:
         raise ValueError(
             "--mixup goes without --sample-weights: a mixed image is two samples, each with its own weight"
         )
+    if options.selfreg and options.mixup:
+        raise ValueError("--mixup goes without --selfreg: a mixed image is of two classes")
 
 
 def sharpness_of(options: Namespace) -> float | str:
@@ -132,6 +136,7 @@ class Objective(nn.Module):
         self.options, self.irm, weights = options, None, None
         self.mix = v2.MixUp(alpha=options.mixup, num_classes=classes) if options.mixup else None
         self.model = classifier(options, vars(options), classes, encoder)
+        self.selfreg = SelfRegLoss(self.model.num_features) if options.selfreg else None
         if options.penalty != "off":
             make = ClassWiseIRM.released if options.objective == "released" else ClassWiseIRM
             self.irm = make(self.model.num_features, classes, weight=options.weight, gather_distributed=True)
@@ -156,10 +161,19 @@ class Objective(nn.Module):
         mixed = self.training and self.mix is not None
         classified, targets = self.mix(classified, labels) if mixed else (classified, labels)
         f = self.features(classified)
+        before, linear = self.model.get_classifier()
+        logits = linear(seen := before(f)).float()
         how = {"reduction": "none", "label_smoothing": self.options.label_smoothing}
-        losses = F.cross_entropy(self.model.get_classifier()(f).float(), targets, **how)
+        losses = F.cross_entropy(logits, targets, **how)
         loss = (losses if self.weights is None else self.weights[indices] * losses).mean()
         parts = {"classification": loss}
+        if self.options.decoupling:
+            parts["decoupling"] = spectral_decoupling(logits, weight=self.options.decoupling)
+            loss = loss + parts["decoupling"]
+        if self.selfreg is not None:  # as published, the less the more is right
+            pull = parts["classification"].detach().clamp(max=1) * self.options.selfreg
+            parts["selfreg"] = pull * self.selfreg(seen.float(), logits, labels)
+            loss = loss + parts["selfreg"]
         if self.irm is not None:
             self.irm.weight = self.options.weight if progress >= self.options.penalty_from else 0.0
             f = f if compared is None else self.features(compared)
@@ -199,8 +213,9 @@ def by_layers(objective: Objective, options: Namespace) -> torch.optim.Optimizer
     """AdamW: the head has the whole rate, and each block 0.65 times that of the block behind it."""
     model, decay = objective.model, options.weight_decay
     groups = param_groups_layer_decay(model, decay, model.no_weight_decay(), layer_decay=0.65)
-    if objective.irm is not None:
-        groups += param_groups_weight_decay(objective.irm.projection, decay)
+    for module in (getattr(objective.irm, "projection", None), objective.selfreg):
+        if module is not None:
+            groups += param_groups_weight_decay(module, decay)
     return torch.optim.AdamW(groups, lr=options.lr)
 
 

@@ -123,9 +123,10 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_larger_batch_takes_no_more_operations_and_no_value_is_read():
+@pytest.mark.parametrize("options", [{}, {"crop": (0.3, 1)}, {"crop": (0.3, 1), "complementary": True}])
+def test_a_larger_batch_takes_no_more_operations_and_no_value_is_read(options):
     """On an accelerator; the meta device holds no values, so reading one raises."""
-    views, counts = EquivariantViews(32, 4), []
+    views, counts = EquivariantViews(32, 4, **options), []
     for size in (256, 1024):
         with Operations() as operations:
             x1, x2, _, _ = views(torch.rand(size, 3, 32, 32, device="meta"), seeded())
