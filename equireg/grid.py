@@ -154,6 +154,8 @@ class GridTransform:
         if not isinstance(first, GridTransform):
             return NotImplemented
         check = Arguments("GridTransform @")
+        for name, operand in (("the left operand", self), ("the right operand", first)):
+            check.placed(name, operand.quarter_turns, "quarter turns")
         if len(first) != len(self):
             check.fail("the right operand", f"of {len(self)} elements", len(first))
         if first.target != self.source:

@@ -228,6 +228,7 @@ def square(turns=(0, 1), flip=(True, False), source=(2, 2), target=(2, 2), **opt
         ),
         (lambda: square() @ GridTransform.identity(2, (3, 3)), r"onto the grid \(2, 2\) of the left, got \(3, 3\)"),
         (lambda: square() @ GridTransform.identity(3, (2, 2)), "the right operand must be of 2 elements, got 3"),
+        (lambda: square().to("meta") @ square(), "the right operand must be on meta as the left operand is, got cpu"),
         (lambda: GridTransform.random(2, (4, 4), scale=(1.3, 0.7)), "scale must be two numbers"),
         (
             lambda: GridTransform.random(2, (4, 4), scale=0.7),

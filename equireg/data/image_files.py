@@ -6,7 +6,7 @@ import copy
 import errno
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -133,11 +133,11 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         args = Arguments("ImageFiles")
         ReadOptions(transform, broken, max_broken, max_pixels, progress).check(args)
         self.paths = [os.fsdecode(path) for path in paths]
-        self.classes = list(classes)
+        self.classes = _names(args, "classes", classes)
         self.labels = _numbers(args, "labels", labels, len(self.paths), -1, len(self.classes), "classes")
         if (contexts is None) != (context_names is None):
             args.fail("contexts", "given together with context_names", "one of them alone")
-        self.context_names = None if context_names is None else list(context_names)
+        self.context_names = None if context_names is None else _names(args, "context_names", context_names)
         self.contexts = None
         if contexts is not None and self.context_names is not None:
             names = len(self.context_names)
@@ -256,6 +256,12 @@ def _orientation(image: Image) -> object:
         return image.getexif().get(_ORIENTATION)
     except Exception:  # a broken tag beside a sound image
         return None
+
+
+def _names(args: Arguments, name: str, values: Sequence[str]) -> list[str]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        args.fail_type(name, "a list of names", f"{type(values).__name__} {values!r}")
+    return list(values)
 
 
 def _numbers(

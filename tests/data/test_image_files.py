@@ -359,6 +359,8 @@ def test_file_names_of_any_bytes(tmp_path):  # S12
         ({"labels": ["a", "b"]}, TypeError, "labels must be whole numbers"),
         ({"contexts": [0, 0]}, ValueError, "contexts must be given together with context_names"),
         ({"contexts": [0, 1], "context_names": ["p"]}, ValueError, r"contexts must be in 0 \.\. 0 .*, got 1"),
+        ({"classes": 5}, TypeError, "classes must be a list of names, got int 5"),
+        ({"context_names": "ab", "contexts": [0, 1]}, TypeError, "context_names must be a list of names, got str 'ab'"),
         ({"broken": "ignore"}, ValueError, "broken must be one of 'raise', 'skip', got 'ignore'"),
         ({"max_broken": 1.5}, ValueError, r"max_broken must be in 0 \.\. 1, got 1\.5"),
         ({"max_broken": -1}, ValueError, "max_broken must be at least 0, got -1"),
