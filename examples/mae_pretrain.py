@@ -67,7 +67,8 @@ def train(mae: MAE, images: Tensor, options: argparse.Namespace) -> list[float]:
     crop = v2.Compose([v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=3), v2.RandomHorizontalFlip()])
     loader = DataLoader(images, options.batch_size, shuffle=True, drop_last=len(images) > options.batch_size)
     optimizer = torch.optim.AdamW(mae.parameters(), options.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(loader))
+    steps = options.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)
     for epoch in range(1, options.epochs + 1):
         for batch in tqdm(loader, f"epoch {epoch}"):
             views = torch.stack([crop(image) for image in batch]).to(device) / 255
