@@ -77,9 +77,8 @@ def train(run: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Mod
             else:
                 parts = ipirm.parts(z1, z2, indices.to(device), mix and tuple(mix))
                 loss, contrast = parts.loss, parts.global_risk  # the one line: loss = ipirm(z1, z2, indices)
-                # Apart: a partition that joins adds its groups to the loss, and is no explosion.
-                shown = zip(("contrast", "groups", "slopes²"), (contrast, *parts.of_groups))
-                bar.set_postfix({name: f"{float(value):.3f}" for name, value in shown}, refresh=False)
+                shown = map(float, (contrast, *parts.of_groups))  # apart: a partition that joins is no explosion
+                bar.set_postfix(zip(("contrast", "groups", "slopes²"), shown), refresh=False)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
