@@ -170,7 +170,7 @@ class Objective(nn.Module):
         if self.options.decoupling:
             parts["decoupling"] = spectral_decoupling(logits, weight=self.options.decoupling)
             loss = loss + parts["decoupling"]
-        if self.selfreg is not None:  # as published, the less the more is right
+        if self.selfreg is not None:  # scaled by min(1, cross entropy), as published
             pull = parts["classification"].detach().clamp(max=1) * self.options.selfreg
             parts["selfreg"] = pull * self.selfreg(seen.float(), logits, labels)
             loss = loss + parts["selfreg"]
