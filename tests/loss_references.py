@@ -51,7 +51,7 @@ def projected_by(p, masked):
     return linear(p, "projection.3", hidden)
 
 
-def ser(p, tokens1, tokens2, g1, g2, temperature):
+def ser(p, tokens1, tokens2, g1, g2, temperature, negatives="both"):
     """Maps taken back through g1 and on through g2 image by image; square grids, so resizing may come last."""
     moved = []
     for i, tokens in enumerate(tokens1):
@@ -68,7 +68,7 @@ def ser(p, tokens1, tokens2, g1, g2, temperature):
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
         return linear(p, "projection.2", hidden)
 
-    return references.patch_nt_xent(projected(torch.stack(moved)), projected(tokens2), temperature)
+    return references.patch_nt_xent(projected(torch.stack(moved)), projected(tokens2), temperature, negatives)
 
 
 def equimod(p, features, transformed, parameters, temperature):

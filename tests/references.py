@@ -172,8 +172,11 @@ def class_wise_irm(
     return loss + risk_weight * sup_con(z, labels, temperature, weights) if contrast == "batch" else loss
 
 
-def patch_nt_xent(z, z_prime, temperature):
-    """SER's loss, anchor by anchor and negative by negative, differentiable; z, z_prime [B, T, D]."""
+def patch_nt_xent(z, z_prime, temperature, negatives="both"):
+    """SER's loss, anchor by anchor and negative by negative, differentiable; z, z_prime [B, T, D].
+
+    Of "moved" negatives the tokens of the second view are the anchors.
+    """
     z, z_prime = units(z), units(z_prime)
     images, places = z.shape[:2]
     losses = []
@@ -183,7 +186,9 @@ def patch_nt_xent(z, z_prime, temperature):
             logits = [positive]
             for m in range(images):
                 for n in range(places):
-                    if m != i:
+                    if m != i and negatives == "moved":
+                        logits.append(z_prime[i, j] @ z[m, n] / temperature)
+                    elif m != i:
                         logits.append(z[i, j] @ z[m, n] / temperature)
                         logits.append(z[i, j] @ z_prime[m, n] / temperature)
             losses.append(minus_log_share(logits))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,13 @@ from equireg.similarity import mean_contrast, normalized
 
 __all__ = ["SERLoss", "patch_nt_xent"]
 
+Negatives = Literal["both", "moved"]
+_NEGATIVES = ("both", "moved")
 
-def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0.3) -> Tensor:
+
+def patch_nt_xent(
+    z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0.3, negatives: Negatives = "both"
+) -> Tensor:
     r"""Contrastive loss between the tokens of two aligned maps, with negatives from other images only.
 
     With :math:`s(x, y) = \cos(x, y) / \tau`, image :math:`i` and place :math:`j`,
@@ -38,6 +43,8 @@ def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0
         z: tokens of the first view, moved onto the second, [B, T, D]. They are normalised here.
         z_prime: tokens of the second view at the same places, [B, T, D].
         temperature: τ, above 0; a number, or a 0-d tensor that learns.
+        negatives: "both" views' tokens, the equation above; or "moved", the released code's: :math:`z'_{ij}` repels
+            :math:`z_{mn}` alone.
 
     Returns:
         The loss, a 0-d tensor at least 0, in float32, or float64 for float64 tokens.
@@ -45,7 +52,7 @@ def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0
     Raises:
         TypeError: not floating point, or two dtypes that differ.
         ValueError: shapes or devices that differ, no tokens, a batch of fewer than two images (which has no negatives),
-            a temperature that is not above 0.
+            a temperature that is not above 0, other ``negatives``.
 
     Example:
         >>> z = torch.eye(4).view(2, 2, 4)  # two images of two places, all tokens different
@@ -54,7 +61,9 @@ def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0
         0.4327
     """
     _check_maps(z, z_prime, temperature)
-    return _contrast(normalized(z), normalized(z_prime), temperature, Processes("patch_nt_xent", False), z.dtype)
+    Arguments("patch_nt_xent").option("negatives", negatives, _NEGATIVES)
+    processes = Processes("patch_nt_xent", False)
+    return _contrast(normalized(z), normalized(z_prime), temperature, negatives, processes, z.dtype)
 
 
 class SERParts(NamedTuple):
@@ -78,6 +87,8 @@ class SERLoss(nn.Module):
         temperature: τ, above 0; the paper takes 0.3 with MoCo-v3 and Barlow Twins, 0.5 with DINO.
         token_norm: put a LayerNorm of its own on the tokens before they are moved, as the released code does. Worth it
             for the residual stream of a pre-norm ViT, whose tokens have very different lengths.
+        negatives: "both" views' tokens of other images (Eq. 2); or "moved": tokens of the second view repel the moved
+            ones of other images alone, as in the released code.
         layers: None for the map of one layer; or how many layers' maps a call takes, in two lists. Each has a
             projection (and norm) of its own, and the loss is the mean over the layers (the paper's Table 10: all blocks
             gain slightly less than the third alone, and cost more).
@@ -89,7 +100,7 @@ class SERLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: a width or number of layers that is no whole number above 0, a temperature that is not
-            above 0.
+            above 0, other ``negatives``.
 
     Example:
         >>> ser = SERLoss(dim=32)
@@ -110,6 +121,7 @@ class SERLoss(nn.Module):
         projection_dim: int = 512,
         temperature: float = 0.3,
         token_norm: bool = False,
+        negatives: Negatives = "both",
         layers: int | None = None,
         gather_distributed: bool | Group = False,
     ):
@@ -119,14 +131,15 @@ class SERLoss(nn.Module):
         check.count("projection_dim", projection_dim)
         check.positive("temperature", temperature)
         check.option("token_norm", token_norm, (True, False))
-        self.dim, self.temperature = dim, temperature
+        check.option("negatives", negatives, _NEGATIVES)
+        self.dim, self.temperature, self.negatives = dim, temperature, negatives
         self.processes = Processes("SERLoss", gather_distributed)
         self.layers: nn.ModuleList | None = None
         if layers is not None:
             check.count("layers", layers)
             of_layer = partial(SERLoss, dim, projection_dim=projection_dim, temperature=temperature)
-            own = [of_layer(token_norm=token_norm, gather_distributed=gather_distributed) for _ in range(layers)]
-            self.layers = nn.ModuleList(own)
+            of_layer = partial(of_layer, token_norm=token_norm, negatives=negatives)
+            self.layers = nn.ModuleList(of_layer(gather_distributed=gather_distributed) for _ in range(layers))
             return
         self.token_norm = nn.LayerNorm(dim) if token_norm else nn.Identity()
         self.projection = nn.Sequential(
@@ -185,31 +198,39 @@ class SERLoss(nn.Module):
             projected = self.projection(relative.on_tokens(self.token_norm(tokens1)))
             z, z_prime = normalized(projected), normalized(self.projection(self.token_norm(tokens2)))
             facts.update({"projected tokens1": z, "projected tokens2": z_prime})
-        loss = _contrast(z, z_prime, self.temperature, processes, projected.dtype)
+        loss = _contrast(z, z_prime, self.temperature, self.negatives, processes, projected.dtype)
         alignment = (z.detach() * z_prime.detach()).sum(-1).mean()
         loss, alignment = processes.total(torch.stack([loss, alignment])) / processes.size
         return SERParts(loss, alignment.detach(), (loss + alignment / self.temperature).detach())
 
     def extra_repr(self) -> str:
         layers = "" if self.layers is None else f"layers={len(self.layers)}, "
-        return f"dim={self.dim}, temperature={self.temperature}, {layers}gather_distributed={self.processes}"
+        negatives = "" if self.negatives == "both" else f"negatives={self.negatives!r}, "
+        return f"dim={self.dim}, temperature={self.temperature}, {negatives}{layers}gather_distributed={self.processes}"
 
 
 def _contrast(
-    z: Tensor, z_prime: Tensor, temperature: float | Tensor, processes: Processes, dtype: torch.dtype
+    z: Tensor,
+    z_prime: Tensor,
+    temperature: float | Tensor,
+    negatives: Negatives,
+    processes: Processes,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Mean over the anchors ``z`` [B, T, D] of this process, with the tokens of all processes as keys; unit lengths.
+    """Mean over the tokens [B, T, D] of this process, with those of all processes as keys; unit lengths.
 
     ``dtype`` is that of the projected tokens, in which kernels on a GPU may form products.
     """
     if isinstance(temperature, Tensor):  # of half precision it would round its inverse
         temperature = temperature.to(z.dtype)
-    keys = None  # the anchors and their positives themselves
-    if processes.size > 1:
-        keys = processes.gather(z).flatten(0, 2), processes.gather(z_prime).flatten(0, 2)
     image_of_key = torch.arange(processes.size * len(z), device=z.device).repeat_interleave(z.shape[1])
     image = image_of_key.unflatten(0, (processes.size, -1))[processes.rank]
-    return mean_contrast(z.flatten(0, 1), z_prime.flatten(0, 1), keys, temperature, image, image_of_key, dtype)
+    anchors, positives, repelling = (z, z_prime, (z, z_prime)) if negatives == "both" else (z_prime, z, (z,))
+    keys: tuple[Tensor, ...] | None = None  # the anchors and their positives themselves
+    if processes.size > 1 or negatives == "moved":
+        keys = tuple(processes.gather(tokens).flatten(0, 2) for tokens in repelling)
+    rows = anchors.flatten(0, 1), positives.flatten(0, 1)
+    return mean_contrast(*rows, keys, temperature, image, image_of_key, dtype)
 
 
 def _check_maps(z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:

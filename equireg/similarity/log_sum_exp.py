@@ -128,7 +128,7 @@ def pair_lse(
 def mean_contrast(
     x: Tensor,
     p: Tensor,
-    keys: tuple[Tensor, Tensor] | None,
+    keys: tuple[Tensor, ...] | None,
     temperature: float | Tensor,
     row_group: Tensor,
     key_group: Tensor,
@@ -139,7 +139,7 @@ def mean_contrast(
     Args:
         x: rows, [M, D]; :math:`l_{ij} = \langle x_i, y_j \rangle / \tau`.
         p: their positives, [M, D]; :math:`s_i = \langle x_i, p_i \rangle / \tau`.
-        keys: two sets of columns y [N, D] that share their groups; None for ``x`` and ``p`` themselves.
+        keys: one or two sets of columns y [N, D] that share their groups; None for ``x`` and ``p`` themselves.
         temperature: τ, a number or a 0-d tensor.
         row_group: whole numbers [M]; pairs of different groups are kept.
         key_group: whole numbers [N].
@@ -147,13 +147,14 @@ def mean_contrast(
 
     All vectors are in fp32 or fp64 and of unit length. Differentiable once, in all of them and in a temperature.
     Loss and gradients are formed in one operator, which follows the table of measurements where there is one (see
-    ``choice.py``); ``EQUIREG_BACKEND`` takes ``pair_lse`` in that form instead.
+    ``choice.py``). One set of columns takes ``pair_lse`` instead, and ``EQUIREG_BACKEND`` takes it in that form.
     """
     scale = 1 / temperature
-    if choice.override() is None:
+    if choice.override() is None and (keys is None or len(keys) == 2):
         return formed_at_once(x, p, keys, scale, row_group, key_group, dtype or x.dtype)
     columns = torch.cat((x, p) if keys is None else keys)
-    lse, _ = pair_lse(x, columns, scale, relation="ne", row_group=row_group, col_group=key_group.repeat(2))
+    col_group = key_group.repeat(len(columns) // len(key_group))
+    lse, _ = pair_lse(x, columns, scale, relation="ne", row_group=row_group, col_group=col_group)
     return F.softplus(lse[0] - (x * p).sum(1) * scale, threshold=50).mean()
 
 

@@ -176,6 +176,28 @@ RECORDS = [
         streams=True,
     ),
     Record(
+        name="SERLoss/moved",
+        make=lambda **options: SERLoss(5, **{"projection_dim": 6, "negatives": "moved", **options}),
+        inputs=lambda draw: (
+            draw.floats(BATCH, 9, 5),
+            draw.floats(BATCH, 4, 5),
+            draw.elements((2, 2), (3, 3)),
+            draw.elements((2, 2), (2, 2)),
+        ),
+        reference=lambda p, *args: loss_references.ser(p, *args, temperature=0.3, negatives="moved"),
+        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.3,
+        refused={
+            "negatives": Refused(
+                ValueError, "negatives must be one of 'both', 'moved', got 'other'", options={"negatives": "other"}
+            ),
+        },
+        empty=Refused(ValueError, rf"tokens1 {TWO_IMAGES}s, got \[0, 9, 5\]"),
+        one=Refused(ValueError, rf"tokens1 {TWO_IMAGES}s, got \[1, 9, 5\]"),
+        processes="gather",
+        half_module=True,
+        streams=True,
+    ),
+    Record(
         name="SERLoss/layers",
         make=lambda **options: SERLoss(5, **{"projection_dim": 6, "layers": 2, **options}),
         inputs=lambda draw: (

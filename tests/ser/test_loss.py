@@ -58,6 +58,17 @@ def test_scale_of_tokens_does_not_matter():
         torch.testing.assert_close(patch_nt_xent(scale * z, z_prime * scale), expected)
 
 
+def test_moved_negatives_are_those_of_the_other_view_alone():
+    """Two images of one place, whose second views are alike: they repel the moved tokens, not each other."""
+    z = torch.eye(2)[:, None]
+    z_prime = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
+    found = patch_nt_xent(z, z_prime, temperature=0.5, negatives="moved")
+    right, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))  # the first is nearer to its own, the second not
+    assert float(found) == pytest.approx((right + wrong) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match="patch_nt_xent: negatives must be one of 'both', 'moved', got 'all'"):
+        patch_nt_xent(z, z_prime, negatives="all")
+
+
 # --------------------------------------------------------------------------------------------------- the module
 
 
