@@ -20,7 +20,7 @@ class EnvironmentsReport:
 
     ``Environments.report()`` makes it, from features alone. Where a class is mostly seen in one context, the few
     samples that are not resemble other classes much more than the rest does: the scores have a long tail, and their
-    excess kurtosis is large (1.6 to 56 where it was tried, -0.5 to 0.5 without bias); where they are a third or a
+    excess kurtosis is large (1 to 56 where it was tried, -0.5 to 0.5 without bias); where they are a third or a
     quarter of the class, the scores are skewed. Print it for a table; :meth:`picture` draws it.
 
     Attributes:

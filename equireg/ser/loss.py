@@ -87,8 +87,8 @@ class SERLoss(nn.Module):
         temperature: τ, above 0; the paper takes 0.3 with MoCo-v3 and Barlow Twins, 0.5 with DINO.
         token_norm: put a LayerNorm of its own on the tokens before they are moved, as the released code does. Worth it
             for the residual stream of a pre-norm ViT, whose tokens have very different lengths.
-        negatives: "both" views' tokens of other images (Eq. 2); or "moved": tokens of the second view repel the moved
-            ones of other images alone, as in the released code.
+        negatives: "both" views' tokens of other images (Eq. 2); or "moved": tokens of the second view repel only
+            moved ones, those of other images, as in the released code.
         layers: None for the map of one layer; or how many layers' maps a call takes, in two lists. Each has a
             projection (and norm) of its own, and the loss is the mean over the layers (the paper's Table 10: all blocks
             gain slightly less than the third alone, and cost more).

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from equireg import ClassWiseIRM, Environments
 from equireg._checks import Arguments
 from equireg.eqinv import adjusted_similarity as module
-from equireg.eqinv.context_weights import auto_sharpness, chance_shape, shape_of, standardized
+from equireg.eqinv.context_weights import Shape, auto_sharpness, chance_shape, shape_of, standardized
 from equireg.eqinv.whitening import whitened
 from tests import references
 
@@ -119,7 +119,9 @@ def test_chance_is_that_of_drawn_numbers(others):
     assert chance.skewness == pytest.approx(float(drawn.skewness[0]), abs=0.02)
 
 
-@pytest.mark.parametrize(("minority", "lowest", "highest"), [(0.02, 2, 2), (0.1, 2, 2), (0.25, 0.7, 1), (0.5, 0, 0)])
+@pytest.mark.parametrize(
+    ("minority", "lowest", "highest"), [(0.02, 1.5, 2), (0.1, 1.5, 1.5), (0.25, 0.7, 1), (0.5, 0, 0)]
+)
 def test_auto_is_sharp_for_a_few_and_gentle_for_a_minority(minority, lowest, highest):
     """Two normal humps six deviations apart, in classes of 400; of halves no shape tells which is the minority."""
     labels = torch.arange(3).repeat_interleave(400)
@@ -127,6 +129,17 @@ def test_auto_is_sharp_for_a_few_and_gentle_for_a_minority(minority, lowest, hig
     values = torch.randn(1200, generator=torch.Generator().manual_seed(0)) + 6 * far
     shape = shape_of(standardized(values, labels, 3), labels, 3)
     assert lowest <= auto_sharpness(shape, labels.bincount()) <= highest
+
+
+@pytest.mark.parametrize(
+    ("kurtosis", "skewness", "expected"),
+    [(-1, 0, 0), (0.5, 0, 0.5), (1.5, 0, 1.5), (7, 3, 1.5), (10, 3, 1.75), (50, 7, 2), (0.5, 0.5, 0.5), (0.5, 2, 1)],
+)
+def test_auto_by_the_shape_beyond_chance(kurtosis, skewness, expected):
+    """In classes of a million, where chance has no error worth the name."""
+    chance, sizes = chance_shape(4), torch.full((5,), 10**6)
+    shape = Shape(*(torch.full((5,), value) for value in (kurtosis + chance[0], skewness + chance[1])))
+    assert auto_sharpness(shape, sizes) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize(("classes", "width"), [(4, 16), (10, 64), (50, 64)])
