@@ -84,7 +84,8 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
         shared = settings.get("off", {}).keys()  # with all arms
         for arm, values in settings.items():
             own = [setting for setting in values if arm == "off" or setting not in shared]
-            chosen += [f"{title} {arms[arm]}: {setting} {values[setting]:g}".strip() for setting in own]
+            where = " ".join(dict.fromkeys((title, arms[arm]))).strip()  # SimSiam's base is SimSiam
+            chosen += [f"{where}: {setting} {values[setting]:g}" for setting in own]
     share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
     seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
     draw(accuracy, features, arms[base], folder / f"results-{name}.png")
