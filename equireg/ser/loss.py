@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,10 @@ from equireg.similarity import mean_contrast, normalized
 
 __all__ = ["SERLoss", "patch_nt_xent"]
 
-Negatives = Literal["both", "moved"]
 _NEGATIVES = ("both", "moved")
 
 
-def patch_nt_xent(
-    z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0.3, negatives: Negatives = "both"
-) -> Tensor:
+def patch_nt_xent(z: Tensor, z_prime: Tensor, *, temperature: float | Tensor = 0.3, negatives: str = "both") -> Tensor:
     r"""Contrastive loss between the tokens of two aligned maps, with negatives from other images only.
 
     With :math:`s(x, y) = \cos(x, y) / \tau`, image :math:`i` and place :math:`j`,
@@ -121,7 +118,7 @@ class SERLoss(nn.Module):
         projection_dim: int = 512,
         temperature: float = 0.3,
         token_norm: bool = False,
-        negatives: Negatives = "both",
+        negatives: str = "both",
         layers: int | None = None,
         gather_distributed: bool | Group = False,
     ):
@@ -137,9 +134,16 @@ class SERLoss(nn.Module):
         self.layers: nn.ModuleList | None = None
         if layers is not None:
             check.count("layers", layers)
-            of_layer = partial(SERLoss, dim, projection_dim=projection_dim, temperature=temperature)
-            of_layer = partial(of_layer, token_norm=token_norm, negatives=negatives)
-            self.layers = nn.ModuleList(of_layer(gather_distributed=gather_distributed) for _ in range(layers))
+            of_layer = partial(
+                SERLoss,
+                dim,
+                projection_dim=projection_dim,
+                temperature=temperature,
+                token_norm=token_norm,
+                negatives=negatives,
+                gather_distributed=gather_distributed,
+            )
+            self.layers = nn.ModuleList(of_layer() for _ in range(layers))
             return
         self.token_norm = nn.LayerNorm(dim) if token_norm else nn.Identity()
         self.projection = nn.Sequential(
@@ -213,7 +217,7 @@ def _contrast(
     z: Tensor,
     z_prime: Tensor,
     temperature: float | Tensor,
-    negatives: Negatives,
+    negatives: str,
     processes: Processes,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -225,12 +229,14 @@ def _contrast(
         temperature = temperature.to(z.dtype)
     image_of_key = torch.arange(processes.size * len(z), device=z.device).repeat_interleave(z.shape[1])
     image = image_of_key.unflatten(0, (processes.size, -1))[processes.rank]
-    anchors, positives, repelling = (z, z_prime, (z, z_prime)) if negatives == "both" else (z_prime, z, (z,))
-    keys: tuple[Tensor, ...] | None = None  # the anchors and their positives themselves
-    if processes.size > 1 or negatives == "moved":
-        keys = tuple(processes.gather(tokens).flatten(0, 2) for tokens in repelling)
-    rows = anchors.flatten(0, 1), positives.flatten(0, 1)
-    return mean_contrast(*rows, keys, temperature, image, image_of_key, dtype)
+    rows, rows_prime = z.flatten(0, 1), z_prime.flatten(0, 1)
+    if negatives == "moved":
+        keys = (processes.gather(z).flatten(0, 2),)
+        return mean_contrast(rows_prime, rows, keys, temperature, image, image_of_key, dtype)
+    everyone = None  # the anchors and their positives themselves
+    if processes.size > 1:
+        everyone = processes.gather(z).flatten(0, 2), processes.gather(z_prime).flatten(0, 2)
+    return mean_contrast(rows, rows_prime, everyone, temperature, image, image_of_key, dtype)
 
 
 def _check_maps(z: Tensor, z_prime: Tensor, temperature: float | Tensor) -> None:

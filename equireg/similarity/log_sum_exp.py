@@ -128,7 +128,7 @@ def pair_lse(
 def mean_contrast(
     x: Tensor,
     p: Tensor,
-    keys: tuple[Tensor, ...] | None,
+    keys: tuple[Tensor] | tuple[Tensor, Tensor] | None,
     temperature: float | Tensor,
     row_group: Tensor,
     key_group: Tensor,

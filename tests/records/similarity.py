@@ -51,6 +51,12 @@ def _patch_nt_xent(**options):
     return lambda z, z_prime, temperature: patch_nt_xent(z, z_prime, **{"temperature": temperature, **options})
 
 
+def _maps(draw):
+    """Token maps of two views, and the elements of both."""
+    tokens = draw.floats(BATCH, 9, 5), draw.floats(BATCH, 4, 5)
+    return *tokens, draw.elements((2, 2), (3, 3)), draw.elements((2, 2), (2, 2))
+
+
 TWO_IMAGES = "must be of at least 2 images: negatives come from other"
 
 
@@ -152,12 +158,7 @@ RECORDS = [
     Record(
         name="SERLoss",
         make=lambda **options: SERLoss(5, **{"projection_dim": 6, **options}),
-        inputs=lambda draw: (
-            draw.floats(BATCH, 9, 5),
-            draw.floats(BATCH, 4, 5),
-            draw.elements((2, 2), (3, 3)),
-            draw.elements((2, 2), (2, 2)),
-        ),
+        inputs=_maps,
         reference=lambda p, *args: loss_references.ser(p, *args, temperature=0.3),
         made_of=lambda parts: parts.log_denominator - parts.alignment / 0.3,
         refused={
@@ -178,12 +179,7 @@ RECORDS = [
     Record(
         name="SERLoss/moved",
         make=lambda **options: SERLoss(5, **{"projection_dim": 6, "negatives": "moved", **options}),
-        inputs=lambda draw: (
-            draw.floats(BATCH, 9, 5),
-            draw.floats(BATCH, 4, 5),
-            draw.elements((2, 2), (3, 3)),
-            draw.elements((2, 2), (2, 2)),
-        ),
+        inputs=_maps,
         reference=lambda p, *args: loss_references.ser(p, *args, temperature=0.3, negatives="moved"),
         made_of=lambda parts: parts.log_denominator - parts.alignment / 0.3,
         refused={

@@ -45,7 +45,7 @@ def few(rows: int, columns: int, device: torch.device) -> bool:
 def formed_at_once(
     x: Tensor,
     p: Tensor,
-    keys: tuple[Tensor, ...] | None,
+    keys: tuple[Tensor, Tensor] | None,
     scale: float | Tensor,
     row_group: Tensor,
     key_group: Tensor,
