@@ -1,4 +1,4 @@
-"""Writes the page of results: for each question tables, a picture, and what the intervals say in words.
+"""Writes the page of results: for each question a picture, tables of means, and folded ones of every interval.
 
 The prose is in ``page.md``, where ``{eqinv}`` and its like stand for what is written here.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from evidence.curves import along, curve_tables, draw_curves
 from evidence.experiments import PLAN, groups_of
 from evidence.landscapes import landscapes
-from evidence.tables import HIGHER, LOWER, NOTHING, VERDICTS, Rows, by_measure, paired_seeds, table
+from evidence.tables import Rows, by_measure, differences, paired_seeds, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -53,18 +53,27 @@ def plain(text: str) -> str:
 
 
 def wrapped(line: str) -> str:
-    """Paragraphs and list items at 125 columns; tables, pictures and code as they are."""
-    if line.startswith(("|", "!", "#", "    ")):
+    """Paragraphs and list items at 125 columns; tables, pictures, code and HTML as they are."""
+    if line.startswith(("|", "!", "#", "    ", "<")):
         return line
     how = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(line, 125, subsequent_indent="  " if line.startswith("- ") else "", **how)
+
+
+def folded(summary: str, blocks: list[str]) -> str:
+    """What opens by a click."""
+    return "\n\n".join([f"<details>\n<summary>{summary}</summary>", *blocks, "</details>"])
 
 
 def answer(found: dict[str, Any], question: str, folder: Path) -> str:
     """One comparison after the other; the pictures of the first are named after the question."""
     blocks: list[str] = []
     for place, comparison in enumerate(PLAN["questions"][question]):
-        blocks += compared(found, comparison, folder, comparison["groups"][0] if place else question)
+        first, *others = comparison["groups"]
+        own = compared(found, comparison, folder, first if place else question)
+        if own and not others and TITLES.get(first):
+            own.insert(0, f"**{TITLES[first][0].upper()}{TITLES[first][1:]}**")
+        blocks += own
     return "\n\n".join(blocks) or "Not run."
 
 
@@ -75,7 +84,8 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
     arms = {arm: called for arm, called in arms.items() if any(arm in runs for runs in groups.values())}
     if len(arms) < 2:
         return []
-    accuracy, features, chosen = {}, {}, []
+    accuracy, features = {}, {}
+    chosen: dict[str, dict[str, list[str]]] = {}  # by setting and value, the data sets
     for group, runs in groups.items():
         title = TITLES.get(group, "")
         accuracy |= by_measure(runs, arms, partial(accuracies, title))
@@ -83,31 +93,35 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
         settings = {arm: next(iter(runs[arm].values()))["chosen"] for arm in arms if arm in runs}
         shared = settings.get("off", {}).keys()  # with all arms
         for arm, values in settings.items():
-            own = [setting for setting in values if arm == "off" or setting not in shared]
-            where = " ".join(dict.fromkeys((title, arms[arm]))).strip()  # SimSiam's base is SimSiam
-            chosen += [f"{where}: {setting} {values[setting]:g}" for setting in own]
+            for setting in (name for name in values if arm == "off" or name not in shared):
+                by_value = chosen.setdefault(f"{arms[arm]}, {setting}", {})
+                by_value.setdefault(f"{values[setting]:g}", []).append(title)
     share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
     seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
     draw(accuracy, features, arms[base], folder / f"results-{name}.png")
     blocks = [f"![Paired differences and their 95% intervals](results-{name}.png)"]
     blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share)]
+    every = ["Accuracy, points:", differences(accuracy, arms, 1)]
     if features:
         blocks += ["What the features tell:", table(features, arms, 3)]
-    blocks.append("\n".join(f"- {sentence(accuracy, called)}" for arm, called in arms.items() if arm != base))
+        every += ["What the features tell:", differences(features, arms, 3)]
     steps = (found["step_seconds"].get(group, {}) for group in groups)
     times = next((step for step in steps if step.get(base, 0) > 0.1), {})  # of shorter ones most is chance
     if ratios := [f"{arms[arm]} {times[arm] / times[base]:.2f}" for arm in arms if arm in times and arm != base]:
         blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
-    if chosen:
-        blocks.append(f"Chosen on validation images: {'; '.join(chosen)}.")
     if curves := [curve for group, runs in groups.items() for curve in along(found["scale"], group, runs, comparison)]:
         draw_curves(curves, folder / f"results-{name}-steps.png")
-        blocks += [
-            "Differences along the training, of the networks as they are after so many steps:",
-            *curve_tables(curves),
-            f"![The same differences against steps](results-{name}-steps.png)",
-        ]
-    return blocks
+        blocks.append(f"![Differences along the training, against steps](results-{name}-steps.png)")
+        every += ["Along the training, of the networks as they are after so many steps:", *curve_tables(curves)]
+    if chosen:
+        lines = [f"- {what}: {listed(titles)}" for what, titles in chosen.items()]
+        every.append("\n".join(["Chosen on validation images:", "", *lines]))
+    return [*blocks, folded(f"Every difference from {arms[base]}, with its interval", every)]
+
+
+def listed(titles: dict[str, list[str]]) -> str:
+    """Values, and where there are several data sets, those of each."""
+    return ". ".join(value + (f" on {'; '.join(of)}" if any(of) else "") for value, of in titles.items())
 
 
 def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
@@ -133,7 +147,8 @@ def robustness(runs: dict[str, Any]) -> str:
         if base in arms and len(arms) > 1:
             rows = by_measure(of_group, arms, on_changed_images)
             rows = {measure: row for measure, row in rows.items() if len(row) == len(arms)}
-            blocks.append(table(rows, arms, 1))
+            every = ["Accuracy, %:", table(rows, arms, 1), "Points:", differences(rows, arms, 1)]
+            blocks.append(folded(", ".join(arms.values()), every))
     return "\n\n".join(blocks) or "Not run."
 
 
@@ -142,18 +157,6 @@ def on_changed_images(run: dict[str, Any]) -> dict[str, float]:
     corrupted = {kind.replace("_", " "): value for kind, value in run["corrupted"].items()}
     moving = {f"moving, {kind}": value for kind, value in run.get("moving", {}).items()}
     return corrupted | run.get("severities", {}) | moving | run.get("top 5", {})
-
-
-def sentence(rows: Rows, name: str) -> str:
-    """What the intervals of one arm's accuracies say, in words."""
-    on = {
-        verdict: [measure for measure, row in rows.items() if name in row and row[name].verdict == verdict]
-        for verdict in VERDICTS
-    }
-    parts = [f"{verdict} {'; '.join(on[verdict])}" for verdict in (HIGHER, LOWER) if on[verdict]]
-    if on[NOTHING]:
-        parts.append(f"{'On the others no' if parts else 'No'} {NOTHING}")
-    return f"**{name}**: {'. '.join(parts)}."
 
 
 def draw(accuracy: Rows, features: Rows, base: str, path: Path) -> None:

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t
 
-VERDICTS = HIGHER, LOWER, NOTHING = "Higher on", "Lower on", "difference that these seeds can tell"
-
 
 class Result(NamedTuple):
     """The mean of an arm; that of its paired differences from the base, and its 95% interval by Student's t."""
@@ -20,8 +18,9 @@ class Result(NamedTuple):
     high: float
 
     @property
-    def verdict(self) -> str:
-        return HIGHER if self.low > 0 else LOWER if self.high < 0 else NOTHING
+    def sign(self) -> int:
+        """That of the whole interval: 1, -1, or 0 where it holds 0."""
+        return (self.low > 0) - (self.high < 0)
 
 
 Rows = dict[str, dict[str, Result]]  # by measure and name of the arm, the base first
@@ -31,7 +30,7 @@ def paired(values: list[float], base: list[float]) -> Result:
     """Of ``values[i] - base[i]``; infinite with a single seed."""
     differences = [value - other for value, other in zip(values, base, strict=True)]
     center, count = mean(differences), len(differences)
-    half = t.ppf(0.975, count - 1) * stdev(differences) / math.sqrt(count) if count > 1 else math.inf
+    half = float(t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count) if count > 1 else math.inf
     return Result(mean(values), center, center - half, center + half)
 
 
@@ -52,29 +51,39 @@ def by_measure(runs: dict[str, Any], arms: dict[str, str], read: Callable[[Any],
 
 
 def table(rows: Rows, arms: dict[str, str], digits: int, share: Sequence[str] = ()) -> str:
-    """With columns for the share of the way that some go to the last one, a ceiling, where that is higher."""
-    head, lines = ["", *arms.values()], [[measure, *cells(row, arms, digits)] for measure, row in rows.items()]
-    for name in share[:-1]:
-        head.append(f"{name}: share of the way")
-        for line, row in zip(lines, rows.values()):
+    """Of means, bold where the interval of the difference from the base holds no 0.
+
+    With columns for the share of the way that some go to the last one, a ceiling, where that is higher.
+    """
+    head = ["", *arms.values(), *(f"{name}: share of the way" for name in share[:-1])]
+    lines = []
+    for measure, row in rows.items():
+        line = [measure, *(cell(row.get(name), digits) for name in arms.values())]
+        for name in share[:-1]:
             arm, ceiling = row.get(name), row.get(share[-1])
-            there = arm and ceiling and ceiling.verdict == HIGHER
+            there = arm and ceiling and ceiling.sign > 0
             line.append(f"{number(100 * arm.difference / ceiling.difference, 0)}%" if there else "")
+        lines.append(line)
     return markdown(head, lines)
+
+
+def differences(rows: Rows, arms: dict[str, str], digits: int) -> str:
+    """A table of those from the base, with their intervals."""
+    base, *others = arms.values()
+    lines = [[measure, *(cell(row.get(name), digits, difference) for name in others)] for measure, row in rows.items()]
+    return markdown([f"from {base}", *others], lines)
 
 
 def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def cells(row: dict[str, Result], arms: dict[str, str], digits: int) -> list[str]:
-    """Means, and in brackets the interval of the difference from the base; bold where that has no 0."""
-    base, *others = arms.values()
-    found = [number(row[base].mean, digits)]
-    for result in map(row.get, others):
-        text = f"{number(result.mean, digits)} ({difference(result, digits)})" if result else ""
-        found.append(text if not result or result.verdict == NOTHING else f"**{text}**")
-    return found
+def cell(result: Result | None, digits: int, written: Callable[[Result, int], str] | None = None) -> str:
+    """The mean, or what else is ``written`` of a result; bold where the interval of its difference holds no 0."""
+    if result is None:
+        return ""
+    text = written(result, digits) if written else number(result.mean, digits)
+    return f"**{text}**" if result.sign else text
 
 
 def difference(result: Result, digits: int) -> str:
