@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equireg._checks import Arguments, for_layers
+from equireg._checks import Arguments, for_layers, values_visible
 from equireg.baselines._pooled import pooled
 from equireg.similarity import accumulation_dtype
 
@@ -108,7 +108,7 @@ class AugSelfLoss(nn.Module):
             backward_targets: those of view 1 against view 2.
 
         Raises:
-            TypeError, ValueError: wrong dtypes, shapes or devices, a difference that is missing, a class out of range.
+            TypeError, ValueError: wrong dtypes, shapes or devices, a difference that is missing or out of range.
         """
         return self.parts(features1, features2, forward_targets, backward_targets).loss
 
@@ -161,7 +161,10 @@ def _checked_target(check: Arguments, side: str, given: Targets, name: str, kind
     label, value = f"{side}[{name!r}]", given[name]
     if kind == "regression":
         check.sizes[name] = width
-        return check.features(label, value, f"B {name}")
+        differences = check.features(label, value, f"B {name}")
+        if values_visible(differences) and differences.abs().amax() > 1 + 1e-3:  # but for rounding
+            check.fail(label, "in -1 .. 1: a tanh predicts them", f"up to {float(differences.abs().amax()):g}")
+        return differences
     if kind == "binary":
         return check.booleans(label, value, "B")
     classes = check.integers(label, value, "B")

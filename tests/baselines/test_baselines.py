@@ -88,6 +88,7 @@ def rebuild(tokens2=(6, 9, 8), images1=(6, 3, 4, 6)):
         (lambda: augself(flip=torch.arange(6) % 4), TypeError, r"flip.* must be a"),
         (lambda: augself(rotation=torch.full((6,), 4)), ValueError, r"in 0 .. 3 \(cl"),
         (lambda: augself(scale=torch.rand(6, 3)), ValueError, r"_targets\['scale'\] must be"),
+        (lambda: augself(scale=torch.full((6, 2), -90.0)), ValueError, r"_targets\['scale'\] must be in -1 .. 1.*90"),
         (lambda: ESSLLoss(8)(torch.randn(6, 8), torch.rand(6)), TypeError, "quarter_turns must be a tensor of whole"),
         (lambda: STLLoss(8, transformation_dim=0), ValueError, "transformation_dim must be at least 1"),
         (lambda: STLLoss(8)(*torch.randn(4, 6, 9)), ValueError, r"features must be \[B, D\] = \[B, 8\], got \[6, 9\]"),
