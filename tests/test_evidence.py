@@ -81,31 +81,44 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
     text = write_page(found, tmp_path).read_text()
     # Arms that were not run have no column.
     assert "|  | cross entropy | weights | weights, sharpness auto | weights shuffled |\n" in text
-    assert "| PACS, fine-tuned, 90% | 53.0 | **52.0** | **54.0** | 53.0 |" in text
-    shown, opened = text.split("<summary>Every difference from cross entropy, with its interval</summary>")
+    assert "| PACS, fine-tuned, 10% | 53.0 | **52.0** | **54.0** | 53.0 |" in text
+    shown, opened = text.split("<summary>Every difference, with its interval</summary>")
     opened, _ = opened.split("</details>", 1)
+    assert "| from the control | weights |" in opened
+    assert "| PACS, fine-tuned, 10% | **−1.0: −1.0 to −1.0** |\n\nThe controls: weights: weights shuffled.\n" in opened
     differences = "**−1.0: −1.0 to −1.0** | **+1.0: +1.0 to +1.0** | +0.0: +0.0 to +0.0 |"
-    assert f"| PACS, fine-tuned, 90% | {differences}" in opened
-    assert "\nChosen on validation images:\n\n- weights, sharpness: 1.5 on PACS, fine-tuned, 90%\n" in opened
+    assert f"| PACS, fine-tuned, 10% | {differences}" in opened
+    assert "\nChosen on validation images:\n\n- weights, sharpness: 1.5 on PACS, fine-tuned, 10%\n" in opened
     assert "Chosen on validation" not in shown
-    assert "Time of a step over the base's: weights, sharpness auto 1.50." in text
+    assert (
+        "Time of a step over the base's, while other trainings ran beside it: weights, sharpness auto 1.50." in opened
+    )
     assert text.count("Not run.") == 9  # the questions without runs, corruptions and landscapes
     del runs["auto"]["1"]  # only seeds that all arms have are paired
     row = by_measure(runs, {"off": "base", "auto": "arm"}, partial(accuracies, "PACS"))["PACS"]
     assert (row["base"].mean, row["arm"].difference) == pytest.approx((53.0, 1.01))
 
 
+def test_every_comparison_has_a_place_in_the_page():
+    text, questions = (ROOT / "examples/evidence/page.md").read_text(), experiments.PLAN["questions"]
+    names = {*questions, *(other["groups"][0] for _, *others in questions.values() for other in others)}
+    assert {name for name in names if text.count(f"\n{{{name}}}\n") != 1} == set()
+
+
 def test_share_of_the_way_to_the_ceiling(tmp_path):
     runs = {}
     for (arm, gain), seed in itertools.product({"off": 0, "weights": 3, "contexts": 4}.items(), range(3)):
-        one = {"accuracy": {"test": 40 + gain + 0.1 * seed * gain}, "overall": {"test": 60.0 + seed - gain}}
+        one = {"accuracy": {"test": 40 + gain + 0.1 * seed * gain}, "overall": {"test": 50.0 + seed - gain}}
         runs.setdefault(arm, {})[str(seed)] = {**one, "chosen": {}}
     found = {"scale": "cpu", "machines": {"pacs": "a"}, "torch": "2", "dates": {"pacs": "2026-01-01"}, "hours": 1.0}
     text = write_page(found | {"step_seconds": {}, "runs": {"pacs-frozen": runs}}, tmp_path).read_text()
     lines = text.split("## Do the weights")[1].split("<summary>Every")[0].splitlines()
     assert "|  | cross entropy | weights | true contexts balanced | weights: share of the way |" in lines
     rows = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines if line.startswith("| PACS")}
-    assert rows == {"| PACS, frozen, 90%": "75% |", "| PACS, frozen, 90%, all images": " |"}  # lower: no way to go
+    assert rows.pop("| PACS, frozen, 10%") == "75% |"
+    assert rows == {f"| PACS, frozen, 10%, {where}": " |" for where in ("all images", "usual context")}  # no way to go
+    # Three quarters of the test images are in other contexts: with 40% of them right and 51% of all, 84% of the others.
+    assert "| PACS, frozen, 10%, usual context | 84.0 | **62.1** |" in text
 
 
 def test_differences_are_followed_along_a_training(tmp_path):

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from evidence.curves import along, curve_tables, draw_curves
-from evidence.experiments import PLAN, groups_of
+from evidence.experiments import GROUPS, PLAN, groups_of
 from evidence.landscapes import landscapes
 from evidence.tables import Rows, by_measure, differences, paired_seeds, table
 from matplotlib.figure import Figure
@@ -21,11 +21,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 TITLES = PLAN["titles"]
+# Held-out images are spread evenly over PACS' four domains, of which one is the usual context of a class.
+USUAL = {group: 0.25 for group, plan in GROUPS.items() if "domains" in str(plan["settings"].get("data"))}
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
     """``results.md`` in ``folder``, and the pictures of its questions."""
-    blocks = {question: answer(found, question, folder) for question in PLAN["questions"]}
+    blocks = answers(found, folder)
     blocks["robustness"] = robustness(found["runs"])
     blocks["landscapes"] = landscapes(found["runs"], folder)
     measured = [group for group in groups_of("h100") if group in found["runs"]]
@@ -33,6 +35,7 @@ def write_page(found: dict[str, Any], folder: Path) -> Path:
     blocks |= {"date": but_for(found["dates"]), "machine": but_for(found["machines"])}
     text = Path(__file__).with_name("page.md").read_text().format_map({**found, **blocks})
     path = folder / "results.md"
+    text = re.sub(r"\n{3,}", "\n\n", text)  # of what was not run nothing is left
     path.write_text("\n".join(map(wrapped, text.strip().splitlines())) + "\n")
     return path
 
@@ -65,58 +68,88 @@ def folded(summary: str, blocks: list[str]) -> str:
     return "\n\n".join([f"<details>\n<summary>{summary}</summary>", *blocks, "</details>"])
 
 
-def answer(found: dict[str, Any], question: str, folder: Path) -> str:
-    """One comparison after the other; the pictures of the first are named after the question."""
-    blocks: list[str] = []
-    for place, comparison in enumerate(PLAN["questions"][question]):
-        first, *others = comparison["groups"]
-        own = compared(found, comparison, folder, first if place else question)
-        if own and not others and TITLES.get(first):
-            own.insert(0, f"**{TITLES[first][0].upper()}{TITLES[first][1:]}**")
-        blocks += own
-    return "\n\n".join(blocks) or "Not run."
+def answers(found: dict[str, Any], folder: Path) -> dict[str, str]:
+    """The first comparison of each question under the question's name, the others under that of their first group."""
+    blocks = {}
+    for question, (first, *others) in PLAN["questions"].items():
+        blocks[question] = compared(found, first, folder, question) or "Not run."
+        blocks |= {(name := other["groups"][0]): compared(found, other, folder, name) for other in others}
+    return blocks
 
 
-def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, name: str) -> list[str]:
+def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, name: str) -> str:
+    """Nothing where not even two arms were run."""
     groups = {group: found["runs"][group] for group in comparison["groups"] if group in found["runs"]}
     base = comparison.get("from", "off")
     arms = {base: comparison["base"], **comparison["arms"]}
     arms = {arm: called for arm, called in arms.items() if any(arm in runs for runs in groups.values())}
     if len(arms) < 2:
-        return []
-    accuracy, features = {}, {}
-    chosen: dict[str, dict[str, list[str]]] = {}  # by setting and value, the data sets
-    for group, runs in groups.items():
-        title = TITLES.get(group, "")
-        accuracy |= by_measure(runs, arms, partial(accuracies, title))
-        features |= by_measure(runs, arms, told)
-        settings = {arm: next(iter(runs[arm].values()))["chosen"] for arm in arms if arm in runs}
-        shared = settings.get("off", {}).keys()  # with all arms
-        for arm, values in settings.items():
-            for setting in (name for name in values if arm == "off" or name not in shared):
-                by_value = chosen.setdefault(f"{arms[arm]}, {setting}", {})
-                by_value.setdefault(f"{values[setting]:g}", []).append(title)
+        return ""
+    accuracy, features = rows_of(groups, arms)
     share = [arms[arm] for arm in comparison.get("share", ()) if arm in arms]
     seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
     draw(accuracy, features, arms[base], folder / f"results-{name}.png")
     blocks = [f"![Paired differences and their 95% intervals](results-{name}.png)"]
     blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share)]
-    every = ["Accuracy, points:", differences(accuracy, arms, 1)]
     if features:
         blocks += ["What the features tell:", table(features, arms, 3)]
-        every += ["What the features tell:", differences(features, arms, 3)]
+    every = tables_of_differences(accuracy, features, arms[base], list(arms.values())[1:])
+    controls = {arm: control for arm, control in comparison.get("controls", {}).items() if {arm, control} <= {*arms}}
+    if controls:
+        names = [arms[arm] for arm in controls]
+        every += tables_of_differences(*from_controls(groups, arms, controls), "the control", names)
+        pairs = [f"{arms[arm]}: {arms[control]}" for arm, control in controls.items()]
+        every.append(f"The controls: {'; '.join(pairs)}.")
     steps = (found["step_seconds"].get(group, {}) for group in groups)
     times = next((step for step in steps if step.get(base, 0) > 0.1), {})  # of shorter ones most is chance
     if ratios := [f"{arms[arm]} {times[arm] / times[base]:.2f}" for arm in arms if arm in times and arm != base]:
-        blocks.append(f"Time of a step over the base's: {', '.join(ratios)}.")
+        every.append(f"Time of a step over the base's, while other trainings ran beside it: {', '.join(ratios)}.")
     if curves := [curve for group, runs in groups.items() for curve in along(found["scale"], group, runs, comparison)]:
-        draw_curves(curves, folder / f"results-{name}-steps.png")
-        blocks.append(f"![Differences along the training, against steps](results-{name}-steps.png)")
+        if any(len(curve.results) > 1 for curve in curves):
+            draw_curves(curves, folder / f"results-{name}-steps.png")
+            blocks.append(f"![Differences along the training, against steps](results-{name}-steps.png)")
         every += ["Along the training, of the networks as they are after so many steps:", *curve_tables(curves)]
-    if chosen:
-        lines = [f"- {what}: {listed(titles)}" for what, titles in chosen.items()]
-        every.append("\n".join(["Chosen on validation images:", "", *lines]))
-    return [*blocks, folded(f"Every difference from {arms[base]}, with its interval", every)]
+    return "\n\n".join([*blocks, folded("Every difference, with its interval", [*every, *chosen(groups, arms)])])
+
+
+def rows_of(groups: dict[str, Any], arms: dict[str, str]) -> tuple[Rows, Rows]:
+    """Accuracies in percent, and what else the features tell."""
+    accuracy, features = {}, {}
+    for group, runs in groups.items():
+        read = partial(accuracies, TITLES.get(group, ""), usual=USUAL.get(group))
+        accuracy |= by_measure(runs, arms, read)
+        features |= by_measure(runs, arms, told)
+    return accuracy, features
+
+
+def from_controls(groups: dict[str, Any], arms: dict[str, str], controls: dict[str, str]) -> tuple[Rows, Rows]:
+    """Each arm beside its own control."""
+    joined: tuple[Rows, Rows] = {}, {}
+    for arm, control in controls.items():
+        both = {group: runs for group, runs in groups.items() if arm in runs and control in runs}
+        for rows, own in zip(joined, rows_of(both, {control: arms[control], arm: arms[arm]})):
+            for measure, row in own.items():
+                rows.setdefault(measure, {})[arms[arm]] = row[arms[arm]]
+    return joined
+
+
+def tables_of_differences(accuracy: Rows, features: Rows, base: str, names: list[str]) -> list[str]:
+    blocks = ["Accuracy, points:", differences(accuracy, base, names, 1)]
+    return blocks + (["What the features tell:", differences(features, base, names, 3)] if features else [])
+
+
+def chosen(groups: dict[str, Any], arms: dict[str, str]) -> list[str]:
+    """A list of the values of each setting, and of the data sets that they were chosen on."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for group, runs in groups.items():
+        settings = {arm: next(iter(runs[arm].values()))["chosen"] for arm in arms if arm in runs}
+        shared = settings.get("off", {}).keys()  # with all arms
+        for arm, values in settings.items():
+            for setting in (name for name in values if arm == "off" or name not in shared):
+                by_value = found.setdefault(f"{arms[arm]}, {setting}", {})
+                by_value.setdefault(f"{values[setting]:g}", []).append(TITLES.get(group, ""))
+    lines = [f"- {what}: {listed(titles)}" for what, titles in found.items()]
+    return ["Chosen on validation images:", "\n".join(lines)] if lines else []
 
 
 def listed(titles: dict[str, list[str]]) -> str:
@@ -124,10 +157,13 @@ def listed(titles: dict[str, list[str]]) -> str:
     return ". ".join(value + (f" on {'; '.join(of)}" if any(of) else "") for value, of in titles.items())
 
 
-def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
+def accuracies(title: str, run: dict[str, Any], usual: float | None = None) -> dict[str, float]:
+    """``usual`` is the share of test images in the context that their class is mostly seen in, where it is known."""
     found = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
     if "overall" in run:  # the first is that on images in contexts of other classes
-        found[f"{title}, all images"] = run["overall"]["test"]
+        overall = found[f"{title}, all images"] = run["overall"]["test"]
+        if usual:
+            found[f"{title}, usual context"] = (overall - (1 - usual) * run["accuracy"]["test"]) / usual
     if "corrupted" in run:
         found[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
     return found
@@ -147,7 +183,8 @@ def robustness(runs: dict[str, Any]) -> str:
         if base in arms and len(arms) > 1:
             rows = by_measure(of_group, arms, on_changed_images)
             rows = {measure: row for measure, row in rows.items() if len(row) == len(arms)}
-            every = ["Accuracy, %:", table(rows, arms, 1), "Points:", differences(rows, arms, 1)]
+            points = differences(rows, arms[base], list(arms.values())[1:], 1)
+            every = ["Accuracy, %:", table(rows, arms, 1), "Points:", points]
             blocks.append(folded(", ".join(arms.values()), every))
     return "\n\n".join(blocks) or "Not run."
 
@@ -161,7 +198,8 @@ def on_changed_images(run: dict[str, Any]) -> dict[str, float]:
 
 def draw(accuracy: Rows, features: Rows, base: str, path: Path) -> None:
     """Every paired difference with its interval: a diagram for each measure, with a scale of its own."""
-    rows = {f"{name}, points": row for name, row in accuracy.items() if not name.endswith("all images")} | features
+    beside = ("all images", "usual context")  # in the tables alone
+    rows = {f"{name}, points": row for name, row in accuracy.items() if not name.endswith(beside)} | features
     names = list(dict.fromkeys(name for row in rows.values() for name in list(row)[1:]))
     lines, columns = math.ceil(len(rows) / 4), min(len(rows), 4)
     figure = Figure((9, 1.5 + lines * (0.65 + 0.09 * len(names))), layout="constrained")

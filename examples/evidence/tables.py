@@ -67,11 +67,11 @@ def table(rows: Rows, arms: dict[str, str], digits: int, share: Sequence[str] = 
     return markdown(head, lines)
 
 
-def differences(rows: Rows, arms: dict[str, str], digits: int) -> str:
+def differences(rows: Rows, base: str, names: Iterable[str], digits: int) -> str:
     """A table of those from the base, with their intervals."""
-    base, *others = arms.values()
-    lines = [[measure, *(cell(row.get(name), digits, difference) for name in others)] for measure, row in rows.items()]
-    return markdown([f"from {base}", *others], lines)
+    names = list(names)
+    lines = [[measure, *(cell(row.get(name), digits, difference) for name in names)] for measure, row in rows.items()]
+    return markdown([f"from {base}", *names], lines)
 
 
 def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
