@@ -229,8 +229,8 @@ class Environments(nn.Module):
             z(n) = \frac{a(n) - \text{mean}\, a}{\text{std}\, a}, \qquad
             w(n) = \frac{e^{t \min(z(n), c)}}{\operatorname*{mean}_{m: y_m = y_n} e^{t \min(z(m), c)}}
 
-        They are this library's, not the paper's. They help where a class is mostly seen in one context, and
-        :meth:`report` tells beforehand whether it is.
+        They are this library's, not the paper's. Where a class is mostly seen in one context, as :meth:`report` tells
+        beforehand, they raise accuracy outside of it and lower that within.
 
         Args:
             indices: dataset indices [B] of samples that took part in the split; None for all N.
