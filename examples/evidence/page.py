@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 TITLES = PLAN["titles"]
 # Held-out images are spread evenly over PACS' four domains, of which one is the usual context of a class.
-USUAL = {group: 0.25 for group, plan in GROUPS.items() if "domains" in str(plan["settings"].get("data"))}
+USUAL = {group: 0.25 for group, plan in GROUPS.items() if plan["settings"].get("data", {}).get("layout") == "domains"}
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
@@ -73,7 +73,9 @@ def answers(found: dict[str, Any], folder: Path) -> dict[str, str]:
     blocks = {}
     for question, (first, *others) in PLAN["questions"].items():
         blocks[question] = compared(found, first, folder, question) or "Not run."
-        blocks |= {(name := other["groups"][0]): compared(found, other, folder, name) for other in others}
+        for other in others:
+            name = other["groups"][0]
+            blocks[name] = compared(found, other, folder, name)
     return blocks
 
 

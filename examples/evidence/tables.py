@@ -58,7 +58,7 @@ def table(rows: Rows, arms: dict[str, str], digits: int, share: Sequence[str] = 
     head = ["", *arms.values(), *(f"{name}: share of the way" for name in share[:-1])]
     lines = []
     for measure, row in rows.items():
-        line = [measure, *(cell(row.get(name), digits) for name in arms.values())]
+        line = [measure, *(cell(row.get(name), digits, average) for name in arms.values())]
         for name in share[:-1]:
             arm, ceiling = row.get(name), row.get(share[-1])
             there = arm and ceiling and ceiling.sign > 0
@@ -67,9 +67,8 @@ def table(rows: Rows, arms: dict[str, str], digits: int, share: Sequence[str] = 
     return markdown(head, lines)
 
 
-def differences(rows: Rows, base: str, names: Iterable[str], digits: int) -> str:
+def differences(rows: Rows, base: str, names: list[str], digits: int) -> str:
     """A table of those from the base, with their intervals."""
-    names = list(names)
     lines = [[measure, *(cell(row.get(name), digits, difference) for name in names)] for measure, row in rows.items()]
     return markdown([f"from {base}", *names], lines)
 
@@ -78,12 +77,15 @@ def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def cell(result: Result | None, digits: int, written: Callable[[Result, int], str] | None = None) -> str:
-    """The mean, or what else is ``written`` of a result; bold where the interval of its difference holds no 0."""
-    if result is None:
-        return ""
-    text = written(result, digits) if written else number(result.mean, digits)
-    return f"**{text}**" if result.sign else text
+def cell(result: Result | None, digits: int, written: Callable[[Result, int], str]) -> str:
+    """What is ``written`` of a result, if there is one; bold where the interval of its difference holds no 0."""
+    text = written(result, digits) if result else ""
+    return f"**{text}**" if result and result.sign else text
+
+
+def average(result: Result, digits: int) -> str:
+    """Over seeds."""
+    return number(result.mean, digits)
 
 
 def difference(result: Result, digits: int) -> str:
