@@ -15,7 +15,6 @@ import os
 import platform
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
-    """What is missing; the results of all groups that are finished here, and of others, of the same arms, as known."""
+    """What is missing; the results of the arms that are finished here, and of the others as known."""
     import torch
     from evidence.pictures import draw_pictures
     from evidence.runs import Place, collect, run_all
@@ -66,21 +65,18 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     run_all(place, options.only, options.processes)
     for group in options.only:
         draw_pictures(place, group, options.docs)
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    found, today = collect(place), datetime.date.today().isoformat()
-    machine = f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})"
-    results: dict[str, dict[str, Any]] = {"runs": {}, "dates": {}, "machines": {}, "step_seconds": {}}
+    found, gpu = collect(place), f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    today = {
+        "dates": datetime.date.today().isoformat(),
+        "machines": f"{gpu}{os.cpu_count()} CPU cores ({platform.machine()})",
+    }
+    results: dict[str, dict[str, Any]] = {"runs": {}, **{name: {} for name in today}}
     for group, plan in GROUPS.items():
-        old = known.get("runs", {}).get(group, {"": {}})
-        if group in found and found[group] != old:
-            steps = {arm: median(run["step_seconds"] for run in seeds.values()) for arm, seeds in found[group].items()}
-            fresh = {"runs": found[group], "dates": today, "machines": machine, "step_seconds": steps}
-        elif old.keys() <= plan["arms"].keys():
-            fresh = {name: known[name][group] for name in results if group in known[name]}
-        else:
-            continue
-        for name, value in fresh.items():
-            results[name][group] = value
+        old = {arm: runs for arm, runs in known.get("runs", {}).get(group, {}).items() if arm in plan["arms"]}
+        if arms := beside(old, found.get(group, {})):
+            results["runs"][group] = arms
+            for name, value in today.items():
+                results[name][group] = known[name][group] if arms == old else value
     runs = results["runs"]
     seconds = [run["seconds"] for arms in runs.values() for seeds in arms.values() for run in seeds.values()]
     return {
@@ -89,6 +85,12 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
         "hours": sum(seconds) / 3600,
         **results,
     }
+
+
+def beside(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Known arms of a group stay beside new ones where all were trained beside the same base, which is the first."""
+    base = next(iter(new), None)
+    return {**old, **new} if not new or old.get(base) == new[base] else new
 
 
 if __name__ == "__main__":

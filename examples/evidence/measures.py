@@ -28,7 +28,7 @@ FOLDERS = {"CIFAR-10": "cifar10", "VIPriors": "tiny-vipriors64"}
 
 
 def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int) -> dict[str, Any]:
-    """Accuracies of linear probes and 20 neighbours on ``split``; of the test images also what ``told`` says."""
+    """Accuracies of linear probes and 20 neighbours on ``split``; of the test images also all, or some, of ``told``."""
     found: dict[str, float] = {}
     for name in FOLDERS:
         accuracies, probe = probed(objective, s, data, split, seed, name)
@@ -39,7 +39,10 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
     def logits(images: Tensor) -> Tensor:
         return torch.from_numpy(last.decision_function(encode(features_of(objective), images))).to(images)
 
-    more = told(objective, logits, s, data, seed) if s["told"] and split == "test" else {}  # accuracy chooses settings
+    more: dict[str, Any] = {}
+    if s["told"] and split == "test":  # accuracy alone chooses settings
+        named = s["told"] is not True
+        more = {"told": measured(objective, s, data, s["told"])} if named else told(objective, logits, s, data, seed)
     return {"accuracy": found, **more}
 
 
@@ -74,15 +77,24 @@ def probed(
 
 def measure_on_the_way(objective: nn.Module, s: Settings, data: Path, seed: int) -> dict[str, float]:
     """Of a network that is not yet trained to the end: accuracies on its own data set, and the measures ``curve``."""
-    folder = s["data"]["folder"]
     found, _ = probed(objective, s, data, "test", seed, data_set_of(s))
-    images = folders(data / folder, "test", s["image_size"])
+    return found | measured(objective, s, data, s["curve"])
+
+
+def measured(objective: nn.Module, s: Settings, data: Path, names: list[str]) -> dict[str, float]:
+    """Some of what ``told`` measures, each by the name that a setting has for it."""
+    folder = data / s["data"]["folder"]
+    images = folders(folder, "test", s["image_size"])
     measures = {
         "equivariance": lambda: equivariance(objective, images.evenly(128).pixels / 255),
+        "quarter turns": lambda: transformations_told(
+            objective, images.evenly(s["probe_images"]), "rotation", "quarter turns"
+        ),
         "street scenes": lambda: classes_of_pixels(partial(token_map, objective), data),
-        "r2": lambda: r2(objective, pairable(data / folder, s), s["r2_epochs"], KINDS_OF_PAIRS[:3]),
+        "r2": lambda: r2(objective, pairable(folder, s), s["r2_epochs"], KINDS_OF_PAIRS[:3]),
+        "r2, blur": lambda: r2(objective, pairable(folder, s), s["r2_epochs"], KINDS_OF_PAIRS[3:]),
     }
-    return found | {name: value for measured in s["curve"] for name, value in measures[measured]().items()}
+    return {measure: value for name in names for measure, value in measures[name]().items()}
 
 
 def pairable(folder: Path, s: Settings) -> Tensor:

@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from evidence.curves import along, curve_tables, draw_curves
@@ -102,10 +102,7 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
         every += tables_of_differences(*from_controls(groups, arms, controls), "the control", names)
         pairs = [f"{arms[arm]}: {arms[control]}" for arm, control in controls.items()]
         every.append(f"The controls: {'; '.join(pairs)}.")
-    steps = (found["step_seconds"].get(group, {}) for group in groups)
-    times = next((step for step in steps if step.get(base, 0) > 0.1), {})  # of shorter ones most is chance
-    if ratios := [f"{arms[arm]} {times[arm] / times[base]:.2f}" for arm in arms if arm in times and arm != base]:
-        every.append(f"Time of a step over the base's, while other trainings ran beside it: {', '.join(ratios)}.")
+    every += times_of_steps(groups, arms)
     if curves := [curve for group, runs in groups.items() for curve in along(found["scale"], group, runs, comparison)]:
         if any(len(curve.results) > 1 for curve in curves):
             draw_curves(curves, folder / f"results-{name}-steps.png")
@@ -138,6 +135,21 @@ def from_controls(groups: dict[str, Any], arms: dict[str, str], controls: dict[s
 def tables_of_differences(accuracy: Rows, features: Rows, base: str, names: list[str]) -> list[str]:
     blocks = ["Accuracy, points:", differences(accuracy, base, names, 1)]
     return blocks + (["What the features tell:", differences(features, base, names, 3)] if features else [])
+
+
+def times_of_steps(groups: dict[str, Any], arms: dict[str, str]) -> list[str]:
+    """Over that of the base, in the first group whose steps are so long that what is measured is not mostly chance."""
+    for runs in groups.values():
+        times = {
+            name: median(run.get("step_seconds", 0) for run in runs[arm].values())
+            for arm, name in arms.items()
+            if arm in runs
+        }
+        base, *others = times
+        if times[base] > 0.1:
+            ratios = ", ".join(f"{name} {times[name] / times[base]:.2f}" for name in others)
+            return [f"Time of a step over the base's, while other trainings ran beside it: {ratios}."]
+    return []
 
 
 def chosen(groups: dict[str, Any], arms: dict[str, str]) -> list[str]:

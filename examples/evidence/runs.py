@@ -59,7 +59,7 @@ class Job(NamedTuple):
     def lacks(self) -> set[str]:
         """The measures that joined since it was finished."""
         found, s = self.found() or {}, self.settings()
-        if not s.get("told") or "told" not in found:  # of validation images, accuracy alone
+        if s.get("told") is not True or "told" not in found:  # of validation images, accuracy alone
             return set()
         followed = JOINED_ON_THE_WAY if "r2" in s.get("curve", ()) else set()
         return (JOINED - found["told"].keys()).union(*(followed - values.keys() for values in found["curve"].values()))
@@ -134,7 +134,7 @@ def tuning_seeds(group: str) -> range:
 
 def final(place: Place, group: str) -> list[Job]:
     chosen, seeds = choose(place, group), range(seeds_of(place.scale, group))
-    return [Job(place, group, arm, seed, "test", chosen[arm]) for seed in seeds for arm in GROUPS[group]["arms"]]
+    return [Job(place, group, arm, seed, "test", chosen[arm]) for arm in GROUPS[group]["arms"] for seed in seeds]
 
 
 def choose(place: Place, group: str) -> dict[str, Settings]:
@@ -166,11 +166,15 @@ def finish(pool: ProcessPoolExecutor, jobs: list[Job], title: str) -> None:
 
 
 def collect(place: Place) -> dict[str, Any]:
-    """The results of every group that is finished: group, arm, seed; the settings are those of experiments.yaml."""
+    """The results by group, arm and seed, of each arm whose runs are all finished, if those of the first one are."""
     found: dict[str, Any] = {}
     for group in groups_of(place.scale):
-        ready = not any(job.waits() for jobs in (tuning_of_base, tuning, final) for job in jobs(place, group))
-        for job in final(place, group) if ready else ():
-            run = {name: value for name, value in job.found().items() if name != "settings"}
-            found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run
+        if any(job.waits() for jobs in (tuning_of_base, tuning) for job in jobs(place, group)):
+            continue
+        jobs, (first, *_) = final(place, group), GROUPS[group]["arms"]
+        waiting = {job.arm for job in jobs if job.waits()}
+        for job in jobs if first not in waiting else ():
+            if job.arm not in waiting:
+                run = {name: value for name, value in job.found().items() if name != "settings"}
+                found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run
     return found
