@@ -24,7 +24,7 @@ from evidence.experiments import GROUPS, PLAN, groups_of
 from evidence.page import write_page
 
 FOLDERS = ("cifar10", "tiny-vipriors64", "camvid128")
-MORE = {"cpu": ("pacs64",), "test": ("pacs64",)}  # of a scale that trains classifiers
+MORE = dict.fromkeys(("cpu", "sweep", "test"), ("pacs64",))  # of a scale that trains classifiers
 
 
 def main() -> None:
