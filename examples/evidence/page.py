@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from evidence.by_setting import draw_by_setting, one_setting
 from evidence.curves import along, curve_tables, draw_curves
 from evidence.experiments import GROUPS, PLAN, groups_of
 from evidence.landscapes import landscapes
@@ -92,6 +93,9 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
     seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
     draw(accuracy, features, arms[base], folder / f"results-{name}.png")
     blocks = [f"![Paired differences and their 95% intervals](results-{name}.png)"]
+    if all(map(one_setting, groups)):
+        draw_by_setting(accuracy, groups, arms, folder / f"results-{name}-lines.png")
+        blocks.insert(0, f"![Accuracy against the setting, by context](results-{name}-lines.png)")
     blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share)]
     if features:
         blocks += ["What the features tell:", table(features, arms, 3)]
