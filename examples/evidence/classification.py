@@ -165,8 +165,8 @@ def results(
 ) -> dict[str, Any]:
     """Accuracy in percent on validation images, and on the test's if ``split`` is that.
 
-    Where each class has a context of its own in training, it is that on images in other contexts, and ``overall`` is
-    that on all, where they are not the same.
+    Where each class has a context of its own in training, it is that on images in other contexts; ``overall`` is that
+    on all, and ``usual`` that on the others, where there are any.
     """
     objective.eval()
     found: dict[str, Any] = {"accuracy": {}}
@@ -179,4 +179,5 @@ def results(
         else:
             found["accuracy"][name] = accuracy(logits[rows], part.labels[rows])
             found.setdefault("overall", {})[name] = accuracy(logits, part.labels)
+            found.setdefault("usual", {})[name] = accuracy(logits[~rows], part.labels[~rows])
     return found

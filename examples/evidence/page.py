@@ -14,7 +14,7 @@ from typing import Any
 
 from evidence.by_setting import draw_by_setting, one_setting
 from evidence.curves import along, curve_tables, draw_curves
-from evidence.experiments import GROUPS, PLAN, groups_of
+from evidence.experiments import PLAN, groups_of
 from evidence.landscapes import landscapes
 from evidence.tables import Rows, by_measure, differences, paired_seeds, table
 from matplotlib.figure import Figure
@@ -22,8 +22,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 TITLES = PLAN["titles"]
-# Held-out images are spread evenly over PACS' four domains, of which one is the usual context of a class.
-USUAL = {group: 0.25 for group, plan in GROUPS.items() if plan["settings"].get("data", {}).get("layout") == "domains"}
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
@@ -119,7 +117,7 @@ def rows_of(groups: dict[str, Any], arms: dict[str, str]) -> tuple[Rows, Rows]:
     """Accuracies in percent, and what else the features tell."""
     accuracy, features = {}, {}
     for group, runs in groups.items():
-        read = partial(accuracies, TITLES.get(group, ""), usual=USUAL.get(group))
+        read = partial(accuracies, TITLES.get(group, ""))
         accuracy |= by_measure(runs, arms, read)
         features |= by_measure(runs, arms, told)
     return accuracy, features
@@ -175,13 +173,11 @@ def listed(titles: dict[str, list[str]]) -> str:
     return ". ".join(value + (f" on {'; '.join(of)}" if any(of) else "") for value, of in titles.items())
 
 
-def accuracies(title: str, run: dict[str, Any], usual: float | None = None) -> dict[str, float]:
-    """``usual`` is the share of test images in the context that their class is mostly seen in, where it is known."""
+def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
     found = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
-    if "overall" in run:  # the first is that on images in contexts of other classes
-        overall = found[f"{title}, all images"] = run["overall"]["test"]
-        if usual:
-            found[f"{title}, usual context"] = (overall - (1 - usual) * run["accuracy"]["test"]) / usual
+    for name, called in {"overall": "all images", "usual": "usual context"}.items():
+        if name in run:  # the first is that on images in contexts of other classes
+            found[f"{title}, {called}"] = run[name]["test"]
     if "corrupted" in run:
         found[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
     return found
