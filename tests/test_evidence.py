@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from evidence.measures import JOINED, KINDS_OF_PAIRS, measured
 from evidence.neighbours import Anchor, GroupDRO, afr_weights, eiil_environments, jtt_weights
 from evidence.networks import fit
 from evidence.page import accuracies, write_page
-from evidence.runs import Job, Place, choose, collect, execute, tuning, tuning_of_base, write
+from evidence.runs import Job, Place, beside, choose, collect, execute, tuning, tuning_of_base, write
 from evidence.tables import by_measure, paired
 from evidence.turned import TurnedViews, differences, numbers
 from evidence.views import crops, simclr_colors
@@ -66,7 +65,6 @@ def test_arms_are_published_as_they_are_finished(tmp_path):
     run = {"seconds": 2.0}
     assert collect(place) == {"ser-dino": {arm: {"0": run, "1": run} for arm in ("off", "views")}}
 
-    beside = runpy.run_path(str(ROOT / "examples/evidence/__main__.py"))["beside"]
     known, base, other = {"off": {"0": 1}, "on": {"0": 2}}, {"off": {"0": 1}}, {"off": {"0": 3}}
     assert beside(known, {}) == known
     assert beside(known, {**base, "on": {"0": 4}, "views": {"0": 5}}) == {**base, "on": {"0": 4}, "views": {"0": 5}}

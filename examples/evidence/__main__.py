@@ -59,7 +59,7 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
     """What is missing; the results of the arms that are finished here, and of the others as known."""
     import torch
     from evidence.pictures import draw_pictures
-    from evidence.runs import Place, collect, run_all
+    from evidence.runs import Place, beside, collect, run_all
 
     place = Place(options.scale, options.data.resolve(), options.runs.resolve() / options.scale)
     run_all(place, options.only, options.processes)
@@ -85,12 +85,6 @@ def train(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
         "hours": sum(seconds) / 3600,
         **results,
     }
-
-
-def beside(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Known arms of a group stay beside new ones where all were trained beside the same base, which is the first."""
-    base = next(iter(new), None)
-    return {**old, **new} if not new or old.get(base) == new[base] else new
 
 
 if __name__ == "__main__":

@@ -178,3 +178,9 @@ def collect(place: Place) -> dict[str, Any]:
                 run = {name: value for name, value in job.found().items() if name != "settings"}
                 found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run
     return found
+
+
+def beside(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Known arms of a group stay beside new ones where all were trained beside the same base, which is the first."""
+    base = next(iter(new), None)
+    return {**old, **new} if not new or old.get(base) == new[base] else new
