@@ -91,7 +91,7 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
     seeds = " or ".join(map(str, sorted({len(paired_seeds(runs, arms)) for runs in groups.values()})))
     draw(accuracy, features, arms[base], folder / f"results-{name}.png")
     blocks = [f"![Paired differences and their 95% intervals](results-{name}.png)"]
-    if all(map(one_setting, groups)):
+    if by_setting := all(map(one_setting, groups)):
         draw_by_setting(accuracy, groups, arms, folder / f"results-{name}-lines.png")
         blocks.insert(0, f"![Accuracy against the setting, by context](results-{name}-lines.png)")
     blocks += [f"Accuracy, %, of {seeds} seeds:", table(accuracy, arms, 1, share)]
@@ -104,7 +104,8 @@ def compared(found: dict[str, Any], comparison: dict[str, Any], folder: Path, na
         every += tables_of_differences(*from_controls(groups, arms, controls), "the control", names)
         pairs = [f"{arms[arm]}: {arms[control]}" for arm, control in controls.items()]
         every.append(f"The controls: {'; '.join(pairs)}.")
-    every += times_of_steps(groups, arms)
+    if not by_setting:  # another value costs nothing
+        every += times_of_steps(groups, arms)
     if curves := [curve for group, runs in groups.items() for curve in along(found["scale"], group, runs, comparison)]:
         if any(len(curve.results) > 1 for curve in curves):
             draw_curves(curves, folder / f"results-{name}-steps.png")
