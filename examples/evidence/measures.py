@@ -39,11 +39,11 @@ def measure(objective: nn.Module, s: Settings, data: Path, split: str, seed: int
     def logits(images: Tensor) -> Tensor:
         return torch.from_numpy(last.decision_function(encode(features_of(objective), images))).to(images)
 
-    more: dict[str, Any] = {}
-    if s["told"] and split == "test":  # accuracy alone chooses settings
-        named = s["told"] is not True
-        more = {"told": measured(objective, s, data, s["told"])} if named else told(objective, logits, s, data, seed)
-    return {"accuracy": found, **more}
+    if not s["told"] or split != "test":  # accuracy alone chooses settings
+        return {"accuracy": found}
+    if s["told"] is True:
+        return {"accuracy": found, **told(objective, logits, s, data, seed)}
+    return {"accuracy": found, "told": measured(objective, s, data, s["told"])}
 
 
 def data_set_of(s: Settings) -> str:
@@ -107,8 +107,8 @@ def told(
 ) -> dict[str, dict[str, float]]:
     """What has no test of accuracy on clean images; ``logits`` are of images in 0 .. 1."""
     folder, size = data / s["data"]["folder"], s["image_size"]
-    images = folders(folder, "test", size)
-    some, kinds = images.evenly(s["probe_images"]), corrupted_images(folder, size, s["probe_images"])
+    some = folders(folder, "test", size).evenly(s["probe_images"])
+    kinds = corrupted_images(folder, size, s["probe_images"])
     scores = {key: torch.cat([logits(images) for images, _ in batches(part)]) for key, part in kinds.items()}
     right = {key: among(1, scores[key], part.labels) for key, part in kinds.items()}
     moving, moving_5 = (
@@ -117,10 +117,7 @@ def told(
     )
     return {
         "told": {
-            **equivariance(objective, images.evenly(128).pixels / 255),
-            **r2(objective, pairable(folder, s), s["r2_epochs"]),
-            **transformations_told(objective, some, "rotation", "quarter turns"),
-            **classes_of_pixels(partial(token_map, objective), data),
+            **measured(objective, s, data, ["equivariance", "r2", "r2, blur", "quarter turns", "street scenes"]),
             **joined(objective, s, data, seed),
             "corner error, pixels": corner_error(objective, data / FOLDERS["VIPriors"], size, s["r2_epochs"]),
             "accuracy, moving": mean(found.accuracy for found in moving.values()),

@@ -16,7 +16,7 @@ from evidence.by_setting import draw_by_setting, one_setting
 from evidence.curves import along, curve_tables, draw_curves
 from evidence.experiments import PLAN, groups_of
 from evidence.landscapes import landscapes
-from evidence.tables import Rows, by_measure, differences, paired_seeds, table
+from evidence.tables import CONTEXTS, Rows, by_measure, differences, paired_seeds, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -176,8 +176,8 @@ def listed(titles: dict[str, list[str]]) -> str:
 
 def accuracies(title: str, run: dict[str, Any]) -> dict[str, float]:
     found = {title: run["accuracy"]["test"]} if "test" in run["accuracy"] else dict(run["accuracy"])
-    for name, called in {"overall": "all images", "usual": "usual context"}.items():
-        if name in run:  # the first is that on images in contexts of other classes
+    for name, called in CONTEXTS.items():
+        if name in run:
             found[f"{title}, {called}"] = run[name]["test"]
     if "corrupted" in run:
         found[f"{title}, corrupted".removeprefix(", ")] = mean(run["corrupted"].values())
@@ -213,7 +213,7 @@ def on_changed_images(run: dict[str, Any]) -> dict[str, float]:
 
 def draw(accuracy: Rows, features: Rows, base: str, path: Path) -> None:
     """Every paired difference with its interval: a diagram for each measure, with a scale of its own."""
-    beside = ("all images", "usual context")  # in the tables alone
+    beside = tuple(CONTEXTS.values())  # in the tables alone
     rows = {f"{name}, points": row for name, row in accuracy.items() if not name.endswith(beside)} | features
     names = list(dict.fromkeys(name for row in rows.values() for name in list(row)[1:]))
     lines, columns = math.ceil(len(rows) / 4), min(len(rows), 4)

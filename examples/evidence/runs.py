@@ -171,12 +171,13 @@ def collect(place: Place) -> dict[str, Any]:
     for group in groups_of(place.scale):
         if any(job.waits() for jobs in (tuning_of_base, tuning) for job in jobs(place, group)):
             continue
-        jobs, (first, *_) = final(place, group), GROUPS[group]["arms"]
+        jobs = final(place, group)
         waiting = {job.arm for job in jobs if job.waits()}
-        for job in jobs if first not in waiting else ():
-            if job.arm not in waiting:
-                run = {name: value for name, value in job.found().items() if name != "settings"}
-                found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run
+        if jobs[0].arm in waiting:  # nothing to compare the others with
+            continue
+        for job in (job for job in jobs if job.arm not in waiting):
+            run = {name: value for name, value in job.found().items() if name != "settings"}
+            found.setdefault(group, {}).setdefault(job.arm, {})[str(job.seed)] = run
     return found
 
 

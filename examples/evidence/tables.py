@@ -24,6 +24,8 @@ class Result(NamedTuple):
 
 
 Rows = dict[str, dict[str, Result]]  # by measure and name of the arm, the base first
+# Where contexts are usual for classes, accuracy is that on images in other contexts; beside it stand these.
+CONTEXTS = {"overall": "all images", "usual": "usual context"}
 
 
 def paired(values: list[float], base: list[float]) -> Result:
