@@ -68,11 +68,10 @@ class Agreement:
 
     def _in_words(self) -> dict[str, str]:
         """Every fact in words. Raises ValueError for a tensor that lies where the backend cannot gather it."""
-        backend = dist.get_backend(self.group)
-        wanted = {"nccl": "cuda", "gloo": "cpu"}.get(backend)
+        gathered = _gathered(self.group)
         for name, fact in self.facts.items():
-            if wanted and isinstance(fact, Tensor) and fact.device.type != wanted:
-                got = f"{wanted} for the backend {backend}, got {fact.device}"
+            if isinstance(fact, Tensor) and fact.device.type not in gathered:
+                got = f"{' or '.join(gathered)} for the process group, got {fact.device}"
                 raise ValueError(f"{self.function}: {name} must be on {got}")
         return {name: _described(fact() if callable(fact) else fact) for name, fact in self.facts.items()}
 
@@ -85,14 +84,17 @@ class Checksum:
     """The ``checksum`` of a tensor that seldom changes, computed again only after it changed."""
 
     def __init__(self) -> None:
-        self.seen: tuple[Any, ...] = ()
+        # Held, as a new tensor may lie where one that is gone has lain.
+        self.seen: tuple[Tensor, int] | None = None
         self.value = 0
 
     def of(self, tensor: Tensor) -> int:
-        state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.device)
-        if state != self.seen:
-            self.seen, self.value = state, checksum(tensor)
+        if self.seen is None or self.seen[0] is not tensor or self.seen[1] != tensor._version:
+            self.seen, self.value = (tensor, tensor._version), checksum(tensor)
         return self.value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seen": None, "value": 0}
 
 
 def checksum(tensor: Tensor) -> int:
@@ -107,9 +109,17 @@ def world_size(group: Group = None) -> int:
 
 
 def backend_device(group: Group = None) -> torch.device:
-    """Where the backend wants its tensors."""
-    on_gpu = dist.get_backend(group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    """Where the processes can exchange tensors: on the CPU if they can, else on their accelerator."""
+    gathered = _gathered(group)
+    if "cpu" in gathered:
+        return torch.device("cpu")
+    return torch.device(gathered[0], torch.get_device_module(gathered[0]).current_device())
+
+
+def _gathered(group: Group) -> list[str]:
+    """The kinds of device whose tensors the group can gather; its backend may differ between them."""
+    pairs = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return [device for device, backend in pairs if backend != "gloo" or device == "cpu"]  # of a GPU gloo gathers none
 
 
 def exchange(header: list[int], group: Group = None) -> list[list[int]]:

@@ -89,7 +89,10 @@ def gather_rows(mine: Tensor) -> Tensor:
 
 
 def broadcast_from_rank0(make: Callable[[], Result]) -> Result:
-    """What ``make`` returns in rank 0, in every process; where it fails there, all raise the same error."""
+    """What ``make`` returns in rank 0, in every process. Where it fails there, all raise.
+
+    A ValueError or FloatingPointError is the same in all; of another error the others say what it was.
+    """
     if world_size() == 1:
         return make()
     message: list[Any] = [None]

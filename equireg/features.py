@@ -204,13 +204,20 @@ def _modules_of(thing: Any, seen: set[int]) -> Iterator[nn.Module]:
     elif isinstance(thing, dict):
         parts = [*thing.values()]
     elif callable(thing) and not isinstance(thing, type):
-        parts = [*getattr(thing, "__dict__", {}).values()]
+        parts = [*_attribute(thing, "__dict__", {}).values()]
     elif not isinstance(thing, (type, ModuleType)):  # an object that holds a model, such as a trainer, and much else
-        parts = [part for part in getattr(thing, "__dict__", {}).values() if isinstance(part, nn.Module)]
+        parts = [part for part in _attribute(thing, "__dict__", {}).values() if isinstance(part, nn.Module)]
     if isinstance(thing, FunctionType):  # a decorator, such as torch.no_grad(), keeps the function itself
         parts += [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
-    for part in (getattr(thing, "__wrapped__", None), *parts):
+    for part in (_attribute(thing, "__wrapped__", None), *parts):
         yield from _modules_of(part, seen)
+
+
+def _attribute(thing: Any, name: str, default: Any) -> Any:
+    try:
+        return getattr(thing, name, default)
+    except Exception:  # the ``__getattr__`` of a configuration may raise a KeyError
+        return default
 
 
 def _globals_of(code: CodeType) -> Iterator[str]:

@@ -195,7 +195,9 @@ def _five(check: Arguments, images: Tensor, size: int | tuple[int, int] | None) 
     crops = [images[:, :, top : top + h, left : left + w] for top, left in corners]
     if size is not None:
         return crops
-    return [nn.functional.interpolate(crop, (height, width), mode="bicubic", antialias=True) for crop in crops]
+    exact = (crop.to(accumulation_dtype(crop.dtype)) for crop in crops)  # CPUs do not resize half precision
+    resized = (nn.functional.interpolate(crop, (height, width), mode="bicubic", antialias=True) for crop in exact)
+    return [crop.to(images.dtype) for crop in resized]
 
 
 def _check_merge(check: Arguments, merge: str, sharpening: float) -> None:

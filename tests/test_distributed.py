@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from equireg import GridTransform, LateClassToken, SERLoss, TokenTap
+from equireg import GridTransform, LateClassToken, SERLoss, TokenTap, _agreement
 from equireg.distributed import Processes
 from tests.processes import in_processes
 
@@ -25,7 +25,7 @@ def gathered_dtypes(rank):
         with processes.alike() as facts:
             facts["x"] = torch.ones(2, **options)
 
-    with pytest.raises(ValueError, match="f: x must be on cpu for the backend gloo, got meta"):  # D11
+    with pytest.raises(ValueError, match="f: x must be on cpu for the process group, got meta"):  # D11
         agree(device="meta")
     try:
         agree(dtype=torch.float64 if rank else torch.float32, requires_grad=not rank)
@@ -58,6 +58,34 @@ def models_under_ddp(rank):
             optimizer.step()
         sums.append(sum(p.double().sum().item() for p in model.parameters()))
     return sums
+
+
+@pytest.mark.parametrize(
+    ("served", "gathered"),
+    [
+        ("cpu:gloo,cuda:gloo", ["cpu"]),
+        ("cuda:nccl", ["cuda"]),
+        ("cpu:gloo,cuda:nccl", ["cpu", "cuda"]),
+        ("xpu:xccl", ["xpu"]),
+    ],
+)
+def test_where_a_process_group_gathers(monkeypatch, served, gathered):
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: served)
+    assert _agreement._gathered(None) == gathered
+    if "cpu" not in gathered:
+        monkeypatch.setattr(torch.get_device_module(gathered[0]), "current_device", lambda: 1)
+    expected = torch.device("cpu") if "cpu" in gathered else torch.device(gathered[0], 1)
+    assert _agreement.backend_device() == expected
+
+
+def test_a_checksum_follows_its_tensor():
+    summed = _agreement.Checksum()
+    for count in range(20):  # each where the last one may have lain
+        assert summed.of(torch.full((1000,), count)) == _agreement.checksum(torch.full((1000,), count))
+    numbers = torch.arange(9)
+    before = summed.of(numbers)
+    numbers[0] = 7
+    assert summed.of(numbers) != before
 
 
 def test_two_processes(tmp_path):

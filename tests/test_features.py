@@ -110,6 +110,21 @@ def test_encoder_that_calls_a_function_of_no_module():
     assert features.eq(2).all()
 
 
+def test_encoder_that_reads_a_configuration():
+    class Config(dict):
+        __getattr__ = dict.__getitem__  # raises a KeyError
+
+    config, model = Config(factor=2), nn.BatchNorm1d(3)
+
+    def encode(x):
+        assert not model.training
+        return config.factor * model(x)
+
+    loader = DataLoader(WithIndex(TensorDataset(torch.ones(4, 3), torch.arange(4))), batch_size=4)
+    features, _, _ = extract_features(encode, loader)
+    torch.testing.assert_close(features, torch.full((4, 3), 2.0), rtol=1e-4, atol=0)
+
+
 class Holder:
     """An object that is no module and cannot be called, such as a trainer."""
 

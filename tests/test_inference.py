@@ -63,6 +63,9 @@ def test_crops_are_resized_where_no_size_is_given():
     expected = torch.nn.functional.interpolate(crop, (16, 24), mode="bicubic", antialias=True)
     assert torch.equal(seen[0], expected)
     assert [tuple(part.shape) for part in seen] == [(2, 3, 16, 24)] * 5
+    predict_tta(model, images.half(), crops="five")
+    assert seen[5].dtype == torch.float16
+    torch.testing.assert_close(seen[5].float(), expected, atol=2e-3, rtol=0)
 
 
 def test_no_gradient_and_no_change_of_mode():

@@ -22,8 +22,8 @@ class LateClassToken(nn.Module):
     The first blocks see patch tokens alone, so their output is a clean token map (soft equivariance regularization,
     Section 3.1). Class, register and distillation tokens, with their positional embedding, bypass these blocks
     unchanged; block ``layer`` is the first to see them. The wrapper hooks the blocks of ``vit`` in place, so ``vit``
-    itself also runs late. Both share the ``state_dict`` keys of ``vit``. With ``layer=0``, the output equals the
-    unmodified model's bit for bit.
+    itself also runs late. Both share the ``state_dict`` keys of ``vit``; ``torch.distributed.checkpoint``, which looks
+    parameters up by their keys, takes ``vit``. With ``layer=0``, the output equals the unmodified model's bit for bit.
 
     Use it for training: in a pretrained model, a late class token changes the output strongly. Wrap first, then
     compile, then put DistributedDataParallel around this module, so that both results come from one call.
@@ -68,7 +68,7 @@ class LateClassToken(nn.Module):
         for block in blocks[:layer]:
             strip = _Strip(prefix)
             block.register_forward_pre_hook(strip)
-            block.register_forward_hook(strip.restore)
+            block.register_forward_hook(strip.restore, always_call=True)
             modules: Iterator[Any] = block.modules()
             for module in modules:
                 if hasattr(module, "num_prefix_tokens"):  # attention with rotary embeddings leaves these unturned
@@ -118,8 +118,10 @@ class _Strip:
         self.held[calling_thread()] = args[0][:, : self.prefix]
         return (args[0][:, self.prefix :], *args[1:])
 
-    def restore(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return torch.cat([self.held.pop(calling_thread()), output], dim=1)
+    def restore(self, block: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
+        prefix = self.held.pop(calling_thread())
+        # None after an error, or where checkpointing stops a block that has recomputed what it needs.
+        return None if output is None else torch.cat([prefix, output], dim=1)
 
 
 class _Keep:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ class TokenTap:
     Raises:
         TypeError: ``model`` is not a module; on running, a list of batches, or an output that is not one tensor.
         ValueError: a model compiled already, no such layer; on running, an output without a grid; on reading ``tokens``
-            or ``grid``, that the layer has not run, or that its output was changed in place afterwards.
+            or ``grid``, that the layer has not run, that its output was changed in place afterwards, or that reentrant
+            activation checkpointing hid a layer that learns from autograd.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -77,8 +78,8 @@ class TokenTap:
             owners = [self.model.get_submodule(owner) for owner in _prefixes(layer)]
             num_prefix_tokens = next(filter(None, map(prefix_tokens, owners)), 0)
         self.num_prefix_tokens = num_prefix_tokens
-        self._images: dict[int, Grid] = {}  # by thread: height and width of the images
-        self._taken: dict[int, tuple[Tensor, Grid, int]] = {}
+        self._running: dict[int, tuple[Grid | None, bool]] = {}  # by thread: sides of the images, whether it learns
+        self._taken: dict[int, _Taken] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> TokenTap:
@@ -102,25 +103,27 @@ class TokenTap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A model copied inside of the context keeps its hooks, but not the last output.
-        return {**self.__dict__, "_images": {}, "_taken": {}}
+        return {**self.__dict__, "_running": {}, "_taken": {}}
 
     @property
     def tokens(self) -> Tensor:
         """Tokens of the last forward pass in this thread, [B, T, D], prefix tokens left out, row by row of ``grid``."""
-        tokens, _, version = self._last()
-        if version >= 0 and tokens._version != version:
+        taken = self._last()
+        if taken.version >= 0 and taken.output._version != taken.version:
             raise ValueError(
                 f"TokenTap: layer {self.layer!r} must not be followed by an operation in place on its output, such as "
                 "ReLU(inplace=True); tap the module that does that"
             )
-        return tokens
+        if taken.hidden and taken.output.grad_fn is None and torch.is_grad_enabled():
+            raise ValueError("TokenTap: model must checkpoint with use_reentrant=False, got tokens without gradient")
+        return _as_tokens(taken.output, taken.layout)
 
     @property
     def grid(self) -> Grid:
         """Rows and columns of ``tokens``."""
-        return self._last()[1]
+        return self._last().grid
 
-    def _last(self) -> tuple[Tensor, Grid, int]:
+    def _last(self) -> _Taken:
         found = self._taken.get(threading.get_ident(), self._taken.get(0))
         if found is None:
             raise ValueError(
@@ -132,11 +135,12 @@ class TokenTap:
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
             check_images(self._check, args[0])
-        if args and isinstance(args[0], Tensor) and args[0].dim() >= 3:
-            self._images[calling_thread()] = (args[0].shape[-2], args[0].shape[-1])
+        known = args and isinstance(args[0], Tensor) and args[0].dim() >= 3
+        image = (args[0].shape[-2], args[0].shape[-1]) if known else None
+        self._running[calling_thread()] = image, torch.is_grad_enabled()
 
     def _after(self, *_: Any) -> None:
-        self._images.pop(calling_thread(), None)
+        self._running.pop(calling_thread(), None)
 
     def _record(self, module: nn.Module, _: Any, output: Any) -> None:
         # A checkpointed layer runs again in the backward pass, after its output was recorded.
@@ -144,15 +148,19 @@ class TokenTap:
             return
         if not isinstance(output, Tensor):
             self._check.fail_type("layer", f"one whose output is a tensor ({self.layer!r})", type(output).__name__)
-        tokens, grid = self._as_tokens(output)
+        image, learns = self._running.get(calling_thread(), (None, False))
+        layout, grid = self._layout(output, image)
         if torch.compiler.is_compiling():  # a graph has no thread, so all threads share its output
-            self._taken = {0: (tokens, grid, -1)}
+            self._taken = {0: _Taken(_as_tokens(output, layout), 0, grid, -1, False)}
             return
         self._taken.pop(0, None)
-        self._taken[calling_thread()] = (tokens, grid, -1 if output.is_inference() else output._version)
+        version = -1 if output.is_inference() else output._version
+        # Reentrant checkpointing runs layers without gradient, and gives some of their outputs one afterwards.
+        hidden = learns and not torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        self._taken[calling_thread()] = _Taken(output, layout, grid, version, hidden)
 
-    def _as_tokens(self, output: Tensor) -> tuple[Tensor, Grid]:
-        image = self._images.get(calling_thread())
+    def _layout(self, output: Tensor, image: Grid | None) -> tuple[str | int, Grid]:
+        """Where the channels are, or how many tokens come before the patches; and the grid."""
         shape = list(output.shape)
         if output.dim() == 4:
             last = self.channels_last
@@ -161,8 +169,8 @@ class TokenTap:
                 says = getattr(self.model, "output_fmt", None) == "NHWC"
                 last = last_fits and (says or not first_fits)
             if last:
-                return output.flatten(1, 2), (shape[1], shape[2])
-            return output.flatten(2).transpose(1, 2), (shape[2], shape[3])
+                return "NHWC", (shape[1], shape[2])
+            return "NCHW", (shape[2], shape[3])
         if output.dim() == 3:
             # Some layers run before the class token joins (CaiT), so the prefix may be there or not.
             prefixes = (self.num_prefix_tokens, 0)
@@ -170,12 +178,30 @@ class TokenTap:
                 for prefix in prefixes:
                     grid = _grid_of(shape[1] - prefix, image, exact)
                     if grid is not None:
-                        return output[:, prefix:], grid
+                        return prefix, grid
         of = f"images of {image[0]} x {image[1]}" if image else "unknown images"
         rule = f"one whose output is a map of tokens ({self.layer!r})"
         if output.dim() == 3:
             rule += f", of all patches, none masked, after {self.num_prefix_tokens} others (num_prefix_tokens)"
         self._check.fail("layer", rule, f"{shape} for {of}")
+
+
+class _Taken(NamedTuple):
+    """An output of the layer: whole, as autograd may join it only after it left the layer."""
+
+    output: Tensor
+    layout: str | int
+    grid: Grid
+    version: int  # -1 where it has none
+    hidden: bool  # from autograd, when it was recorded
+
+
+def _as_tokens(output: Tensor, layout: str | int) -> Tensor:
+    if layout == "NHWC":
+        return output.flatten(1, 2)
+    if layout == "NCHW":
+        return output.flatten(2).transpose(1, 2)
+    return output[:, layout:]
 
 
 def _prefixes(name: str) -> list[str]:
@@ -203,6 +229,8 @@ def _grid_of(tokens: int, image: Grid | None, exact: bool) -> Grid | None:
     for rows in (h,) if exact else (h, h - 1, h + 1):
         if rows > 0 and tokens % rows == 0:
             sides = rows, tokens // rows
-            if rows * width == sides[1] * height or (not exact and image is not None and _fits(sides, image)):
+            # One stride takes a square image to a square grid alone.
+            close = not exact and image is not None and height != width and _fits(sides, image)
+            if rows * width == sides[1] * height or close:
                 return sides
     return None

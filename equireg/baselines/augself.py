@@ -72,8 +72,8 @@ class AugSelfLoss(nn.Module):
         if not targets:
             check.fail("targets", "at least one augmentation", targets)
         for name, kind_and_width in targets.items():
-            if not isinstance(name, str) or not name or "." in name:  # they name modules
-                check.fail("targets", "named by strings without a dot", repr(name))
+            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+                check.fail("targets", "named by strings that can name modules, as 'flip'", repr(name))
             if not isinstance(kind_and_width, (tuple, list)) or len(kind_and_width) != 2:
                 check.fail(f"targets[{name!r}]", "(kind, width)", kind_and_width)
             kind, width = kind_and_width
@@ -156,12 +156,14 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _checked_target(check: Arguments, side: str, given: Targets, name: str, kind: str, width: int) -> Tensor:
+    if not isinstance(given, Mapping):
+        check.fail_type(side, "a dictionary of tensors", type(given).__name__)
     if name not in given:
         check.fail(side, f"with the difference {name!r}", sorted(given))
     label, value = f"{side}[{name!r}]", given[name]
     if kind == "regression":
-        check.sizes[name] = width
-        differences = check.features(label, value, f"B {name}")
+        check.sizes["width"] = width
+        differences = check.features(label, value, "B width")
         if values_visible(differences) and differences.abs().amax() > 1 + 1e-3:  # but for rounding
             check.fail(label, "in -1 .. 1: a tanh predicts them", f"up to {float(differences.abs().amax()):g}")
         return differences

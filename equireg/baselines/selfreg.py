@@ -112,17 +112,17 @@ class SelfRegLoss(nn.Module):
     ) -> SelfRegParts:
         """The loss and, detached, what it is made of: the dissimilarities ``.features`` and ``.logits``."""
         labels = self._checked(features, logits, labels)
-        if share is None:  # a uniform number on its arc: Beta(1/2, 1/2)
-            share = math.sin(math.pi / 2 * float(torch.rand((), dtype=torch.float64, generator=generator))) ** 2
-        Arguments("SelfRegLoss").share("share", share)
+        if share is not None:
+            Arguments("SelfRegLoss").share("share", share)
+        of_call: float | Tensor = _drawn_share(generator, features.dtype) if share is None else share
         features, logits = features.contiguous(), logits.contiguous()  # the same bits whatever the strides
         following = _next_of_class(labels)
         partners = following, following[following]
         projected = self.projection(for_layers(self.projection, features))
         if projected.shape != features.shape:
             Arguments("SelfRegLoss").fail("projection", "from [B, D] to [B, D]", list(projected.shape))
-        of_features = _dissimilarity(features, projected, partners, share)
-        of_logits = _dissimilarity(logits, logits, partners, share)
+        of_features = _dissimilarity(features, projected, partners, of_call)
+        of_logits = _dissimilarity(logits, logits, partners, of_call)
         loss = self.feature_weight * of_features + self.logit_weight * of_logits
         return SelfRegParts(loss, of_features.detach(), of_logits.detach())
 
@@ -151,7 +151,13 @@ def _projection(dim: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _dissimilarity(of: Tensor, to: Tensor, partners: tuple[Tensor, Tensor], share: float) -> Tensor:
+def _drawn_share(generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """From Beta(½, ½), a uniform number on its arc; a 0-d tensor, as a compiled step cannot read one."""
+    uniform = torch.rand((), dtype=torch.float64, generator=generator)
+    return (math.pi / 2 * uniform).sin().square().to(accumulation_dtype(dtype))
+
+
+def _dissimilarity(of: Tensor, to: Tensor, partners: tuple[Tensor, Tensor], share: float | Tensor) -> Tensor:
     """S(of, to): to the first partner, and to a mixture of both."""
     exact = accumulation_dtype(of.dtype)
     first, second = (to.to(exact)[partner] for partner in partners)

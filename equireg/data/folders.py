@@ -31,7 +31,7 @@ class Folder:
 
     def folders(self) -> list[str]:
         """The names of the folders in it, sorted, without hidden ones."""
-        return [entry.name for entry in self._entries(self.path) if entry.is_dir()]
+        return [entry.name for entry in self._entries(self.path) if _is_folder(entry)]
 
     def classes(self) -> list[str]:
         """The names of the folders in it, sorted; at least two."""
@@ -61,12 +61,12 @@ class Folder:
     def _images_below(self, folder: str, above: tuple[str, ...]) -> list[str]:
         files, deeper = [], []
         for entry in self._entries(folder):
-            if entry.is_dir():
+            if _is_folder(entry):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                 if real not in above:  # a link to a folder above would recurse forever
                     deeper += self._images_below(entry.path, (*above, real))
             # A dangling link is a broken image; a pipe is not an image.
-            elif (entry.is_file() or entry.is_symlink()) and _is_image(entry):
+            elif (entry.is_symlink() or entry.is_file()) and _is_image(entry):
                 files.append(entry.path)
         return files + deeper
 
@@ -131,6 +131,13 @@ def refuse_emptied(args: Arguments, files: ImageFiles) -> None:
         reasons = "; ".join(reason for _, reason in files.skipped[:3])
         got = f"none; {len(files.skipped)} files skipped {reasons}".strip()
         args.fail(f"class {files.classes[empty[0]]!r}", "one with images that can be decoded", got)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:

@@ -169,9 +169,9 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     def take(self, indices: Sequence[int] | Tensor) -> ImageFiles:
         """The images at ``indices``, in that order; everything else is unchanged."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64) if len(indices) else torch.empty(0, dtype=torch.int64)
         args = Arguments("ImageFiles.take")
-        args.integers("indices", chosen, "N")
+        given = torch.as_tensor(indices) if len(indices) else torch.empty(0, dtype=torch.int64)
+        chosen = args.integers("indices", given, "N")
         args.below("indices", chosen, len(self), "the number of images")
         taken = copy.copy(self)
         taken.paths = [self.paths[index] for index in chosen.tolist()]

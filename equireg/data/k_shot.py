@@ -93,8 +93,12 @@ def labels_of(args: Arguments, dataset: Dataset[Any]) -> Tensor:
             labels = getattr(dataset, "targets", None)
     if labels is None:
         args.fail_type("dataset", "a data set with its labels in .labels or .targets", type(dataset).__name__)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError):
+        args.fail_type("the dataset's labels", "whole numbers", repr(labels)[:40])
     # Each part of a concatenation has its own N.
-    labels = Arguments(args.function).integers("the dataset's labels", torch.as_tensor(labels), "N").cpu()
+    labels = Arguments(args.function).integers("the dataset's labels", labels, "N").cpu()
     if len(labels) != len(dataset):  # type: ignore[arg-type]
         args.fail("dataset", f"one with {len(labels)} samples for its labels", len(dataset))  # type: ignore[arg-type]
     return labels  # type: ignore[no-any-return]

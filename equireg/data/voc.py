@@ -176,10 +176,11 @@ def _listed(args: Arguments, path: str, names: list[str]) -> list[str]:
     """The images, of those with the given names, whose names without ending stand in a text file."""
     try:
         with open(path, encoding="utf-8") as file:
-            listed = [line.split()[0] for line in file if line.strip()]
+            lines = [line.strip() for line in file if line.strip()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{args.function}: split must be the name of a list, got none at {path!r}") from None
     known = {os.path.splitext(name)[0]: name for name in names}
+    listed = [line if line in known else line.split()[0] for line in lines]  # lists of one class add a number
     for name in listed:
         if name not in known:
             args.fail(f"file {path!r}", "a list of images in root", repr(name))

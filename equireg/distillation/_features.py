@@ -22,7 +22,7 @@ def channels_last(check: Arguments, name: str, features: Tensor, dim: int) -> Te
 def align_features(
     check: Arguments, student: Tensor, teacher: Tensor, student_dim: int, teacher_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Both with their channels last, at the same places; the teacher without gradient, in the student's dtype."""
+    """Both with their channels last, at the same places; the teacher without gradient."""
     mine = channels_last(check, "student", student, student_dim)
     goal = channels_last(check, "teacher", teacher, teacher_dim)
     if mine.shape[:-1] != goal.shape[:-1]:

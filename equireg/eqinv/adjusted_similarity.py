@@ -73,7 +73,7 @@ def check_samples(
     if num_classes is None:
         if len(labels) == 0:
             check.fail("num_classes", "given where there are no labels", None)
-        num_classes = int(labels.max()) + 1
+        num_classes = max(int(labels.max()) + 1, 1)
     check.count("num_classes", num_classes)
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():

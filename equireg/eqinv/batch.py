@@ -25,9 +25,12 @@ def checked_batch(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | 
     check.sizes["D"] = irm.num_features
     labels = check_batch(check, "features", features, labels)
     check.below("labels", labels, irm.num_classes, "num_classes")
+    fitted = irm.environments is not None and irm.environments.fitted
+    if irm.sample_weights and not fitted:
+        check.fail("fit_environments", "called first, as sample_weights are those of its environments", "none")
     if indices is not None:
         indices = check.integers("indices", indices, "B")
-        if irm.environments is None or not irm.environments.fitted:
+        if not fitted:
             check.fail("indices", "None before fit_environments", list(indices.shape))
         check.below("indices", indices, irm.environments.num_samples, "samples of the environments")
         irm.environments.check_labels(check, indices, labels)

@@ -71,7 +71,8 @@ class ClassWiseIRM(nn.Module):
         penalty_on: ``"projection"``, the risks of z; ``"features"``, those of the masked features, without g.
         risk_weight: ρ, of the contrast, at least 0. With few images per class in a batch the contrast mostly pushes
             classes apart: 0.1 was better than 1 where it was tried on 50 classes with 10 images.
-        sample_weights: weigh the anchors of the risk, and of SupCon, by :meth:`Environments.weights`.
+        sample_weights: weigh the anchors of the risk, and of SupCon, by :meth:`Environments.weights`; it takes
+            fitted environments and indices.
         num_samples: length of the dataset. The environments are then buffers of full size from the start, for moving
             averages of the model, DistributedDataParallel and checkpoints that are made before the environments.
         gather_distributed: whether the batch is that of all processes, or of a process group, with its gradient: the

@@ -63,8 +63,8 @@ class FeatureMask(nn.Module):
             head: takes features [..., D].
 
         Returns:
-            An ``nn.Linear`` where that is exact (a linear head, weight-normalised or not, and no ``scale``); else an
-            ``nn.Sequential`` of copies of the mask and the head.
+            An ``nn.Linear`` where that is exact (a linear head, parametrised or not, without hooks, and no ``scale``);
+            else an ``nn.Sequential`` of copies of the mask and the head.
 
         Raises:
             TypeError, ValueError: ``head`` is no module, or a linear one of another width.
@@ -72,9 +72,12 @@ class FeatureMask(nn.Module):
         check = Arguments("FeatureMask.fold_into")
         if not isinstance(head, nn.Module):
             check.fail_type("head", "an nn.Module", type(head).__name__)
-        # A subclass may do something else with its weight; a parametrised layer, as of weight_norm, does not.
-        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or self.scale is not None:
-            return nn.Sequential(copy.deepcopy(self), copy.deepcopy(head))
+        # A subclass may do something else with its weight, and so may a hook; a parametrised layer does not.
+        exact = self.scale is None and not head._forward_pre_hooks and not head._forward_hooks
+        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or not exact:
+            # What a hook made with a gradient, such as the weight of nn.utils.weight_norm, cannot be copied with it.
+            made = [t for part in head.modules() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn]
+            return nn.Sequential(copy.deepcopy(self), copy.deepcopy(head, {id(t): t.detach().clone() for t in made}))
         if head.in_features != len(self.weight):
             check.fail("head", f"of {len(self.weight)} features", head.in_features)
         how = {"bias": head.bias is not None, "device": head.weight.device, "dtype": head.weight.dtype}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from equireg._checks import Arguments
 from equireg.eqinv.context_weights import auto_sharpness, chance_shape, shape_of
 
 __all__ = ["EnvironmentsReport"]
@@ -82,10 +83,13 @@ class EnvironmentsReport:
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: another number of names than of classes.
         """
         from matplotlib.figure import Figure  # on use; without pyplot, so that no window opens
 
         names = class_names or [str(k) for k in range(len(self.size))]
+        if len(names) != len(self.size):
+            Arguments("EnvironmentsReport.picture").fail("class_names", f"of {len(self.size)} classes", names)
         side = min(12.0, max(4.0, 0.25 * len(names)))
         figure = Figure(figsize=(1.6 * side, side), layout="constrained")
         bars, table = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))

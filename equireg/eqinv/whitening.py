@@ -16,6 +16,11 @@ def whitened(check: Arguments, features: Tensor, axes: int) -> Tensor:
     Summed block by block, so that extra memory is that of a [D, D] matrix and of the result.
     """
     check.count("whiten", axes)
+    with torch.autocast(features.device.type, enabled=False):
+        return _whitened(check, features, axes)
+
+
+def _whitened(check: Arguments, features: Tensor, axes: int) -> Tensor:
     exact = accumulation_dtype(features.dtype)
     blocks = features.split(4096)
     mean = torch.stack([block.to(exact).sum(0) for block in blocks]).sum(0) / len(features)

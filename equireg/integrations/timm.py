@@ -145,10 +145,12 @@ class _Masked(nn.Module):
         # In this order, as timm takes the last two parameters for the classifier's: --clip-mode agc leaves them out.
         self.irm = irm.to(head.weight.device, head.weight.dtype)
         self.model, self.sharpness = model, sharpness
+        if any(getattr(hook, "__func__", None) is _Masked._mask for hook in head._forward_pre_hooks.values()):
+            check.fail("model", "without a mask; create it anew", "one that an EqInvTask wrapped already")
         self.head = next(name for name, module in model.named_modules() if module is head)
         # A bound method, as a copy of this module, the moving average, binds its own. A closure would bind this one.
         head.register_forward_pre_hook(self._mask)
-        self._seen: list[Tensor] = []
+        self._seen: list[Tensor] | None = None
 
     def forward(
         self,
@@ -161,8 +163,9 @@ class _Masked(nn.Module):
 
         Those of the samples ``weighed`` [S, B], by default of ``indices`` alone.
         """
-        self._seen = []
-        logits, seen, self._seen = self.model(x), self._seen, []
+        seen: list[Tensor] = []
+        self._seen = seen
+        logits, self._seen = self.model(x), None
         if labels is None or indices is None:
             return logits
         if len(seen) != 1:
@@ -175,7 +178,8 @@ class _Masked(nn.Module):
         return logits, invariance, weights.view(weighed.shape)
 
     def _mask(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        self._seen.append(args[0])
+        if self._seen is not None:  # not where the model runs alone
+            self._seen.append(args[0])
         return (self.irm.mask(args[0]),)
 
     def plain_and_own_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

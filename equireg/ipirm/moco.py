@@ -113,10 +113,12 @@ class MoCoIPIRMLoss(PartitionLoss):
     @torch.no_grad()
     def _enqueue(self, keys: Tensor, indices: Tensor) -> None:
         """New tensors instead of changed ones: the backward pass needs what the loss saw, compiled or not."""
-        places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue = self.queue.index_copy(0, places, keys.to(self.queue.dtype))
-        self.queue_indices = self.queue_indices.index_copy(0, places, indices)
-        self.place = (self.place + len(keys)) % len(self.queue)
+        with torch.inference_mode(False):  # what is made in that mode could not be saved for a backward pass later
+            keys, indices = keys.to(self.queue.dtype, copy=True), indices.clone()
+            places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+            self.queue = self.queue.index_copy(0, places, keys)
+            self.queue_indices = self.queue_indices.index_copy(0, places, indices)
+            self.place = (self.place + len(keys)) % len(self.queue)
 
     def settings(self) -> dict[str, Any]:
         size, width = self.queue.shape

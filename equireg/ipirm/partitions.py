@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -148,7 +149,8 @@ class PartitionUpdater(nn.Module):
         self.num_samples, self.num_groups = num_samples, num_groups
         self.temperature, self.weight, self.lr, self.max_passes = temperature, weight, lr, max_passes
         self.block_size, self.balance, self.starts, self.keep = block_size, balance, starts, keep
-        self.register_buffer("partitions", torch.zeros(1, num_samples, dtype=torch.int64))
+        # No buffer, though saved and moved with the module: moving averages copy buffers, and this one grows.
+        self.partitions = torch.zeros(1, num_samples, dtype=torch.int64)
         self.register_buffer("generator_state", torch.Generator().manual_seed(seed).get_state())
         self.reports: list[PartitionReport] = []
         self._of_one_group: set[int] = set()  # rows beside the first, as a partition that collapsed
@@ -222,12 +224,10 @@ class PartitionUpdater(nn.Module):
             raise
         source.set_state(after)
         self.reports.append(report)
-        with torch.inference_mode(False):  # what is made in that mode could not be loaded into later
-            partition = found.partition.to(self.partitions.device, copy=True)
-            self._join(partition)
-            if generator is None:
+        if generator is None:
+            with torch.inference_mode(False):  # what is made in that mode could not be loaded into later
                 self.generator_state = after.to(self.generator_state.device, copy=True)
-        return partition
+        return self._join(found.partition)
 
     def add(self, groups: Tensor) -> None:
         """A partition of your own joins the set: of known groups, or of random ones as a control.
@@ -242,12 +242,16 @@ class PartitionUpdater(nn.Module):
         check.sizes["N"] = self.num_samples
         groups = check.integers("groups", groups, "N")
         check.below("groups", groups, self.num_groups, "num_groups")
-        self._join(groups.to(self.partitions.device, copy=True))
+        self._join(groups)
 
-    def _join(self, partition: Tensor) -> None:
-        found = torch.cat([self.partitions[1:], partition[None]])
-        self.partitions = torch.cat([self.partitions[:1], found if self.keep is None else found[-self.keep :]])
+    def _join(self, groups: Tensor) -> Tensor:
+        """A copy of the groups, which is now the last of the partitions."""
+        with torch.inference_mode(False):
+            partition = groups.to(self.partitions.device, copy=True)
+            found = torch.cat([self.partitions[1:], partition[None]])
+            self.partitions = torch.cat([self.partitions[:1], found if self.keep is None else found[-self.keep :]])
         self._note_those_of_one_group()
+        return partition
 
     def _note_those_of_one_group(self) -> None:
         """Once, so that no step waits for a GPU."""
@@ -346,12 +350,25 @@ class PartitionUpdater(nn.Module):
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
         return f"{self.num_samples}, {self.num_groups}, partitions={len(self.partitions)}, {shown}"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The number of groups, and the reports as plain numbers."""
-        return {"num_groups": self.num_groups, "reports": [report._asdict() for report in self.reports]}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartitionUpdater:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.partitions = fn(self.partitions)
+        return self
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.reports = [PartitionReport(**report) for report in state["reports"]]
+    def get_extra_state(self) -> Tensor:
+        """The number of groups and the reports: JSON as bytes, as accelerate saves tensors alone."""
+        told = {"num_groups": self.num_groups, "reports": [report._asdict() for report in self.reports]}
+        return torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        told = [{**report} for report in _extra(state)["reports"]]
+        for report in told:
+            report |= {name: tuple(report[name]) for name in ("group_sizes", "agreement")}
+        self.reports = [PartitionReport(**report) for report in told]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "partitions"] = self.partitions
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         missing: list[str] = args[2]
@@ -362,7 +379,7 @@ class PartitionUpdater(nn.Module):
             missing.extend(absent)
             return
         saved, generator, extra = (state_dict[prefix + name] for name in names)
-        groups = extra["num_groups"]
+        groups = _extra(extra)["num_groups"]
         fits = saved.dim() == 2 and len(saved) and saved.shape[1] == self.num_samples and groups == self.num_groups
         whole = saved.dtype == torch.int64 and saved.numel() and 0 <= int(saved.min()) <= int(saved.max()) < groups
         if not fits or not whole or generator.shape != self.generator_state.shape:
@@ -372,6 +389,12 @@ class PartitionUpdater(nn.Module):
                 + ("" if not fits else "; they or the generator's state are damaged")
             )
             return
-        self.partitions = torch.zeros_like(saved, device=self.partitions.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        others = {key: value for key, value in state_dict.items() if key != prefix + "partitions"}
+        super()._load_from_state_dict(others, prefix, *args)
+        self.partitions = saved.to(self.partitions.device, copy=True)
         self._note_those_of_one_group()
+
+
+def _extra(state: Tensor | dict[str, Any]) -> dict[str, Any]:
+    """What ``get_extra_state`` wrote; 0.1.0 saved it as it is."""
+    return state if isinstance(state, dict) else json.loads(bytes(state.tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,7 +84,7 @@ def dense_probe(
     check_callable(check, "encode", encode)
     check.count("num_classes", num_classes, least=2)
     ignored = num_classes if ignore_index is None else ignore_index
-    if isinstance(ignored, bool) or not isinstance(ignored, int):
+    if isinstance(ignored, bool) or not isinstance(ignored, numbers.Integral):
         check.fail_type("ignore_index", "a whole number or None", type(ignored).__name__)
     check.not_negative("weight_decay", weight_decay)
     check.count("max_iterations", max_iterations)

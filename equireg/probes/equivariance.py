@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equireg._checks import Arguments
+from equireg.features import check_callable
 from equireg.grid import GridTransform
 from equireg.similarity import normalized
 
@@ -34,7 +35,8 @@ def equivariance_score(
         The score of each image, [B], from -1 to 1, in float32 or float64.
 
     Raises:
-        TypeError, ValueError: images that are not whole patches of the source grid, tokens of other grids.
+        TypeError, ValueError: images that are not whole patches of the source grid, tokens of other grids; one image
+            alone where ``shuffled``.
 
     Example:
         >>> def patch_means(images):  # an encoder that is exactly equivariant
@@ -45,18 +47,19 @@ def equivariance_score(
         True
     """
     check = Arguments("equivariance_score")
-    if not callable(encode):
-        check.fail_type("encode", "callable", type(encode).__name__)
+    check_callable(check, "encode", encode)
     if not isinstance(transform, GridTransform):
         check.fail_type("transform", "a GridTransform", type(transform).__name__)
     check.option("shuffled", shuffled, (True, False))
     check.sizes["B"] = len(transform)
     check.features("images", images, "B C H W")
+    if shuffled and len(images) < 2:
+        check.fail("images", "at least 2 to compare with others, shuffled", len(images))
     (h, w), (height, width) = transform.source, images.shape[2:]
     if height % h or width % w or height // h != width // w:
         check.fail("images", f"of whole square patches on the grid {transform.source}", list(images.shape))
-    of_images = encode(images)
-    moved = transform.on_tokens(check.features("encode(images)", of_images, "B T D"))
+    check.sizes["T"] = h * w
+    moved = transform.on_tokens(check.features("encode(images)", encode(images), "B T D"))
     turned = encode(transform.on_images(images, height // h))
     check.sizes["T"] = moved.shape[1]
     check.features("encode(transformed images)", turned, "B T D")

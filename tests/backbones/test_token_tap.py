@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from equireg import LateClassToken, TokenTap
 from tests.backbones.conftest import hooks, in_two_threads
@@ -135,9 +136,48 @@ def test_gradients_flow_through_tokens(checkpointed):  # W5: recorded once
         logits = model(torch.rand(2, 3, 64, 64))
         before = tap.tokens
         (0 * logits.sum() + before.square().sum()).backward()
-        assert tap.tokens is before
+        assert tap.tokens.data_ptr() == before.data_ptr()  # not recorded again
     assert model.patch_embed.proj.weight.grad.norm() > 0
     assert not model.blocks[2].mlp.fc1.weight.grad.any()
+
+
+class Checkpointed(nn.Sequential):
+    """Blocks that run as an older checkpoint runs them: each alone, or in two segments."""
+
+    in_segments = False
+
+    def forward(self, x):
+        if self.in_segments:
+            return checkpoint_sequential(self, 2, x, use_reentrant=True)
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=True)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_hides_no_gradient():  # W8
+    model, x = vit().train(), torch.rand(2, 3, 64, 64)
+    found = []
+    for blocks in (model.blocks, Checkpointed(*model.blocks)):
+        model.blocks = blocks
+        with TokenTap(model, "blocks.1") as tap:
+            model(x)
+            model.zero_grad()
+            tap.tokens.square().sum().backward()
+        found.append([model.patch_embed.proj.weight.grad.clone(), model.blocks[1].mlp.fc1.weight.grad.clone()])
+    torch.testing.assert_close(*found)
+    model.blocks.in_segments = True
+    with TokenTap(model, "blocks.0") as tap:  # in the midst of a segment
+        model(x)
+        assert tap.grid == (4, 4)
+        with pytest.raises(ValueError, match="checkpoint with use_reentrant=False, got tokens without gradient"):
+            tap.tokens  # noqa: B018
+        with torch.no_grad():
+            model(x)
+        assert tap.tokens.shape == (2, 16, 48)  # nothing was to be learned
+        model.blocks[0].requires_grad_(False)
+        model(x)
+        assert not tap.tokens.requires_grad  # a frozen start is nobody's mistake
 
 
 def test_compiled_inside_of_the_context():  # W4
@@ -226,7 +266,7 @@ def test_what_cannot_be_found_out_can_be_said():
         with TokenTap(model, "inner", **options) as tap:
             model(x)
         assert (tuple(tap.tokens.shape), tap.grid) == (tokens, grid)
-    for shape in ((17, 5), (3,), ()):
+    for shape in ((17, 5), (20, 5), (3,), ()):  # of a square image no 4 x 5
         model = Odd(*shape)
         with TokenTap(model, "inner"), pytest.raises(ValueError, match=r"layer must be one whose output is a map"):
             model(x)

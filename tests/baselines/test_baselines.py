@@ -38,6 +38,12 @@ def test_tokens_are_averaged():
     torch.testing.assert_close(sie(tokens, fewer, parameters), sie(*pooled, parameters))
 
 
+def test_augself_takes_targets_of_any_name():
+    targets = {name: torch.zeros(6, 2) for name in ("color jitter", "B")}
+    loss = AugSelfLoss(8, dict.fromkeys(targets, ("regression", 2)))
+    assert loss(*torch.randn(2, 6, 8), targets, targets).isfinite()
+
+
 def test_essl_tells_how_often_the_turn_is_told():
     loss = ESSLLoss(8, hidden_dim=16)
     features, turns = torch.randn(40, 8), torch.randint(4, (40,))
@@ -82,7 +88,13 @@ def rebuild(tokens2=(6, 9, 8), images1=(6, 3, 4, 6)):
         (
             lambda: AugSelfLoss(8, {"a.b": ("binary", 1)}),
             ValueError,
-            "targets must be named by .* without a dot, got 'a",
+            "targets must be named by strings that can name modules, .* got 'a",
+        ),
+        (lambda: AugSelfLoss(8, {"type": ("binary", 1)}), ValueError, "targets must be named by .* got 'type'"),
+        (
+            lambda: AugSelfLoss(8, TARGETS)(*torch.randn(2, 6, 8), None, differences(6)),
+            TypeError,
+            "forward_targets must be a dictionary of tensors, got NoneType",
         ),
         (lambda: AugSelfLoss(8, {"x": ("binary", 2)}), ValueError, r"targets\['x'\] must be \('binary', 1\)"),
         (lambda: augself(flip=torch.arange(6) % 4), TypeError, r"flip.* must be a"),

@@ -58,6 +58,14 @@ def test_the_share_is_drawn_from_beta():
     assert torch.equal(found[:3], torch.stack([loss(*args, generator=again) for _ in range(3)]))
 
 
+def test_a_drawn_share_compiles_whole():
+    loss, args = SelfRegLoss(6).double().eval(), batch(8)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args, share=0.3), loss(*args, share=0.3))
+    found = torch.stack([compiled(*args) for _ in range(8)])
+    assert len(found.unique()) == 8  # each call draws its own
+
+
 def test_a_single_sample_has_no_statistics():
     features, logits, labels = batch(1)
     with pytest.raises(ValueError, match=r"features must be of at least 2 samples, .* BatchNorm, got \[1, 6\]"):

@@ -311,6 +311,9 @@ def test_take():
         files.take([0, 3])
     with pytest.raises(ValueError, match="got -1"):
         files.take([-1])
+    for mask in (files.labels == 1, [True, False, True], [0.0, 1.0]):  # not places
+        with pytest.raises(TypeError, match="take: indices must be a tensor of whole numbers, got torch"):
+            files.take(mask)
 
 
 def test_through_workers(tmp_path):  # T12: pytorch/vision #485

@@ -169,6 +169,7 @@ def test_other_links(tmp_path):  # S6, T12
         read_image_folder(tmp_path / "real")[1]
     (tmp_path / "real" / "a" / "up").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "a" / "self").symlink_to(tmp_path / "real" / "a")
+    (tmp_path / "real" / "around").symlink_to(tmp_path / "real" / "around")
     assert 3 <= len(read_image_folder(tmp_path / "real")) < 12
 
 

@@ -55,6 +55,9 @@ def test_a_split_in_its_order_and_classes_of_a_list(tmp_path):
     files = read_voc(tmp_path, "train", class_list=["dog", "cat"], **QUIET)
     assert [Path(path).stem for path in files.paths] == ["c", "a"]
     assert [target["labels"].tolist() for _, target in files] == [[1], [1]]
+    make_voc(tmp_path, "d e", GRAY, [("cat", 1, 1, 5, 5, False)])
+    (lists / "train.txt").write_text("d e\na 1\n")
+    assert [Path(path).stem for path in read_voc(tmp_path, "train", **QUIET).paths] == ["d e", "a"]
     (lists / "train.txt").write_text("d\n")
     with pytest.raises(ValueError, match="^read_voc: file .*train.txt' must be a list of images in root, got 'd'"):
         read_voc(tmp_path, "train", **QUIET)

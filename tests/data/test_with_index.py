@@ -184,6 +184,10 @@ def test_labels_of_any_data_set():
     assert (few.paths, few.targets, few.contexts.tolist()) == (["a", "b"], [1, 0], [0, 1])
 
 
+class Named(list):
+    targets = ("cat", "dog")
+
+
 FILES = ImageFiles(list("abc"), [0, 1, 1], ["cat", "dog", "elk"])
 
 
@@ -195,6 +199,7 @@ FILES = ImageFiles(list("abc"), [0, 1, 1], ["cat", "dog", "elk"])
         (labelled([3, 3]), 3, "shots .* the samples of class 3, got 3"),
         (labelled([0]), 0, "shots must be at least 1, got 0"),
         (labelled([-1]), 1, "dataset must be a data set with labelled samples, got none"),
+        (Named("ab"), 1, r"the dataset's labels must be whole numbers, got \('cat', 'dog'\)"),
         (["a"], 1, r"dataset must .* its labels in \.labels or \.targets, got list"),
     ],
 )

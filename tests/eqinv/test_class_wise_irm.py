@@ -206,7 +206,12 @@ REFUSED = [
         r"on cpu as the loss module \(its .to\(device\) moves it\) is, got meta",
     ),
     (lambda: ClassWiseIRM(4, 2).mask(torch.ones(6, 4, device="meta")), ValueError, r"irm.to\(device\) .* got meta"),
-    (lambda: module(sample_weights=True)()(ONES, SIX % 2), ValueError, "indices must be given with sample_weights"),
+    (lambda: module(sample_weights=True)()(ONES, SIX % 2), ValueError, "fit_environments must be called first, as"),
+    (
+        lambda: module(sample_weights=True)().fit_environments(ONES, SIX % 2)(ONES, SIX % 2),
+        ValueError,
+        "indices must be given with sample_weights",
+    ),
     (risks(similar=torch.ones(4, 4)), TypeError, "similar must be a bool tensor, got torch.float32"),
     (risks(temperature=torch.ones(2)), ValueError, r"temperature must be a number or .* got \[2\]"),
     (risks(temperature=torch.zeros(())), ValueError, "temperature must be finite and above 0"),

@@ -173,6 +173,8 @@ def test_pictures(tmp_path):
     features, labels, _ = biased(per_class=12)
     environments = Environments.split(features, labels)
     environments.report().picture(class_names=list("abcd")).savefig(tmp_path / "report.png")
+    with pytest.raises(ValueError, match=r"picture: class_names must be of 4 classes, got \['a'\]"):
+        environments.report().picture(class_names=["a"])
     images = TensorDataset(torch.rand(48, 3, 8, 8), labels)
     sheet = weight_sheet(environments, images, classes=[2, 0], count=3)
     shown = [axes for axes in sheet.axes if axes.images]

@@ -113,8 +113,10 @@ def test_half_precision_features_are_summed_in_fp32(dtype):
 def test_autocast_does_not_change_the_split():
     features, labels = skewed(80, 5, 32, torch.float32)
     expected = Environments.split(features, labels), similar_in_batch(features, labels)
+    expected = *expected, Environments.split(features, labels, whiten=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(Environments.split(features, labels).bits, expected[0].bits)
+        assert torch.equal(Environments.split(features, labels, whiten=8).scores, expected[2].scores)
         assert torch.equal(similar_in_batch(features, labels), expected[1])
 
 
@@ -227,6 +229,11 @@ REFUSED = [
     (split(labels=torch.zeros(5).long()), ValueError, r"labels must be \[N\] = \[4\], got \[5\]"),
     (split(labels=torch.tensor([0, 1, 7, 0])), ValueError, "labels .* 0 .. 1 .* got 7 at position 2"),
     (split(labels=torch.tensor([0, -100, 1, 0])), ValueError, "labels .* got -100 at position 1"),
+    (
+        split(labels=torch.full((4,), -1), num_classes=None),
+        ValueError,
+        r"labels must be in 0 .. 0 \(num_classes\), got -1 at position 0",
+    ),
     (split(features=[[1.0]]), TypeError, "features must be a tensor .* got list"),
     (split(features=torch.ones(4, 2).long()), TypeError, "features .* got torch.int64"),
     (split(features=torch.ones(4, 2, 2)), ValueError, r"features must be \[N, D\], got \[4, 2, 2\]"),

@@ -120,12 +120,19 @@ def test_running_statistics_count_a_batch_once(options):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["linear", "weight norm", "mlp", "scale"])
+@pytest.mark.parametrize("kind", ["linear", "weight norm", "older weight norm", "hook", "mlp", "scale"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_folding_the_mask_into_the_head(kind, bias):
     irm = ClassWiseIRM(WIDTH, CLASSES)
     head = nn.Linear(WIDTH, 4, bias=bias)
     if kind == "weight norm":
         head = torch.nn.utils.parametrizations.weight_norm(head)
+    if kind == "older weight norm":
+        head = torch.nn.utils.weight_norm(head)
+        head(torch.randn(6, WIDTH)).sum().backward()  # its weight is made by a hook, in the next call
+        head.load_state_dict(torch.nn.utils.weight_norm(nn.Linear(WIDTH, 4, bias=bias)).state_dict())
+    if kind == "hook":
+        head.register_forward_hook(lambda module, inputs, output: 3 * output)
     if kind == "mlp":
         head = nn.Sequential(nn.Linear(WIDTH, 7, bias=bias), nn.ReLU(), nn.Linear(7, 4))
     if kind == "scale":

@@ -344,6 +344,12 @@ def test_what_is_refused(folder, tmp_path):
     with pytest.raises(TypeError, match="irm must be a ClassWiseIRM, got Linear"):
         EqInvTask(model, irm=torch.nn.Linear(2, 2))
 
+    wrapped = copy.deepcopy(model)
+    EqInvTask(wrapped, irm=irm, verbose=False)
+    for again in (wrapped, copy.deepcopy(wrapped)):
+        with pytest.raises(ValueError, match="model must be without a mask; create it anew, got one that an EqInvTask"):
+            EqInvTask(again, irm=ClassWiseIRM(width, 3), verbose=False)
+
     torch.save({"state_dict": model.state_dict()}, tmp_path / "plain.pth.tar")
     with pytest.raises(ValueError, match="one that EqInvTask saved; start from another by --initial-checkpoint"):
         resume_task_checkpoint(patched(folder)[0], str(tmp_path / "plain.pth.tar"))

@@ -124,6 +124,15 @@ def test_moco_queue():
     first.backward()  # the queue has changed since; what the loss needs has not
 
 
+def test_moco_queue_filled_in_inference_mode():
+    criterion = MoCoIPIRMLoss(PARTITIONS, num_features=4, queue_size=10)
+    with torch.inference_mode():
+        criterion(*torch.randn(2, 6, 4), torch.arange(6))
+    assert criterion.queue_indices.tolist() == [0, 1, 2, 3, 4, 5, -1, -1, -1, -1]
+    criterion(torch.randn(6, 4, requires_grad=True), torch.randn(6, 4), torch.arange(6)).backward()
+    criterion.load_state_dict(criterion.state_dict())
+
+
 def test_mix_is_both_labels():
     """An anchor mixed from two samples is worth both, by their shares; all of one share is the plain anchor."""
     z1, z2 = views(8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from equireg import PartitionUpdater, WithIndex, extract_two_views, soft_info_nce
+from equireg import IPIRMLoss, PartitionUpdater, WithIndex, extract_two_views, soft_info_nce
 from equireg.ipirm import partitions
 from equireg.ipirm.partition_search import SearchConfig, adjusted_rand_index, entropy_limit, find_partition
 from tests import references
@@ -253,6 +253,40 @@ def test_resumes_bit_for_bit(tmp_path):  # P8
     assert torch.equal(second.partitions, whole.partitions)
     assert torch.equal(second.generator_state, whole.generator_state)
     assert second.reports == whole.reports
+
+
+def test_loads_what_0_1_0_saved():
+    """Its extra state was a dictionary."""
+    updater, loaded = PartitionUpdater(60, max_passes=3), PartitionUpdater(60, max_passes=3)
+    updater.update(*torch.randn(2, 60, 4), **QUIET)
+    reports = [report._asdict() for report in updater.reports]
+    loaded.load_state_dict({**updater.state_dict(), "_extra_state": {"num_groups": 2, "reports": reports}})
+    assert loaded.reports == updater.reports
+    assert torch.equal(loaded.partitions, updater.partitions)
+
+
+def test_beside_a_model_in_one_module(tmp_path):
+    """A moving average, whose copy is from before the first partition, and accelerate, which saves tensors alone."""
+    accelerate = pytest.importorskip("accelerate", reason="needs the examples extra")
+    updater = PartitionUpdater(8)
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(4, 4), "criterion": IPIRMLoss(updater)})
+    average = torch.optim.swa_utils.AveragedModel(model)
+    updater.update(*torch.randn(2, 8, 4), **QUIET)
+    updater.add(torch.arange(8) % 2)
+    average.update_parameters(model)
+    assert torch.equal(average.module["encoder"].weight, model["encoder"].weight)
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(tmp_path, safe_serialization=True)
+    before = copy.deepcopy(updater.state_dict())
+    with torch.inference_mode():
+        updater.add(torch.arange(8) // 4)
+    assert updater.partitions.shape == (4, 8)
+    accelerator.load_state(tmp_path)
+    assert same_state(updater, before)
+    assert updater.partitions.shape == (3, 8)
+    assert len(updater.reports) == 1
 
 
 @pytest.mark.parametrize(("samples", "groups"), [(50, 2), (60, 2), (60, 4)])

@@ -64,13 +64,17 @@ def test_scaling_and_no_gradient():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encode": "vit"}, "encode must be callable, got str"),
+        ({"encode": "vit"}, "encode must be a module or a function, got str"),
         ({"transform": "rot90"}, "transform must be a GridTransform"),
         ({"images": torch.rand(3, 3, 32, 32)}, r"images must be .*\[2, C, H, W\], got \[3"),
         ({"images": torch.rand(2, 3, 30, 32)}, "images must be of whole square patches"),
         ({"images": torch.rand(2, 3, 32, 64)}, "images must be of whole square patches"),
         ({"encode": lambda x: x}, r"encode\(images\) must be \[B, T, D\]"),
-        ({"encode": lambda x: patch_means(x, 8)}, "tokens must be of 8 x 8"),
+        ({"encode": lambda x: patch_means(x, 8)}, r"encode\(images\) must be .*\[2, 64, D\], got \[2, 16, 3\]"),
+        (
+            {"images": torch.rand(1, 3, 32, 32), "transform": turns(1), "shuffled": True},
+            "images must be at least 2 to compare with others, shuffled, got 1",
+        ),
     ],
 )
 def test_wrong_equivariance_calls(changes, message):
