@@ -58,9 +58,9 @@ class Arguments:
         self.device: torch.device | None = None
         self.device_of = ""
 
-    def beside(self, module: nn.Module) -> Arguments:
-        """All tensors belong on the device of the module, of which each parameter and buffer has the same."""
-        first = next(chain(module.parameters(), module.buffers()), None)
+    def beside(self, module: nn.Module, *of_module: Tensor) -> Arguments:
+        """All tensors belong on the device of the module, that of each of its own tensors, parameters and buffers."""
+        first = next(chain(of_module, module.parameters(), module.buffers()), None)
         if first is not None:
             self.device, self.device_of = first.device, "the loss module (its .to(device) moves it)"
         return self

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -44,10 +43,11 @@ normalize = v2.Normalize([0.5] * 3, [0.25] * 3)
 
 def load(folder: Path, count: int) -> tuple[Tensor, Tensor]:
     """Random images, uint8 [count, 3, IMAGE_SIZE, IMAGE_SIZE], and their labels."""
-    files = ImageFolder(folder, v2.Compose([v2.Resize(IMAGE_SIZE), v2.CenterCrop(IMAGE_SIZE), v2.PILToTensor()]))
-    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    images, labels = zip(*(files[i] for i in tqdm(chosen, str(folder))))
-    return torch.stack(images), torch.tensor(labels)
+    classes = equireg.read_image_folder(folder.parent / "train").classes  # test images are numbered alike
+    steps = v2.Compose([v2.Resize(IMAGE_SIZE), v2.CenterCrop(IMAGE_SIZE), v2.PILToTensor()])
+    files = equireg.read_image_folder(folder, class_list=classes, transform=steps)
+    chosen = files.take(torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count])
+    return torch.stack([image for image, _ in tqdm(chosen, str(folder))]), chosen.labels
 
 
 def tokens_of(vit: nn.Module, layer: str, images: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def regularizer(method: str, loss, encode: partial, images: Tensor, turned: Tens
         quarters = equireg.GridTransform(turns, turns < 0, GRID, GRID)
         return loss(encode(quarters.on_images(images[::4].repeat(4, 1, 1, 1), PATCH_SIZE)), turns)
     if method == "stl":  # the other half of the batch turns as the first does; nobody tells how
-        (first, others), (first_turned, _) = images.chunk(2), turned.chunk(2)
+        (first, others), (first_turned, _) = (x[: len(x) // 2 * 2].chunk(2) for x in (images, turned))
         return loss(*map(encode, (first, first_turned, others, turning.transform(others, angle[: len(others)]))))
     if method == "cross-attention":
         return loss(encode(images), encode(turned), images)

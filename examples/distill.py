@@ -125,12 +125,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/distill"))
     options = parser.parse_args()
-    size = options.image_size
-    crop = [v2.RandomResizedCrop(size, scale=(0.5, 1)), v2.RandomHorizontalFlip(), v2.RandAugment()]
+    crop = [v2.RandomResizedCrop(options.image_size, scale=(0.5, 1)), v2.RandomHorizontalFlip(), v2.RandAugment()]
     images = equireg.read_image_folder(options.data / "train", transform=v2.Compose([*crop, *TO_TENSOR]))
     few = equireg.WithIndex(equireg.k_shot(images, options.shots, seed=options.seed))
     loader = DataLoader(few, min(100, len(few)), shuffle=True, drop_last=True)
-    test = equireg.read_image_folder(options.data / "test", transform=v2.Compose([v2.Resize([size] * 2), *TO_TENSOR]))
+    whole = v2.Compose([v2.Resize([options.image_size] * 2), *TO_TENSOR])
+    test = equireg.read_image_folder(options.data / "test", class_list=images.classes, transform=whole)
     models, told = {}, {}
     with tqdm(total=(2 + len(options.methods)) * options.epochs, unit="epoch") as bar:
         for name in ("teacher", "control: no teacher", *options.methods):

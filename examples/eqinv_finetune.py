@@ -35,7 +35,8 @@ def images_of(options: argparse.Namespace, part: str, augment: bool = False) -> 
     crop = [v2.RandomResizedCrop(size, (0.3, 1)), v2.RandomHorizontalFlip()] if augment else [v2.Resize([size] * 2)]
     normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     transform = v2.Compose([*crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize])
-    return read_image_folder(options.data / part, transform=transform)
+    classes = read_image_folder(options.data / "train").classes  # test images are numbered alike
+    return read_image_folder(options.data / part, class_list=classes, transform=transform)
 
 
 def train(options: argparse.Namespace, arm: str, seed: int, bar: tqdm) -> tuple[float, Environments, list]:
@@ -119,8 +120,7 @@ def report(table: dict[str, list[float]], environments: Environments, told: list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = os.environ.get("EQUIREG_DATA")
-    images = "holds train/<class>/* and test/<class>/*; default: $EQUIREG_DATA/cifar10"
+    data, images = os.environ.get("EQUIREG_DATA"), "holds {train,test}/<class>/*; default: $EQUIREG_DATA/cifar10"
     parser.add_argument("--data", type=Path, default=data and Path(data, "cifar10"), required=not data, help=images)
     parser.add_argument("--checkpoint", type=Path, help="of --model without a classifier; default: random weights")
     parser.add_argument("--model", default="resnet18", help="any of timm")

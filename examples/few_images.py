@@ -20,20 +20,21 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from equireg import k_shot
+from equireg import k_shot, read_image_folder
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(folder: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
     """uint8 [N, 3, size, size], classes [N], and their names."""
-    files = ImageFolder(folder, v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()]))
+    classes = read_image_folder(folder.parent / "train").classes  # test images are numbered alike
+    steps = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    files = read_image_folder(folder, class_list=classes, transform=steps)
     images, labels = zip(*(files[i] for i in tqdm(range(len(files)), str(folder))))
-    return torch.stack(images), torch.tensor(labels), files.classes
+    return torch.stack(images), torch.tensor(labels), classes
 
 
 @torch.no_grad()
@@ -113,6 +114,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/few_images"))
     options = parser.parse_args()
     train_set = load(options.data / "train", options.image_size)
+    if options.class_name and options.class_name not in train_set[2]:
+        parser.error(f"--class-name must be one of {', '.join(train_set[2])}, got {options.class_name!r}")
     report(*train_set, load(options.data / "test", options.image_size)[:2], options)
 
 

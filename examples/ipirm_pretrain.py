@@ -19,11 +19,10 @@ from lightly.models.modules import SimCLRProjectionHead
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from equireg import IPIRMLoss, PartitionUpdater, knn_accuracy, linear_probe, mix_images
+from equireg import IPIRMLoss, PartitionUpdater, knn_accuracy, linear_probe, mix_images, read_image_folder
 
 BASE, RANDOM, FOUND = RUNS = ("SimCLR", "random partitions", "found partitions")
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,10 +34,10 @@ augment = v2.Compose([v2.RandomResizedCrop(32, (0.2, 1.0)), v2.RandomHorizontalF
 
 def read_images(folder: Path, count: int) -> TensorDataset:
     """Images [N, 3, 32, 32] and labels, evenly over the folder; a sample's place in it is its index from now on."""
-    files = ImageFolder(folder, load)
-    places = range(0, len(files), max(1, len(files) // count))[:count]
-    samples = [files[place] for place in tqdm(places, str(folder))]
-    return TensorDataset(torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples]))
+    classes = read_image_folder(folder.parent / "train").classes  # test images are numbered alike
+    files = read_image_folder(folder, class_list=classes, transform=load)
+    chosen = files.take(torch.linspace(0, len(files) - 1, min(count, len(files))).long())
+    return TensorDataset(torch.stack([image for image, _ in tqdm(chosen, str(folder))]), chosen.labels)
 
 
 def two_views(images: Tensor) -> tuple[Tensor, Tensor]:

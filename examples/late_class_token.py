@@ -122,7 +122,7 @@ def main() -> None:
     train_images = read_image_folder(options.data / "train", transform=v2.Compose([*crop, *tensor]))
     few = k_shot(train_images, options.shots, seed=options.seed)
     resized = v2.Compose([v2.Resize([options.image_size] * 2), *tensor])
-    test = read_image_folder(options.data / "test", transform=resized)
+    test = read_image_folder(options.data / "test", class_list=train_images.classes, transform=resized)
     measured = torch.stack([test[i][0] for i in range(0, len(test), 1 + len(test) // 150)]).to(DEVICE)
 
     plain, wrapped = (model.state_dict() for model in (vit(options), LateClassToken(vit(options), options.layer)))

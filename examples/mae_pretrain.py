@@ -22,7 +22,6 @@ from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVis
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -36,10 +35,11 @@ normalize = v2.Normalize(MEAN, STD)
 
 def load(folder: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
     """Random images, uint8 [count, 3, size, size], and their labels."""
-    files = ImageFolder(folder, v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()]))
-    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    images, labels = zip(*(files[i] for i in tqdm(chosen, str(folder))))
-    return torch.stack(images), torch.tensor(labels)
+    classes = equireg.read_image_folder(folder.parent / "train").classes  # test images are numbered alike
+    steps = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    files = equireg.read_image_folder(folder, class_list=classes, transform=steps)
+    chosen = files.take(torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count])
+    return torch.stack([image for image, _ in tqdm(chosen, str(folder))]), chosen.labels
 
 
 class MAE(nn.Module):

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -36,10 +35,11 @@ augment = v2.Compose([v2.RandomResizedCrop(32, scale=(0.5, 1.0)), v2.RandomHoriz
 
 def read(folder: Path, count: int) -> tuple[Tensor, Tensor]:
     """So many images, drawn at random, in 0 .. 1, [N, 3, 32, 32], and their labels."""
-    dataset = ImageFolder(folder, v2.Compose([v2.PILToTensor(), v2.Resize((32, 32)), v2.ToDtype(torch.float32, True)]))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    images, labels = zip(*(dataset[i] for i in tqdm(order[:count].tolist(), str(folder))))
-    return torch.stack(images), torch.tensor(labels)
+    classes = equireg.read_image_folder(folder.parent / "train").classes  # test images are numbered alike
+    steps = v2.Compose([v2.PILToTensor(), v2.Resize((32, 32)), v2.ToDtype(torch.float32, True)])
+    files = equireg.read_image_folder(folder, class_list=classes, transform=steps)
+    chosen = files.take(torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count])
+    return torch.stack([image for image, _ in tqdm(chosen, str(folder))]), chosen.labels
 
 
 def tokens_of(vit: nn.Module, images: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.getenv("EQUIREG_DATA", "."), "cifar10"))
     numbers = {"images": 4000, "epochs": 6, "batch-size": 64, "lr": 1e-3, "seed": 0, "num-images": 2, "head-dim": 256}
-    numbers["pairs"] = 10_000  # images to regress transformations on, of which --images are trained on
+    numbers["pairs"] = 10_000  # images to regress transformations on
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="default %(default)s")
     parser.add_argument("--weight", type=float, default=1.0, help="of the reconstruction loss")
@@ -132,12 +132,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reconstruction_pretrain"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    every, test_set = read(options.data / "train", options.pairs), read(options.data / "test", 2000)
-    train_set = tuple(part[: options.images] for part in every)
-    results, losses = {}, {}
+    every = read(options.data / "train", max(options.images, options.pairs))
+    train_set, pairs = [part[: options.images] for part in every], every[0][: options.pairs]
+    test_set, results, losses = read(options.data / "test", 2000), {}, {}
     for name in ("without", "with reconstruction"):
         vit, losses[name] = train(name != "without", train_set[0], options)
-        results[name] = measure(vit, every[0], train_set, test_set)
+        results[name] = measure(vit, pairs, train_set, test_set)
         torch.save(vit.state_dict(), options.out / f"{name}.pt")  # timm's own keys
     print(f"\n{'':20}{'without':>12}{'with reconstruction':>22}")
     for key, value in results["without"].items():

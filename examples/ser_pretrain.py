@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -34,10 +33,11 @@ normalize = v2.Normalize([0.5] * 3, [0.25] * 3)
 
 def load(folder: Path, count: int) -> tuple[Tensor, Tensor]:
     """Random images, uint8 [count, 3, IMAGE_SIZE, IMAGE_SIZE], and their labels."""
-    files = ImageFolder(folder, v2.Compose([v2.Resize(IMAGE_SIZE), v2.CenterCrop(IMAGE_SIZE), v2.PILToTensor()]))
-    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    images, labels = zip(*(files[i] for i in tqdm(chosen, str(folder))))
-    return torch.stack(images), torch.tensor(labels)
+    classes = equireg.read_image_folder(folder.parent / "train").classes  # test images are numbered alike
+    steps = v2.Compose([v2.Resize(IMAGE_SIZE), v2.CenterCrop(IMAGE_SIZE), v2.PILToTensor()])
+    files = equireg.read_image_folder(folder, class_list=classes, transform=steps)
+    chosen = files.take(torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count])
+    return torch.stack([image for image, _ in tqdm(chosen, str(folder))]), chosen.labels
 
 
 def train(name: str, images: Tensor, options: argparse.Namespace) -> tuple[nn.Module, list[tuple]]:

@@ -119,9 +119,9 @@ class _Strip:
         return (args[0][:, self.prefix :], *args[1:])
 
     def restore(self, block: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
-        prefix = self.held.pop(calling_thread())
-        # None after an error, or where checkpointing stops a block that has recomputed what it needs.
-        return None if output is None else torch.cat([prefix, output], dim=1)
+        prefix = self.held.pop(calling_thread(), None)
+        # No output after an error, or where checkpointing stops a block that has recomputed what it needs.
+        return None if output is None or prefix is None else torch.cat([prefix, output], dim=1)
 
 
 class _Keep:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 import threading
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from equireg._checks import Arguments
 from equireg.backbones._hookable import calling_thread, check_images, check_plain, prefix_tokens
@@ -80,6 +83,7 @@ class TokenTap:
         self.num_prefix_tokens = num_prefix_tokens
         self._running: dict[int, tuple[Grid | None, bool]] = {}  # by thread: sides of the images, whether it learns
         self._taken: dict[int, _Taken] = {}
+        self._read: dict[int, tuple[_Taken, Tensor]] = {}  # what was read of it
         self._handles: list[Any] = []
 
     def __enter__(self) -> TokenTap:
@@ -103,7 +107,7 @@ class TokenTap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A model copied inside of the context keeps its hooks, but not the last output.
-        return {**self.__dict__, "_running": {}, "_taken": {}}
+        return {**self.__dict__, "_running": {}, "_taken": {}, "_read": {}}
 
     @property
     def tokens(self) -> Tensor:
@@ -114,9 +118,16 @@ class TokenTap:
                 f"TokenTap: layer {self.layer!r} must not be followed by an operation in place on its output, such as "
                 "ReLU(inplace=True); tap the module that does that"
             )
-        if taken.hidden and taken.output.grad_fn is None and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return _as_tokens(taken.output, taken.layout)
+        if taken.hidden and taken.output.grad_fn is None:
             raise ValueError("TokenTap: model must checkpoint with use_reentrant=False, got tokens without gradient")
-        return _as_tokens(taken.output, taken.layout)
+        # One tensor however often it is read, so that it can be asked for its gradient.
+        seen, tokens = self._read.get(threading.get_ident(), (None, taken.output))
+        if seen is not taken:
+            tokens = _as_tokens(taken.output, taken.layout)
+            self._read[threading.get_ident()] = taken, tokens
+        return tokens
 
     @property
     def grid(self) -> Grid:
@@ -154,9 +165,11 @@ class TokenTap:
             self._taken = {0: _Taken(_as_tokens(output, layout), 0, grid, -1, False)}
             return
         self._taken.pop(0, None)
+        self._read.pop(calling_thread(), None)
         version = -1 if output.is_inference() else output._version
         # Reentrant checkpointing runs layers without gradient, and gives some of their outputs one afterwards.
-        hidden = learns and not torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        frozen = {p.requires_grad for p in module.parameters()} == {False}
+        hidden = learns and not torch.is_grad_enabled() and not frozen and _in_autograd_function()
         self._taken[calling_thread()] = _Taken(output, layout, grid, version, hidden)
 
     def _layout(self, output: Tensor, image: Grid | None) -> tuple[str | int, Grid]:
@@ -194,6 +207,16 @@ class _Taken(NamedTuple):
     grid: Grid
     version: int  # -1 where it has none
     hidden: bool  # from autograd, when it was recorded
+
+
+def _in_autograd_function() -> bool:
+    """Whether the forward pass of one, such as that of reentrant checkpointing, is what runs the layer."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _as_tokens(output: Tensor, layout: str | int) -> Tensor:

@@ -72,7 +72,7 @@ class AugSelfLoss(nn.Module):
         if not targets:
             check.fail("targets", "at least one augmentation", targets)
         for name, kind_and_width in targets.items():
-            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
                 check.fail("targets", "named by strings that can name modules, as 'flip'", repr(name))
             if not isinstance(kind_and_width, (tuple, list)) or len(kind_and_width) != 2:
                 check.fail(f"targets[{name!r}]", "(kind, width)", kind_and_width)

@@ -25,7 +25,8 @@ def checked_batch(irm: Any, features: Tensor, labels: Tensor, indices: Tensor | 
     check.sizes["D"] = irm.num_features
     labels = check_batch(check, "features", features, labels)
     check.below("labels", labels, irm.num_classes, "num_classes")
-    fitted = irm.environments is not None and irm.environments.fitted
+    used = irm.sample_weights or indices is not None  # else nothing is read, which could wait for a GPU
+    fitted = used and irm.environments is not None and irm.environments.fitted
     if irm.sample_weights and not fitted:
         check.fail("fit_environments", "called first, as sample_weights are those of its environments", "none")
     if indices is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,10 @@ class FeatureMask(nn.Module):
     def extra_repr(self) -> str:
         return f"{len(self.weight)}" + ("" if self.scale is None else f", scale={self.scale}")
 
+    def _is_mine(self, hook: Any) -> bool:
+        """Whether it is that of ``EqInvTask``, which puts this mask before its classifier."""
+        return getattr(getattr(getattr(hook, "__self__", None), "irm", None), "mask", None) is self
+
     @torch.no_grad()
     def fold_into(self, head: nn.Module) -> nn.Module:
         """``head ∘ mask`` as one module, with parameters of its own.
@@ -73,7 +78,8 @@ class FeatureMask(nn.Module):
         if not isinstance(head, nn.Module):
             check.fail_type("head", "an nn.Module", type(head).__name__)
         # A subclass may do something else with its weight, and so may a hook; a parametrised layer does not.
-        exact = self.scale is None and not head._forward_pre_hooks and not head._forward_hooks
+        hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+        exact = self.scale is None and all(map(self._is_mine, hooks))
         if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or not exact:
             # What a hook made with a gradient, such as the weight of nn.utils.weight_norm, cannot be copied with it.
             made = [t for part in head.modules() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn]

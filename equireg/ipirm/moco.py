@@ -101,7 +101,7 @@ class MoCoIPIRMLoss(PartitionLoss):
         return parts
 
     def _check(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
-        check = Arguments(self.function).beside(self)
+        check = Arguments(self.function).beside(self, self.table)
         check.sizes["d"] = self.queue.shape[1]
         check.alike(query=(query, "N d"), key=(key, "N d"))
         size = self.processes.size

@@ -106,10 +106,11 @@ class PartitionLoss(nn.Module):
 
     def check_indices(self, check: Arguments, indices: Tensor) -> Tensor:
         indices = check.integers("indices", indices, "N")
-        check.below("indices", indices, self._table().shape[1], "samples of the partitions")
+        check.below("indices", indices, self.table.shape[1], "samples of the partitions")
         return indices
 
-    def _table(self) -> Tensor:
+    @property
+    def table(self) -> Tensor:
         """The partitions, int64 [P, N]."""
         return self.partitions.partitions if isinstance(self.partitions, PartitionUpdater) else self.partitions
 
@@ -119,7 +120,7 @@ class PartitionLoss(nn.Module):
 
     def facts(self) -> Facts:
         """What processes have to agree on, beside their batches."""
-        table = self._table()
+        table = self.table
         return {
             "partitions": list(table.shape),
             "partitions' sum": partial(self._checksum.of, table),

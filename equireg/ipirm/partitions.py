@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,43 +14,13 @@ from equireg._agreement import Facts, checksum
 from equireg._checks import Arguments
 from equireg.distributed import Processes, broadcast_from_rank0, gather_rows
 from equireg.features import extract_two_views
+from equireg.ipirm.partition_report import PartitionReport, as_bytes, from_bytes
 from equireg.ipirm.partition_search import SearchConfig, SearchResult, adjusted_rand_index, find_partition
 from equireg.ipirm.soft_info_nce import check_views
 
-__all__ = ["PartitionReport", "PartitionUpdater"]
+__all__ = ["PartitionUpdater"]
 
 _COLLAPSED = 0.02  # a group of less than this share of an even one holds nothing to be invariant over
-
-
-class PartitionReport(NamedTuple):
-    """What one update of the partitions found; print it for a line."""
-
-    objective: float  # sum over groups of loss + weight · slope², less the balance term: what was maximised
-    loss: float  # sum over groups
-    penalty: float  # sum over groups of slope²
-    balance: float  # the term that was taken off
-    passes: int
-    group_sizes: tuple[int, ...]
-    agreement: tuple[float, ...]  # adjusted Rand index with each partition then in the set: 1 the same, 0 chance
-    collapsed: bool
-
-    @property
-    def at_the_bound(self) -> bool:
-        """Whether a group is twice another, within 2%, so that ``balance``, not the features, decided the sizes.
-
-        Without ``balance`` it only says that they are that unequal. The partition may still tell something apart, of
-        which one side is rarer than a third.
-        """
-        return 2 * min(self.group_sizes) <= 1.02 * max(self.group_sizes)
-
-    def __str__(self) -> str:
-        sizes = " + ".join(map(str, self.group_sizes))
-        bound = ", the group collapsed" if self.collapsed else ", at the bound of 2 : 1" if self.at_the_bound else ""
-        agreement = ", ".join(f"{index:.2f}" for index in self.agreement[1:]) or "no earlier one"
-        return (
-            f"groups of {sizes} samples{bound}; objective {self.objective:.2f} (losses {self.loss:.2f}, squared slopes "
-            f"{self.penalty:.3f}) after {self.passes} passes; adjusted Rand index with {agreement}"
-        )
 
 
 class PartitionUpdater(nn.Module):
@@ -149,9 +118,9 @@ class PartitionUpdater(nn.Module):
         self.num_samples, self.num_groups = num_samples, num_groups
         self.temperature, self.weight, self.lr, self.max_passes = temperature, weight, lr, max_passes
         self.block_size, self.balance, self.starts, self.keep = block_size, balance, starts, keep
-        # No buffer, though saved and moved with the module: moving averages copy buffers, and this one grows.
+        # No buffers, though in the ``state_dict``: moving averages copy buffers, or average them, and the table grows.
         self.partitions = torch.zeros(1, num_samples, dtype=torch.int64)
-        self.register_buffer("generator_state", torch.Generator().manual_seed(seed).get_state())
+        self.generator_state = torch.Generator().manual_seed(seed).get_state()
         self.reports: list[PartitionReport] = []
         self._of_one_group: set[int] = set()  # rows beside the first, as a partition that collapsed
 
@@ -207,7 +176,7 @@ class PartitionUpdater(nn.Module):
             return self.partitions[-1].clone()
         source = torch.Generator() if generator is None else generator
         if generator is None:
-            source.set_state(self.generator_state.cpu())
+            source.set_state(self.generator_state)
         before = source.get_state()
         try:
             # One process looks; all get what it found, and the state its generator is left in.
@@ -226,7 +195,7 @@ class PartitionUpdater(nn.Module):
         self.reports.append(report)
         if generator is None:
             with torch.inference_mode(False):  # what is made in that mode could not be loaded into later
-                self.generator_state = after.to(self.generator_state.device, copy=True)
+                self.generator_state = after.clone()
         return self._join(found.partition)
 
     def add(self, groups: Tensor) -> None:
@@ -356,30 +325,26 @@ class PartitionUpdater(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """The number of groups and the reports: JSON as bytes, as accelerate saves tensors alone."""
-        told = {"num_groups": self.num_groups, "reports": [report._asdict() for report in self.reports]}
-        return torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+        return as_bytes(self.num_groups, self.reports)
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
-        told = [{**report} for report in _extra(state)["reports"]]
-        for report in told:
-            report |= {name: tuple(report[name]) for name in ("group_sizes", "agreement")}
-        self.reports = [PartitionReport(**report) for report in told]
+        _, self.reports = from_bytes(state)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "partitions"] = self.partitions
+        destination[prefix + "generator_state"] = self.generator_state
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         missing: list[str] = args[2]
         errors: list[str] = args[4]
-        names = ("partitions", "generator_state", "_extra_state")
-        absent = [prefix + name for name in names if prefix + name not in state_dict]
+        absolute = [prefix + name for name in ("partitions", "generator_state", "_extra_state")]
+        absent = [name for name in absolute if name not in state_dict]
         if absent:  # all or nothing
             missing.extend(absent)
             return
-        saved, generator, extra = (state_dict[prefix + name] for name in names)
-        groups = _extra(extra)["num_groups"]
+        saved, generator, extra = (state_dict[name] for name in absolute)
+        groups, _ = from_bytes(extra)
         fits = saved.dim() == 2 and len(saved) and saved.shape[1] == self.num_samples and groups == self.num_groups
         whole = saved.dtype == torch.int64 and saved.numel() and 0 <= int(saved.min()) <= int(saved.max()) < groups
         if not fits or not whole or generator.shape != self.generator_state.shape:
@@ -389,12 +354,9 @@ class PartitionUpdater(nn.Module):
                 + ("" if not fits else "; they or the generator's state are damaged")
             )
             return
-        others = {key: value for key, value in state_dict.items() if key != prefix + "partitions"}
+        others = {key: value for key, value in state_dict.items() if key not in absolute[:2]}
         super()._load_from_state_dict(others, prefix, *args)
-        self.partitions = saved.to(self.partitions.device, copy=True)
+        assigned = args[0].get("assign_to_params_buffers", False)
+        self.partitions = saved if assigned else saved.to(self.partitions.device, copy=True)
+        self.generator_state = generator.to("cpu", copy=True)
         self._note_those_of_one_group()
-
-
-def _extra(state: Tensor | dict[str, Any]) -> dict[str, Any]:
-    """What ``get_extra_state`` wrote; 0.1.0 saved it as it is."""
-    return state if isinstance(state, dict) else json.loads(bytes(state.tolist()))

@@ -89,7 +89,7 @@ class IPIRMLoss(PartitionLoss):
     ) -> IPIRMParts:
         """The loss and, detached, the risk and penalty of all samples and of each group in each partition."""
         with self.processes.alike() as facts:
-            check = Arguments(self.function).beside(self)
+            check = Arguments(self.function).beside(self, self.table)
             check_views(check, z1, z2, self.temperature)
             indices = self.check_indices(check, indices)
             mixed = None if mix is None else _check_mix(check, mix, z1)

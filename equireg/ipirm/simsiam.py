@@ -67,7 +67,7 @@ class SimSiamIPIRMLoss(PartitionLoss):
         return self.combined(terms, [terms] * len(groups), groups, num_groups, torch.ones_like(loss))
 
     def _check(self, views: dict[str, Tensor], indices: Tensor) -> Tensor:
-        check = Arguments(self.function).beside(self)
+        check = Arguments(self.function).beside(self, self.table)
         check.alike(**{name: (view, "N d") for name, view in views.items()})
         if views["p1"].numel() == 0:
             check.fail("p1", "of at least one sample and one feature", list(views["p1"].shape))

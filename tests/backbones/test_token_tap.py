@@ -136,7 +136,7 @@ def test_gradients_flow_through_tokens(checkpointed):  # W5: recorded once
         logits = model(torch.rand(2, 3, 64, 64))
         before = tap.tokens
         (0 * logits.sum() + before.square().sum()).backward()
-        assert tap.tokens.data_ptr() == before.data_ptr()  # not recorded again
+        assert tap.tokens is before
     assert model.patch_embed.proj.weight.grad.norm() > 0
     assert not model.blocks[2].mlp.fc1.weight.grad.any()
 
@@ -167,6 +167,10 @@ def test_reentrant_checkpointing_hides_no_gradient():  # W8
         found.append([model.patch_embed.proj.weight.grad.clone(), model.blocks[1].mlp.fc1.weight.grad.clone()])
     torch.testing.assert_close(*found)
     model.blocks.in_segments = True
+    with TokenTap(model, "blocks.0.mlp.drop1") as tap:  # without parameters
+        model(x)
+        with pytest.raises(ValueError, match="checkpoint with use_reentrant=False, got tokens without gradient"):
+            tap.tokens  # noqa: B018
     with TokenTap(model, "blocks.0") as tap:  # in the midst of a segment
         model(x)
         assert tap.grid == (4, 4)
@@ -178,6 +182,36 @@ def test_reentrant_checkpointing_hides_no_gradient():  # W8
         model.blocks[0].requires_grad_(False)
         model(x)
         assert not tap.tokens.requires_grad  # a frozen start is nobody's mistake
+
+
+def test_a_part_that_the_model_runs_without_gradient():
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.head = vit(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                features = self.vit(x)
+            return self.head(features)
+
+    model = Probe()
+    with TokenTap(model, "vit.blocks.1") as tap:
+        model(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert not tap.tokens.requires_grad
+
+
+def test_tokens_are_one_tensor():
+    model, x = vit(), torch.rand(2, 3, 64, 64)
+    with TokenTap(model, "blocks.1") as tap:
+        model(x)
+        with torch.no_grad():
+            assert tap.tokens.grad_fn is None
+        (gradient,) = torch.autograd.grad(tap.tokens.square().sum(), tap.tokens)
+        torch.testing.assert_close(gradient, 2 * tap.tokens)
+        before = tap.tokens
+        model(x)
+        assert tap.tokens is not before
 
 
 def test_compiled_inside_of_the_context():  # W4

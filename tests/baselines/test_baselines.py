@@ -91,6 +91,7 @@ def rebuild(tokens2=(6, 9, 8), images1=(6, 3, 4, 6)):
             "targets must be named by strings that can name modules, .* got 'a",
         ),
         (lambda: AugSelfLoss(8, {"type": ("binary", 1)}), ValueError, "targets must be named by .* got 'type'"),
+        (lambda: AugSelfLoss(8, {"training": ("binary", 1)}), ValueError, "targets must be named by .* got 'training'"),
         (
             lambda: AugSelfLoss(8, TARGETS)(*torch.randn(2, 6, 8), None, differences(6)),
             TypeError,

@@ -119,6 +119,14 @@ def test_running_statistics_count_a_batch_once(options):
         torch.testing.assert_close(mine, theirs)
 
 
+class MaskedHead:
+    def __init__(self, irm):
+        self.irm = irm
+
+    def mask(self, module, inputs):
+        return self.irm.mask(inputs[0])
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "weight norm", "older weight norm", "hook", "mlp", "scale"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
@@ -145,6 +153,9 @@ def test_folding_the_mask_into_the_head(kind, bias):
     torch.testing.assert_close(folded(features), head(irm.mask(features)))
     if type(folded) is nn.Linear:
         assert set(folded.state_dict()) == {"weight", *["bias"] * bias}  # loads into a plain model
+    if kind == "linear":  # and with this mask before it already, as EqInvTask puts it there
+        head.register_forward_pre_hook(MaskedHead(irm).mask)
+        assert torch.equal(irm.fold_into(head).weight, folded.weight)
     before = folded(features)
     nn.init.ones_(irm.mask.weight)
     torch.testing.assert_close(folded(features), before)  # parameters of its own

@@ -255,6 +255,21 @@ def test_resumes_bit_for_bit(tmp_path):  # P8
     assert second.reports == whole.reports
 
 
+def test_whole_numbers_of_any_kind_are_saved():
+    numpy = pytest.importorskip("numpy")
+    updater = PartitionUpdater(numpy.int64(60), numpy.int64(3))
+    PartitionUpdater(60, 3).load_state_dict(updater.state_dict())
+
+
+def test_loads_into_an_updater_without_memory():
+    saved = PartitionUpdater(60, max_passes=3)
+    saved.update(*torch.randn(2, 60, 4), **QUIET)
+    with torch.device("meta"):
+        loaded = PartitionUpdater(60, max_passes=3)
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()), assign=True)
+    assert same_state(loaded, saved.state_dict())
+
+
 def test_loads_what_0_1_0_saved():
     """Its extra state was a dictionary."""
     updater, loaded = PartitionUpdater(60, max_passes=3), PartitionUpdater(60, max_passes=3)
@@ -270,11 +285,14 @@ def test_beside_a_model_in_one_module(tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="needs the examples extra")
     updater = PartitionUpdater(8)
     model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(4, 4), "criterion": IPIRMLoss(updater)})
-    average = torch.optim.swa_utils.AveragedModel(model)
+    averages = [torch.optim.swa_utils.AveragedModel(model, use_buffers=buffers) for buffers in (False, True)]
+    alone = copy.deepcopy(updater.state_dict())
     updater.update(*torch.randn(2, 8, 4), **QUIET)
     updater.add(torch.arange(8) % 2)
-    average.update_parameters(model)
-    assert torch.equal(average.module["encoder"].weight, model["encoder"].weight)
+    for average in averages:
+        average.update_parameters(model)
+        assert torch.equal(average.module["encoder"].weight, model["encoder"].weight)
+        assert same_state(average.module["criterion"].partitions, alone)  # the copy's partitions stay as they were
 
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.prepare(model)
