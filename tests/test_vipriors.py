@@ -98,7 +98,7 @@ def test_all_leaves_a_folder_for_each_step(whole):
         "pretrain": ("log.jsonl", "encoder.pt", "curves.png"),
         "environments": ("environments.pt", "weight-sheet.png"),
         "finetune": ("log.jsonl", "model.pt", "curves.png"),
-        "distill": ("log.jsonl", "model.pt", "curves.png", "predictions.pt"),
+        "distill": ("log.jsonl", "model.pt", "curves.png"),
         "test": ("predictions.pt", "submission.csv"),
     }.items():
         assert {*names, "options.json", "results.json"} <= {path.name for path in (out / step).iterdir()}, step
@@ -225,6 +225,34 @@ def test_a_stale_step_is_not_taken_for_done(recipe, again, capsys):
     assert not any(row.startswith("ensemble") for row in read(out / "test" / "results.json")["merged"])
 
 
+def test_what_a_killed_step_would_have_replaced_is_gone(recipe, again, monkeypatch):
+    """Without --resume a step is made anew, so what is there of other settings does not pass as made by these."""
+    out, arguments = again
+    monkeypatch.setattr(recipe.STEPS["pretrain"], "fit", killed)
+    with pytest.raises(OSError, match="killed"):
+        recipe.main([*arguments, "--seed", "1", "--steps", "pretrain"])
+    assert read(out / "pretrain" / "options.json")["seed"] == 1
+    assert not (out / "pretrain" / "encoder.pt").exists()
+
+
+def killed(*args, **kwargs):
+    raise OSError("killed")
+
+
+def test_other_images_than_the_student_was_measured_on(recipe, again, tmp_path):
+    """Test images that came later are predicted by the student too."""
+    out, arguments = again
+    place = arguments.index("--data") + 1
+    images = shutil.copytree(arguments[place], tmp_path / "images")
+    shutil.rmtree(images / "test")
+    arguments[place] = str(images)
+    recipe.main([*arguments, "--steps", "distill"])
+    shutil.copytree(images / "val", images / "test")
+    recipe.main([*arguments, "--steps", "test"])
+    merged = read(out / "test" / "results.json")["merged"]
+    assert any(row.startswith("ensemble, ten crops, weighted") for row in merged)
+
+
 def test_without_earlier_steps_it_is_trained_from_scratch(recipe, whole, tmp_path):
     recipe.main([*whole[1], "--out", str(tmp_path), "--steps", "finetune", "--finetune-sample-weights", "0"])
     options = read(tmp_path / "finetune" / "options.json")
@@ -329,6 +357,20 @@ def test_help_shows_every_flag_with_its_default(recipe, capsys):
         (["all", "--shots", "6", "--model", "test_vit", "--distill-method", "ofd"], "stages of a ResNet, got --model"),
         (["all", "--shots", "6", "--model", "test_wit"], "--model must be the name of a model in timm, got 'test_wit'"),
         (["all", "--shots", "9"], "shots must be at most 8"),
+        (["all", "--shots", "6", "--finetune-lr", "-1"], "--finetune-lr must be in 0 .. inf, got -1.0"),
+        (["all", "--shots", "6", "--pretrain-ratio", "7"], "--pretrain-ratio must be in 0 .. 1, got 7.0"),
+        (["pretrain", "--crop-scale", "2"], "--crop-scale must be in 0 .. 1, got 2.0"),
+        (["all", "--shots", "6", "--encoder", "no.pt"], "--encoder must be a file, got no.pt"),
+        (
+            ["all", "--shots", "6", "--pretrain-batch-size", "20", "--finetune-batch-size", "25"],
+            "--finetune-batch-size must be a multiple of 1 and at most the 24 images, got 25",
+        ),
+        (
+            ["pretrain", "--shots", "6", "--batch-size", "9", "--accumulate", "2"],
+            "--batch-size must be a multiple of 2",
+        ),
+        (["finetune", "--warmup-epochs", "2"], "--warmup-epochs of fine-tuning goes with a vision transformer"),
+        (["finetune", "--sample-weights", "-3"], "--sample-weights must be auto, or a number of at least 0, got '-3'"),
         (["finetune", "--penalty-from", "1.5"], "--penalty-from must be in 0 .. 1, got 1.5"),
         (["finetune", "--contrast-weight", "nan"], "--contrast-weight must be in 0 .. inf, got nan"),
         (["finetune", "--magnitude", "31"], "--magnitude must be in 0 .. 30, got 31"),
@@ -338,8 +380,14 @@ def test_help_shows_every_flag_with_its_default(recipe, capsys):
         (["finetune", "--mixup", "0.2", "--sample-weights", "auto"], "--mixup goes without --sample-weights"),
         (["finetune", "--mixup", "0.2", "--selfreg", "1"], "--mixup goes without --selfreg"),
         (["finetune", "--decoupling", "-1"], "--decoupling must be in 0 .. inf, got -1.0"),
-        (["finetune", "--sample-weights", "high"], "--sample-weights must be a number or auto, got 'high'"),
-        (["finetune", "--shots", "6", "--sample-weights", "1"], "run Step 2 (environments) first, or leave"),
+        (
+            ["finetune", "--sample-weights", "high"],
+            "--sample-weights must be auto, or a number of at least 0, got 'high'",
+        ),
+        (
+            ["finetune", "--shots", "6", "--batch-size", "8", "--sample-weights", "1"],
+            "run Step 2 (environments) first, or leave",
+        ),
         (["all", "--data", "nowhere"], "nowhere"),
         (["all", "--data", "empty"], "empty"),
     ],
@@ -374,7 +422,7 @@ def test_an_unreadable_image_is_one_line(workers, recipe, data, tmp_path):
 @pytest.mark.parametrize("shots", [10, 20, 50])
 def test_presets_are_the_papers(shots, recipe, data, monkeypatch):
     """EqInv, Section 5.2; IP-IRM, Section 4.2; λ as in the commands of EqInv's authors with RandAugment."""
-    monkeypatch.setattr(recipe.images, "read", lambda options, split: None)  # not so many of a class here
+    monkeypatch.setattr(recipe.images, "read", lambda options, split: range(10_000))  # not so many of a class here
     options = recipe.options_of("all", ["--preset", f"vipriors{shots}", "--data", str(data)])
     assert {(o.model, o.image_size, o.shots) for o in options.values()} == {("resnet50", 224, shots)}
     one, three = options["pretrain"], options["finetune"]

@@ -15,6 +15,7 @@ killed run goes on with --resume. Several processes: accelerate launch or torchr
 """
 
 import argparse
+import math
 import sys
 import time
 from argparse import Namespace
@@ -97,9 +98,24 @@ def options_of(command: str, arguments: list[str]) -> dict[str, Namespace]:
     for step in given.get("steps", prefix):
         own = {name: given[f"{prefix[step]}{name}"] for name in flags[step]}
         found[step] = Namespace(**{name: given[name] for name in (*SHARED, "resume")}, **own)
+        largest = {"crop_scale": 1, **getattr(STEPS[step], "LARGEST", {})}
+        for name, value in vars(found[step]).items():
+            most = largest.get(name, math.inf)
+            if (isinstance(value, float) or name in largest) and not 0 <= value <= most:
+                flag = f"{prefix[step] if name in own else ''}{name}".replace("_", "-")
+                raise ValueError(f"--{flag} must be in 0 .. {most}, got {value}")
         getattr(STEPS[step], "check", lambda options: None)(found[step])
-        for split in ("train", *images.measured(found[step])):
-            images.read(found[step], split)
+    if given["encoder"] and not given["encoder"].exists():
+        raise ValueError(f"--encoder must be a file, got {given['encoder']}")
+    for step, options in found.items():
+        sizes = {split: len(images.read(options, split)) for split in ("train", *images.measured(options))}
+        if "batch_size" in options:
+            samples = sizes["train"] + (sizes["val"] if step == "pretrain" else 0)
+            parts = options.accumulate * PartialState().num_processes
+            if options.batch_size % parts or options.batch_size > samples:
+                fits = f"a multiple of {parts} and at most the {samples} images"
+                flag = f"--{prefix[step]}batch-size".replace("_", "-")
+                raise ValueError(f"{flag} must be {fits}, got {options.batch_size}")
     return found
 
 

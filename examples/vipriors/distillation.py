@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -31,6 +32,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 def check(options: Namespace) -> None:
     if options.method == "ofd" and is_vit(options.model):
         raise ValueError(f"--method ofd compares the stages of a ResNet, got --model {options.model}")
+    if options.method == "crd" and PartialState().num_processes > 1:
+        raise ValueError("--method crd goes in one process: each would fill the memory with its own images alone")
 
 
 def outputs(model: nn.Module, images: Tensor, stages: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -82,7 +85,7 @@ class Student(nn.Module):
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """``model.pt`` and ``predictions.pt``; accuracies of one view and of ten crops, in percent."""
+    """``model.pt``; accuracies of one view and of ten crops, in percent."""
     images, encoder = read(options, "train"), encoder_of(options)
     teacher = fine_tuned(options, len(images.classes))
     made_of = {"encoder": hash_of(encoder), "teacher": hash_of(options.out / "finetune" / "model.pt")}
@@ -96,6 +99,6 @@ def run(options: Namespace) -> dict[str, Any]:
         if not fit(options, folder, settings, student, batches, warm_cosine(options)):
             return {}
         save(folder / "model.pt", model.state_dict())
-        return measure(model, options, folder)
+        return measure(model, options)[0]
 
     return once(options, "distill", made_of | {"files": names_hash(images)}, work)

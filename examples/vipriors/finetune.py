@@ -58,14 +58,14 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "drop_path": (0.0, "share of the residual branches of a vision transformer that are dropped"),
 }
 HEAD = ("objective", "penalty", "scale")  # what decides the layers of the classifier
-LARGEST = dict.fromkeys(("weight", "contrast_weight", "scale", "mixup", "decoupling", "selfreg"), math.inf)
-LARGEST |= {"penalty_from": 1, "label_smoothing": 1, "magnitude": 30}
+LARGEST = {"penalty_from": 1, "label_smoothing": 1, "drop_path": 1, "magnitude": 30}
 
 
 def check(options: Namespace) -> None:
-    for name, most in LARGEST.items():
-        if not 0 <= (value := getattr(options, name)) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} must be in 0 .. {most}, got {value}")
+    if options.warmup_epochs and not is_vit(options.model):
+        raise ValueError(
+            "--warmup-epochs of fine-tuning goes with a vision transformer; a ResNet's rate falls in steps"
+        )
     if sharpness_of(options) and options.mixup:
         raise ValueError(
             "--mixup goes without --sample-weights: a mixed image is two samples, each with its own weight"
@@ -76,10 +76,14 @@ def check(options: Namespace) -> None:
 
 def sharpness_of(options: Namespace) -> float | str:
     """Of the weights of samples; 0 is none."""
+    if (given := options.sample_weights) == "auto":
+        return given
     try:
-        return "auto" if options.sample_weights == "auto" else float(options.sample_weights)
-    except ValueError as error:
-        raise ValueError(f"--sample-weights must be a number or auto, got {options.sample_weights!r}") from error
+        if 0 <= (sharpness := float(given)) < math.inf:
+            return sharpness
+    except ValueError:
+        pass
+    raise ValueError(f"--sample-weights must be auto, or a number of at least 0, got {given!r}")
 
 
 class Normalized(nn.Module):

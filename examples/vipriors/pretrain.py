@@ -55,6 +55,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "optimizer", ("adamw", "sgd")),
 }
 LAYER = "layer2"  # of a ResNet, whose map SER reads
+LARGEST = {"momentum": 1, "ratio": 1}
 STRIDES = {LAYER: 8, "layer4": 32}
 Turned = tuple[Tensor, Tensor, Tensor, equireg.GridTransform, equireg.GridTransform]
 
@@ -231,7 +232,7 @@ class Objective(nn.Module):
         if self.options.weight and since >= 0 and since % self.options.update_every == 0:
             state, samples = PartialState(), equireg.WithIndex(views)
             share = Subset(samples, range(state.process_index, len(views), state.num_processes))
-            loader = DataLoader(share, batch_size=self.options.batch_size)
+            loader = DataLoader(share, batch_size=self.options.batch_size, num_workers=self.options.workers)
             student = nn.Sequential(self.encoder, self.head)
             self.partitions.update(loader, encoder=student, progress=state.is_main_process)
             if state.is_main_process:
@@ -259,7 +260,7 @@ def run(options: Namespace) -> dict[str, Any]:
         for split in labelled(options):
             held_out, labels = frozen_features(net, read(options, split), options, probed=True)
             own = [part[:, -net.num_features :] for part in (x, held_out)]  # of a ViT the last class token
-            found[f"k-NN, {split}"] = 100 * equireg.knn_accuracy(own[0], y, own[1], labels)
+            found[f"k-NN, {split}"] = 100 * equireg.knn_accuracy(own[0], y, own[1], labels, k=min(20, len(y)))
             found[f"linear, {split}"] = 100 * equireg.linear_probe(x, y, held_out, labels)
         reports = [report._asdict() | {"at_the_bound": report.at_the_bound} for report in objective.partitions.reports]
         return found | {"partitions": reports}

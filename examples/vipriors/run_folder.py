@@ -32,7 +32,8 @@ def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, 
             return json.loads((folder / RESULTS).read_text())
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULTS).unlink(missing_ok=True)
+        for old in (folder / RESULTS, *(() if options.resume else folder.glob("*.pt"))):
+            old.unlink(missing_ok=True)  # else, after a kill, what was made with other settings would pass as made now
         save_json(folder / OPTIONS, settings)
     results = work(folder, settings)
     if main:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from equireg import ImageFiles, ensemble, fit_ensemble_weights
-from vipriors.backbone import accuracy, frozen_features
+from vipriors.backbone import accuracy, create, frozen_features
 from vipriors.finetune import fine_tuned
 from vipriors.images import labelled, measured, names_hash, read
 from vipriors.run_folder import RESULTS, hash_of, load, made_with, once, save
@@ -22,21 +21,21 @@ from vipriors.training import write_file
 OPTIONS: dict[str, tuple[Any, ...]] = {}
 
 
-def measure(model: nn.Module, options: Namespace, folder: Path) -> dict[str, Any]:
-    """Accuracies of one view and of ten crops, and the predictions and labels in ``predictions.pt``."""
+def measure(model: nn.Module, options: Namespace) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Accuracies of one view and of ten crops; and the predictions and labels."""
     saved: dict[str, Tensor] = {}
     for split in measured(options):
         images = read(options, split)
         logits, saved[split] = frozen_features(model, images, options)
         saved[f"{split} plain"] = logits.softmax(1)
         saved[f"{split} ten"], _ = frozen_features(model, images, options, "ten")
-    save(folder / "predictions.pt", saved)
-    return {name: accuracy(scores, saved[name.split()[0]]) for name, scores in saved.items() if " " in name}
+    found = {name: accuracy(scores, saved[name.split()[0]]) for name, scores in saved.items() if " " in name}
+    return found, saved
 
 
-def ensembles(folders: list[Path], on: str) -> dict[str, float | None]:
+def ensembles(saved: list[dict[str, Tensor]], on: str) -> dict[str, float | None]:
     """Accuracy of all models together; weighted where ``on`` is not "val", where the weights are fitted."""
-    saved, rows = [load(folder / "predictions.pt") for folder in folders], {}
+    rows = {}
     for crops, title in (("plain", "one view"), ("ten", "ten crops")):
         val, merged = (torch.stack([one[f"{part} {crops}"] for one in saved]) for part in ("val", on))
         for merge in ("mean", "gmean", "tsharpen"):
@@ -57,8 +56,8 @@ def submission(path: Path, images: ImageFiles, probabilities: Tensor) -> None:
 
 def run(options: Namespace) -> dict[str, Any]:
     """``predictions.pt``, ``submission.csv``, and accuracies of crops, and of the ensemble with a student, if there."""
-    model = fine_tuned(options, len(read(options, "train").classes))
-    student, on = options.out / "distill", labelled(options)[-1]
+    classes = len(read(options, "train").classes)
+    model, student, on = fine_tuned(options, classes), options.out / "distill", labelled(options)[-1]
     made_of = {"model": hash_of(options.out / "finetune" / "model.pt"), "student": None}
     made_of["files"] = names_hash(*(read(options, split) for split in measured(options)))
     if (student / RESULTS).exists():
@@ -70,17 +69,21 @@ def run(options: Namespace) -> dict[str, Any]:
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if not PartialState().is_main_process:
             return {}
-        models, images = {"fine-tuned": measure(model, options, folder)}, read(options, on)
+        found, saved = measure(model, options)
+        save(folder / "predictions.pt", saved)
+        models, images = {"fine-tuned": found}, read(options, on)
         rows = {"one view": models["fine-tuned"][f"{on} plain"]}
         rows |= {crops: accuracy(*frozen_features(model, images, options, crops)) for crops in ("flip", "five")}
         rows["ten crops"] = models["fine-tuned"][f"{on} ten"]
         if made_of["student"]:
-            models["distilled"] = json.loads((student / RESULTS).read_text())
-            rows |= ensembles([folder, student], on)
+            distilled = create(options, num_classes=classes)
+            distilled.load_state_dict(load(student / "model.pt"))
+            models["distilled"], of_student = measure(distilled.eval(), options)  # of the images that are here now
+            rows |= ensembles([saved, of_student], on)
         for name, value in rows.items():
             print(f"{name:40}{value:8.1f}")
         if "test" in measured(options):
-            submission(folder / "submission.csv", read(options, "test"), load(folder / "predictions.pt")["test ten"])
+            submission(folder / "submission.csv", read(options, "test"), saved["test ten"])
         # The result is named before it is measured: not the best one of test images.
         return {"models": models, "merged": rows, f"{on}, ten crops": rows["ten crops"]}
 
