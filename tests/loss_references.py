@@ -357,7 +357,7 @@ def ip_irm_of_logits(z1, z2, groups, temperature, weight, global_penalty=False):
     return everyone + weight * global_penalty * penalty + mean
 
 
-def sim_siam_ip_irm(p1, p2, z1, z2, groups, weight):
+def sim_siam_ip_irm(p1, p2, z1, z2, groups, weight, global_penalty=False):
     p1, p2, z1, z2 = (units(part) for part in (p1, p2, z1, z2))
 
     def loss(group, theta):
@@ -368,7 +368,7 @@ def sim_siam_ip_irm(p1, p2, z1, z2, groups, weight):
             losses[k] = -theta * sum(cosines) / len(members)
         return losses
 
-    return over_groups(loss, weight, torch.zeros(len(p1), dtype=torch.int64), groups)
+    return over_groups(loss, weight, torch.zeros(len(p1), dtype=torch.int64), groups, global_penalty)
 
 
 def moco_ip_irm(query, key, indices, queue, owners, partitions, temperature, weight):

@@ -34,29 +34,30 @@ def gathered_dtypes(rank):
     return "fine"
 
 
-def models_under_ddp(rank):
-    """A late class token and a tap under DistributedDataParallel: two steps, and the same weights everywhere."""
+def trained(wrap, ranks):
+    """Late class token and tap: the sums of all weights after two steps on the images of these ranks."""
     from torchvision.models import VisionTransformer, resnet18
 
     torch.manual_seed(0)
     sums = []
     vit = VisionTransformer(16, 4, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=3)
-    for model, tapped in ((LateClassToken(vit, 2), None), (resnet18(num_classes=3), "layer2")):
-        ddp = torch.nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-        torch.manual_seed(10 + rank)
-        for _ in range(2):
-            images = torch.rand(2, 3, 16, 16) if tapped is None else torch.rand(2, 3, 64, 64)
+    for plain, tapped in ((LateClassToken(vit, 2), None), (resnet18(num_classes=3), "layer2")):
+        model = wrap(plain.eval())  # its batch norms take no statistics of a part of the images
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            generators = [torch.Generator().manual_seed(10 * rank + step) for rank in ranks]
+            size = 16 if tapped is None else 64
+            images = torch.cat([torch.rand(2, 3, size, size, generator=generator) for generator in generators])
             if tapped is None:
-                logits, tokens = ddp(images, return_tokens=True)
+                logits, tokens = model(images, return_tokens=True)
             else:
-                with TokenTap(ddp, tapped) as tap:
-                    logits = ddp(images)
-                tokens = tap.tokens
+                with TokenTap(model, tapped) as tap:
+                    logits = model(images)
+                tokens, logits = tap.tokens, 0 * logits  # so that all that is learned comes from the tokens
             optimizer.zero_grad()
             (logits.square().mean() + tokens.square().mean()).backward()
             optimizer.step()
-        sums.append(sum(p.double().sum().item() for p in model.parameters()))
+        sums.append(sum(p.detach().double().abs().sum().item() for p in plain.parameters()))
     return sums
 
 
@@ -101,8 +102,10 @@ def test_two_processes(tmp_path):
         == dtypes[1]
         == ("f: x must be alike in every process, got rank 0: [2] float32, rank 1: [2] float64 without gradient")
     )
-    assert sums[0] == sums[1]
+    assert sums[0] == sums[1] == pytest.approx(trained(lambda model: model, ranks=(0, 1)), rel=1e-6)
+    assert sums[0] != pytest.approx(trained(lambda model: model, ranks=(0,)), rel=1e-6)  # nor those of one half
 
 
 def several(rank):
-    return one_image_each(rank), gathered_dtypes(rank), models_under_ddp(rank)
+    sums = trained(torch.nn.parallel.DistributedDataParallel, ranks=(rank,))
+    return one_image_each(rank), gathered_dtypes(rank), sums

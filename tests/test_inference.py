@@ -45,8 +45,8 @@ def test_merges_the_versions(crops, merge):
     views = [images] if crops == "flip" else list(tv.five_crop(images, [6, 7]))
     if crops != "five":
         views += [tv.horizontal_flip(view) for view in views]
-    expected = merged(torch.stack([model(view).softmax(-1) for view in views]), merge)
-    found = predict_tta(model, images, crops=crops, merge=merge, crop_size=(6, 7))
+    expected = merged(torch.stack([model(view).softmax(-1) for view in views]), merge, t=0.2)
+    found = predict_tta(model, images, crops=crops, merge=merge, sharpening=0.2, crop_size=(6, 7))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -103,9 +103,10 @@ def test_refuses(model, images, options, message):
 @pytest.mark.parametrize("weights", [None, [1, 2, 0.5], [0, 1, 0]])
 def test_equals_the_formula(weights, merge):
     p = probabilities()
-    found = ensemble(p, weights=weights, merge=merge)
-    torch.testing.assert_close(found.double(), merged(p, merge, weights), rtol=1e-5, atol=1e-7)
-    assert torch.equal(found, ensemble(list(p), weights=weights, merge=merge))
+    found = ensemble(p, weights=weights, merge=merge, sharpening=0.2)
+    torch.testing.assert_close(found.double(), merged(p, merge, weights, t=0.2), rtol=1e-5, atol=1e-7)
+    assert torch.equal(found, ensemble(list(p), weights=weights, merge=merge, sharpening=0.2))
+    torch.testing.assert_close(ensemble(p, merge=merge).double(), merged(p, merge, t=0.5), rtol=1e-5, atol=1e-7)
 
 
 @given(
@@ -134,14 +135,15 @@ def test_fitted_weights_are_the_best(merge):
     labels = torch.arange(200) % 4
     strength = torch.tensor([2.0, 1.5, 0.0])[:, None, None]
     p = (torch.randn(3, 200, 4) + strength * nn.functional.one_hot(labels, 4)).softmax(-1)
-    weights = fit_ensemble_weights(p, labels, merge=merge)
+    how = {"merge": merge, "sharpening": 0.2}
+    weights = fit_ensemble_weights(p, labels, **how)
     with torch.inference_mode():
-        assert torch.equal(fit_ensemble_weights(p.clone(), labels, merge=merge), weights)
+        assert torch.equal(fit_ensemble_weights(p.clone(), labels, **how), weights)
     assert weights.sum().item() == pytest.approx(1)
     assert weights[2] < 0.2
 
     def likelihood(w):
-        return merged(p, merge, w).gather(1, labels[:, None]).log().mean().item()
+        return merged(p, merge, w, t=0.2).gather(1, labels[:, None]).log().mean().item()
 
     grid = [i / 10 for i in range(11)]
     best = max(likelihood([a, b, 1 - a - b]) for a, b in itertools.product(grid, grid) if a + b <= 1)

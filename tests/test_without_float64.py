@@ -6,7 +6,8 @@ from torch.utils._pytree import tree_map
 
 import equireg
 from equireg.similarity import dense
-from tests.records.running import every_record
+from tests.gpu.inside import Inside
+from tests.records.running import every_record, step
 
 
 class Here(torch.Tensor):
@@ -37,6 +38,20 @@ def the_cpu_has_none(monkeypatch):
 @every_record
 def test_losses(record):
     record.build(torch.float32)(*tree_map(there, record.sample(torch.float32)))
+
+
+class NoneInside(Inside):
+    """Looks into the package's own operators too, and at the backward pass. Single numbers may be on the CPU."""
+
+    def seen(self, function, given, made):
+        assert not any(x.dtype == torch.float64 and x.dim() for x in made), function
+
+
+@every_record
+def test_operators_and_backward_passes(record):
+    loss, args = record.build(torch.float32), record.sample(torch.float32)
+    with NoneInside():
+        step(loss, args)
 
 
 def test_partitions_and_margins():

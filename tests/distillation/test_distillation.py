@@ -91,7 +91,9 @@ def test_margins_of_a_batch_normalisation():
 
 def test_contrastive_banks_and_normalization():
     """Z is set by the first batch; banks move where the batch is, in training alone; no global number is drawn."""
-    criterion = ContrastiveDistillation(5, 7, 12, embedding_dim=4, num_negatives=6, temperature=0.5).double()
+    criterion = ContrastiveDistillation(
+        5, 7, 12, embedding_dim=4, num_negatives=6, temperature=0.5, momentum=0.8
+    ).double()
     expected_z = None
     for indices in (torch.tensor([3, 0, 11]), torch.tensor([3, 5, 7])):
         features = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
@@ -110,7 +112,7 @@ def test_contrastive_banks_and_normalization():
             v = F.normalize(getattr(criterion, f"embed_{side}")(x), dim=1).detach()
             z.append(torch.einsum("bd,bkd->bk", v, before[f"bank_{other}"][rows]).div(0.5).exp().mean() * 12)
             bank = before[f"bank_{side}"].clone()
-            bank[indices] = F.normalize(0.5 * bank[indices] + 0.5 * v, dim=1)
+            bank[indices] = F.normalize(0.8 * bank[indices] + 0.2 * v, dim=1)
             torch.testing.assert_close(getattr(criterion, f"bank_{side}"), bank)
         expected_z = expected_z or z
         torch.testing.assert_close(criterion.log_z.exp(), torch.stack(expected_z))

@@ -48,6 +48,16 @@ def test_in_a_process_of_its_own(arrays, archive, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["features.npz"]  # nothing is written without --out
 
 
+@pytest.mark.parametrize(("name", "adjust"), [("mean", True), ("median", "median"), ("none", False)])
+@pytest.mark.parametrize("score", ["similarity", "margin"])
+def test_each_way_to_score(score, name, adjust, arrays, archive, capsys):
+    others = {"similarity": "margin", "margin": "similarity"}
+    assert _command.main(["environments", str(archive), "--score", score, "--adjust", name]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{report_of(arrays, score=score, adjust=adjust).report()}\n"
+    assert said != f"{report_of(arrays, score=others[score], adjust=adjust).report()}\n"
+
+
 def test_writes_weights_and_pictures(arrays, archive, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the examples extra")
     flags = [

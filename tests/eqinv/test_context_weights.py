@@ -93,6 +93,9 @@ def test_whitened_axes_have_unit_variance_and_no_correlation():
     fitted = projected @ torch.linalg.lstsq(projected, axes).solution
     torch.testing.assert_close(fitted, axes, atol=1e-3, rtol=0)
     environments = Environments.split(features, torch.arange(500) % 3, whiten=4)
+    fitted = ClassWiseIRM(features.shape[1], 3).fit_environments(features, torch.arange(500) % 3, whiten=4).environments
+    assert torch.equal(fitted.scores, environments.scores)
+    assert not torch.equal(fitted.scores, Environments.split(features, torch.arange(500) % 3).scores)
     expected = Environments.split(axes, torch.arange(500) % 3)
     assert torch.equal(environments.bits, expected.bits)
     assert environments.members(1)[0].tolist() == expected.members(1)[0].tolist()
@@ -166,6 +169,18 @@ def test_report_tells_a_biased_class():
     assert plain.sharpness < 0.2 < report.sharpness
 
 
+def test_a_large_minority_is_skewed_and_not_pointed():
+    """A fifth of a class far in another's context: no long tail, but far from even."""
+    features, labels, _ = biased(per_class=600, conflicting=0.0)
+    fifth = torch.arange(130)  # of class 0
+    features[fifth] += 4 * (features[labels == 2].mean(0) - features[labels == 0].mean(0))
+    report = Environments.split(features, labels).report()
+    chance = chance_shape(3)
+    assert report.excess_kurtosis[0] < chance.excess_kurtosis + 1
+    assert report.skewness[0] > chance.skewness + 0.7
+    assert report.looks_biased[0]
+
+
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the examples extra")
     from equireg import weight_sheet
@@ -179,9 +194,14 @@ def test_pictures(tmp_path):
     sheet = weight_sheet(environments, images, classes=[2, 0], count=3)
     shown = [axes for axes in sheet.axes if axes.images]
     assert len(shown) == 2 * 6
-    heaviest = environments.weights()[24:36].argmax() + 24
-    expected = images[int(heaviest)][0].permute(1, 2, 0).numpy()
-    assert (shown[0].images[0].get_array() == expected).all()
+    weights = environments.weights()[24:36]
+    ranked = (24 + weights.argsort(descending=True)).tolist()
+    for axes, index in zip(shown[:6], ranked[:3] + ranked[-3:]):  # the largest weights, and the smallest
+        assert (axes.images[0].get_array() == images[index][0].permute(1, 2, 0).numpy()).all()
+        assert axes.get_title().split()[0] == f"{float(environments.weights()[index]):.2g}"
+    softer = weight_sheet(environments, images, classes=[2], count=1, sharpness=0.3, cap=1.2)
+    largest = float(environments.weights(sharpness=0.3, cap=1.2)[24:36].max())
+    assert softer.axes[0].get_title().split()[0] == f"{largest:.2g}"
     sheet.savefig(tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -204,6 +224,14 @@ def test_sampler_draws_as_often_as_the_weights_say():
     torch.testing.assert_close(drawn[:60] / 1000, environments.weights(torch.arange(60)), atol=0.2, rtol=0.1)
     loader = DataLoader(TensorDataset(features, labels), batch_size=10, sampler=environments.sampler())
     assert sum(len(batch[1]) for batch in loader) == 60
+    how = {"sharpness": 0.3, "cap": 1.2}
+    softer = environments.sampler(60_000, generator=torch.Generator().manual_seed(0), **how)
+    drawn, expected = (
+        torch.tensor(list(softer)).bincount(minlength=80)[:60],
+        environments.weights(torch.arange(60), **how),
+    )
+    torch.testing.assert_close(drawn / 1000, expected, atol=0.12, rtol=0.05)
+    assert (environments.weights(torch.arange(60)) - expected).abs().max() > 0.5  # so that it can be told
 
 
 def test_state_of_before_the_weights_still_loads():

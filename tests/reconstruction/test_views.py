@@ -115,6 +115,17 @@ def test_parameters_at_fractions_are_exact():
     assert torch.equal(views.at(parameters, 0.0), torch.tensor([0, 0, 0, 1.0, 1, 1, 0, 0]).expand(6, 8))
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+def test_what_lies_outside_of_the_frame(padding):
+    views = IntermediateViews("translation", padding=padding)
+    ramp = (torch.arange(8.0) / 8).expand(1, 3, 8, 8)
+    view = views.transform(ramp, torch.tensor([[3.0, 0.0]]))  # three pixels to the right
+    outside = {"zeros": [0, 0, 0], "border": [0, 0, 0], "reflection": [2 / 8, 1 / 8, 0]}[padding]
+    torch.testing.assert_close(view[0, 0, 4], torch.tensor([*outside, *[i / 8 for i in range(5)]]))
+    bright = views.transform(1 - ramp, torch.tensor([[3.0, 0.0]]))[0, 0, 4, :3].tolist()
+    assert bright == pytest.approx({"zeros": [0, 0, 0], "border": [1, 1, 1]}.get(padding, [6 / 8, 7 / 8, 1]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_targets_are_fractions_of_the_same_path(kind, count):

@@ -8,7 +8,7 @@ from tests.records.record import AS_REFERENCE, BATCH, Record, Refused, refused_t
 
 
 def _overhaul(**options):
-    loss = OverhaulDistillation([3, 5], [4, 6], **options)
+    loss = OverhaulDistillation([3, 5], [4, 6], **{"layer_weights": [0.3, 2.0], **options})
     generator = torch.Generator().manual_seed(4)
     loss.fit_margins([[torch.randn(8, dim, 2, 2, generator=generator) for dim in (4, 6)]])
     return loss
@@ -31,15 +31,14 @@ def _number(name, value, rule):
     return Refused(ValueError, f"{name} must be {rule}, got {value}", options={name: value})
 
 
+HOW = {"temperature": 2.0, "alpha": 0.7, "beta": 3.0, "label_smoothing": 0.2}  # none of them the default
 RECORDS = [
     Record(
         name="DistillationLoss",
-        make=lambda **options: DistillationLoss(**options),
+        make=lambda **options: DistillationLoss(**{**HOW, **options}),
         inputs=lambda draw: (draw.floats(BATCH, 5), draw.floats(BATCH, 5, grad=False), draw.labels(5)),
-        reference=lambda p, *args: loss_references.distillation(
-            *args, temperature=4.0, alpha=1.0, beta=16.0, smoothing=0.1
-        ),
-        made_of=lambda parts: parts.cross_entropy + 16 * parts.divergence,
+        reference=lambda p, *args: loss_references.distillation(*args, *HOW.values()),
+        made_of=lambda parts: 0.7 * parts.cross_entropy + 3 * parts.divergence,
         refused={
             "F2 whole numbers": refused_type(0, "DistillationLoss: student"),
             "F4 classes": Refused(
@@ -89,8 +88,8 @@ RECORDS = [
         name="OverhaulDistillation",
         make=_overhaul,
         inputs=lambda draw: (_maps(draw, (3, 5), True), _maps(draw, (4, 6), False)),
-        reference=lambda p, *args: loss_references.overhaul(p, *args, layer_weights=(0.5, 1.0)),
-        made_of=lambda parts: 0.5 * parts.distances[0] + parts.distances[1],
+        reference=lambda p, *args: loss_references.overhaul(p, *args, layer_weights=(0.3, 2.0)),
+        made_of=lambda parts: 0.3 * parts.distances[0] + 2 * parts.distances[1],
         refused={
             "layers": Refused(ValueError, "students must be a list of 2 layers, got 1", replace(0, lambda x: x[:1])),
             "F3 width": Refused(ValueError, r"student must be .* got \[12, 5, 2, 2\]", replace(0, lambda x: x[::-1])),

@@ -30,12 +30,12 @@ def _pairs_of_groups_reference(p, x, y, scale, weight, select, row_group, col_gr
 
 
 def _soft_info_nce(**options):
-    return lambda z1, z2, weights: soft_info_nce(z1, z2, weights, **options)
+    return lambda z1, z2, weights: soft_info_nce(z1, z2, weights, **{"temperature": 0.3, **options})
 
 
 def _soft_info_nce_reference(p, z1, z2, weights):
-    loss = references.soft_info_nce(z1, z2, weights, 0.5)
-    slope = references.slope(references.soft_info_nce, z1, z2, weights, 0.5)
+    loss = references.soft_info_nce(z1, z2, weights, 0.3)
+    slope = references.slope(references.soft_info_nce, z1, z2, weights, 0.3)
     return tuple(
         torch.stack([value if value is not None else z1.sum() * 0 for value in part]) for part in (loss, slope)
     )
@@ -65,10 +65,11 @@ def _ser_of_layers(p, maps1, maps2, g1, g2):
     losses = []
     for i, pair in enumerate(zip(maps1, maps2)):
         own = {name.removeprefix(f"layers.{i}."): value for name, value in p.items() if name.startswith(f"layers.{i}.")}
-        losses.append(loss_references.ser(own, *pair, g1, g2, temperature=0.3))
+        losses.append(loss_references.ser(own, *pair, g1, g2, temperature=0.5))
     return sum(losses) / len(losses)
 
 
+OF_LAYERS = {"projection_dim": 6, "layers": 2, "temperature": 0.5}
 RECORDS = [
     Record(
         name="pair_lse",
@@ -195,7 +196,7 @@ RECORDS = [
     ),
     Record(
         name="SERLoss/layers",
-        make=lambda **options: SERLoss(5, **{"projection_dim": 6, "layers": 2, **options}),
+        make=lambda **options: SERLoss(5, **{**OF_LAYERS, **options}),
         inputs=lambda draw: (
             [draw.floats(BATCH, 9, 5), draw.floats(BATCH, 9, 5)],
             [draw.floats(BATCH, 4, 5), draw.floats(BATCH, 4, 5)],
@@ -203,7 +204,7 @@ RECORDS = [
             draw.elements((2, 2), (2, 2)),
         ),
         reference=_ser_of_layers,
-        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.3,
+        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.5,
         refused={
             "one map": Refused(
                 ValueError, "tokens1 must be a list of 2 maps, .* got Tensor", replace(0, lambda x: x[0])
@@ -218,10 +219,12 @@ RECORDS = [
     ),
     Record(
         name="EquiModLoss",
-        make=lambda **options: EquiModLoss(5, 2, **{"projection_dim": 6, "parameter_dim": 4, **options}),
+        make=lambda **options: EquiModLoss(
+            5, 2, **{"projection_dim": 6, "parameter_dim": 4, "temperature": 0.4, **options}
+        ),
         inputs=lambda draw: (draw.floats(BATCH, 3, 5), draw.floats(BATCH, 4, 5), draw.floats(BATCH, 2)),
-        reference=lambda p, *args: loss_references.equimod(p, *args, temperature=0.2),
-        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.2,
+        reference=lambda p, *args: loss_references.equimod(p, *args, temperature=0.4),
+        made_of=lambda parts: parts.log_denominator - parts.alignment / 0.4,
         refused={
             "F2 whole numbers": refused_type(2, "EquiModLoss: parameters"),
             "F3 width": Refused(ValueError, r"features must be .* got \[12, 3, 4\]", replace(0, lambda x: x[..., 1:])),

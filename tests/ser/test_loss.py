@@ -85,6 +85,18 @@ def test_module_is_the_function_on_aligned_and_projected_tokens(token_norm):
     assert ser.projection[2].out_features == 16
 
 
+def test_each_layer_has_every_option():
+    g1, g2 = elements(4)
+    maps1, maps2 = ([tokens_for(g) for _ in range(2)] for g in (g1, g2))
+    how = {"projection_dim": 16, "temperature": 0.5, "token_norm": True, "negatives": "moved"}
+    whole, alone = SERLoss(8, layers=2, **how), [SERLoss(8, **how) for _ in range(2)]
+    for layer, ser in zip(whole.layers, alone):
+        torch.nn.init.normal_(layer.token_norm.weight)
+        ser.load_state_dict(layer.state_dict())
+    expected = sum(ser(*tokens, g1, g2) for ser, *tokens in zip(alone, maps1, maps2)) / 2
+    torch.testing.assert_close(whole(maps1, maps2, g1, g2), expected)
+
+
 def test_names_of_its_state():
     assert set(SERLoss(8).state_dict()) == {f"projection.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
 

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from equireg import EquivariantViews, split_batch
+from equireg.ser.views import _cropped
 
 IDENTITY = torch.nn.Identity()
 
@@ -259,7 +262,7 @@ def test_both_views_are_of_one_crop():
     """Undone, the elements leave the same box of the image in both: a ramp's values tell where it was."""
     views = EquivariantViews(32, 4, photometric=IDENTITY, scale=(1, 1), ratio=(1, 1), crop=(0.25, 0.25))
     ramp = torch.linspace(0, 1, 32).expand(20, 3, 32, 32).contiguous()
-    ramp[:, 1] = ramp[:, 1].transpose(1, 2)  # channel 0 rises to the right, channel 1 downwards
+    ramp[:, 1] = ramp[:, 1].transpose(1, 2).clone()  # channel 0 rises to the right, channel 1 downwards
     x1, x2, g1, g2 = views(ramp, seeded())
     first, second = g1.inverse().on_images(x1, 4), g2.inverse().on_images(x2, 4)
     torch.testing.assert_close(first, second)
@@ -270,6 +273,19 @@ def test_both_views_are_of_one_crop():
         assert (first[:, channel].diff(dim=axis) >= -1e-6).all()  # neither turned nor flipped
     whole = EquivariantViews(32, 4, photometric=IDENTITY, scale=(1, 1), ratio=(1, 1), crop=(1, 1))(ramp, seeded())
     torch.testing.assert_close(whole[2].inverse().on_images(whole[0], 4), ramp)
+
+
+def test_crops_have_the_areas_and_aspects_asked_for():
+    """Read off a ramp that the box of each image shows."""
+    ramp = torch.linspace(0, 1, 64).expand(200, 2, 64, 64).contiguous()
+    ramp[:, 1] = ramp[:, 1].transpose(1, 2).clone()
+    box = _cropped(ramp, (0.1, 0.5), (0.5, 2.0), seeded())
+    width, height = ((box[:, channel].amax((1, 2)) - box[:, channel].amin((1, 2))) for channel in (0, 1))
+    area, aspect = width * height, (width / height).log()
+    assert 0.08 < area.min() < 0.13
+    assert 0.44 < area.max() < 0.52
+    assert -math.log(2) - 0.1 < aspect.min() < -0.5
+    assert 0.5 < aspect.max() < math.log(2) + 0.1
 
 
 def test_normalised_images_are_refused():
