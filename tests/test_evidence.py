@@ -614,6 +614,18 @@ def test_corrupted_images_conflict_as_often_as_is_said(images):
     assert (counts > 0).sum() >= 8  # of 60 in ten kinds
 
 
+def test_splits_do_not_share_their_noise(images):
+    noise = []
+    for split in ("train", "val", "test"):
+        how = {"draw": 1, "severity": 2, "conflicting": 0.9}
+        made = corrupted_folders(images / "cifar10", split, 32, **how)
+        clean = folders(images / "cifar10", split, 32, draw=1)
+        first = int((made.contexts == TEN_KINDS.index("gaussian_noise")).nonzero()[0])
+        noise.append((made.pixels[first].float() - clean.pixels[first].float()).flatten())
+    likeness = torch.corrcoef(torch.stack(noise)).fill_diagonal_(0)
+    assert likeness.abs().max() < 0.2
+
+
 def test_conflicting_is_what_most_of_the_class_is_not():
     labels = torch.tensor([0] * 4 + [1] * 4)
     training = Images(labels, labels, torch.tensor([2, 2, 2, 0, 1, 1, 1, 2]))

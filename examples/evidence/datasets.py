@@ -111,9 +111,9 @@ def corrupted_folders(
     labels, count = images.labels, (len(images.labels),)
     steps = torch.randint(1, 10, count, generator=generator) * (torch.rand(count, generator=generator) < conflicting)
     kinds = (labels + steps) % 10 if split == "train" else torch.randint(10, count, generator=generator)
-    pixels = images.pixels.clone()
-    for number in kinds.unique().tolist():
-        pixels[kinds == number] = corrupted(pixels[kinds == number], TEN_KINDS[number], severity, seed=draw or 0)
+    pixels, seed = images.pixels.clone(), 3 * (draw or 0) + ["train", "val", "test"].index(split)
+    for number in kinds.unique().tolist():  # with a seed for each split, or they would share their noise
+        pixels[kinds == number] = corrupted(pixels[kinds == number], TEN_KINDS[number], severity, seed=seed)
     return Images(resize(pixels, [size, size], interpolation=3), labels, kinds)
 
 
