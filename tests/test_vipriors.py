@@ -225,14 +225,17 @@ def test_a_stale_step_is_not_taken_for_done(recipe, again, capsys):
     assert not any(row.startswith("ensemble") for row in read(out / "test" / "results.json")["merged"])
 
 
-def test_what_a_killed_step_would_have_replaced_is_gone(recipe, again, monkeypatch):
-    """Without --resume a step is made anew, so what is there of other settings does not pass as made by these."""
+def test_what_a_killed_step_would_have_replaced_is_not_taken(recipe, again, monkeypatch):
+    """It is of other settings than those beside it; and it is still there."""
     out, arguments = again
     monkeypatch.setattr(recipe.STEPS["pretrain"], "fit", killed)
     with pytest.raises(OSError, match="killed"):
         recipe.main([*arguments, "--seed", "1", "--steps", "pretrain"])
     assert read(out / "pretrain" / "options.json")["seed"] == 1
-    assert not (out / "pretrain" / "encoder.pt").exists()
+    assert (out / "pretrain" / "encoder.pt").exists()
+    for step in ("environments", "finetune"):
+        with pytest.raises(recipe.TrainingError, match=r"pretrain is not finished; go on with --resume"):
+            recipe.main([*arguments, "--steps", step])
 
 
 def killed(*args, **kwargs):
@@ -359,7 +362,14 @@ def test_help_shows_every_flag_with_its_default(recipe, capsys):
         (["all", "--shots", "9"], "shots must be at most 8"),
         (["all", "--shots", "6", "--finetune-lr", "-1"], "--finetune-lr must be in 0 .. inf, got -1.0"),
         (["all", "--shots", "6", "--pretrain-ratio", "7"], "--pretrain-ratio must be in 0 .. 1, got 7.0"),
-        (["pretrain", "--crop-scale", "2"], "--crop-scale must be in 0 .. 1, got 2.0"),
+        (["pretrain", "--crop-scale", "2"], "--crop-scale must be above 0, up to 1, got 2.0"),
+        (["pretrain", "--ser-temperature", "0"], "--ser-temperature must be above 0, up to inf, got 0.0"),
+        (["pretrain", "--lr", "inf"], "--lr must be in 0 .. inf, got inf"),
+        (["pretrain", "--workers", "-1"], "--workers must be in 0 .. inf, got -1"),
+        (
+            ["all", "--shots", "6", "--distill-warmup-epochs", "99"],
+            "--distill-warmup-epochs must be in 0 .. 30, got 99",
+        ),
         (["all", "--shots", "6", "--encoder", "no.pt"], "--encoder must be a file, got no.pt"),
         (
             ["all", "--shots", "6", "--pretrain-batch-size", "20", "--finetune-batch-size", "25"],

@@ -213,7 +213,8 @@ def _in_autograd_function() -> bool:
     """Whether the forward pass of one, such as that of reentrant checkpointing, is what runs the layer."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+        named = "ctx" in frame.f_code.co_varnames  # only then, as looking into a frame keeps alive what is in it
+        if named and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
             return True
         frame = frame.f_back
     return False

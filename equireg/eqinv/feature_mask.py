@@ -78,12 +78,17 @@ class FeatureMask(nn.Module):
         if not isinstance(head, nn.Module):
             check.fail_type("head", "an nn.Module", type(head).__name__)
         # A subclass may do something else with its weight, and so may a hook; a parametrised layer does not.
-        hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+        hooks: list[Any] = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
         exact = self.scale is None and all(map(self._is_mine, hooks))
         if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or not exact:
             # What a hook made with a gradient, such as the weight of nn.utils.weight_norm, cannot be copied with it.
             made = [t for part in head.modules() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn]
-            return nn.Sequential(copy.deepcopy(self), copy.deepcopy(head, {id(t): t.detach().clone() for t in made}))
+            owners = [hook.__self__ for hook in hooks if self._is_mine(hook)]  # hold the whole model: not to be copied
+            shared = {id(t): t.detach().clone() for t in made} | {id(owner): owner for owner in owners}
+            copied = copy.deepcopy(head, shared)
+            for key in [key for key, hook in copied._forward_pre_hooks.items() if self._is_mine(hook)]:
+                del copied._forward_pre_hooks[key]
+            return nn.Sequential(copy.deepcopy(self), copied)
         if head.in_features != len(self.weight):
             check.fail("head", f"of {len(self.weight)} features", head.in_features)
         how = {"bias": head.bias is not None, "device": head.weight.device, "dtype": head.weight.dtype}

@@ -60,6 +60,17 @@ def positive(text: str) -> int:
     return value
 
 
+def check_numbers(options: Namespace, prefix: dict[str, str], largest: dict[str, float]) -> None:
+    """Finite, at least 0 or above it, and at most ``largest``."""
+    largest = {"crop_scale": 1, "warmup_epochs": getattr(options, "epochs", 0), **largest}
+    for name, value in vars(options).items():
+        most, positive = largest.get(name, math.inf), name in ("crop_scale", "ser_temperature")
+        if not isinstance(value, (int, float)) or (0 <= value <= most and value < math.inf and (value or not positive)):
+            continue
+        flag = f"--{prefix.get(name, '')}{name}".replace("_", "-")
+        raise ValueError(f"{flag} must be {'above 0, up to' if positive else 'in 0 ..'} {most}, got {value}")
+
+
 def options_of(command: str, arguments: list[str]) -> dict[str, Namespace]:
     """The options of each step, from the preset and from its flags; wrong ones show before any work."""
     prefix = {step: f"{step}_" if command == "all" else "" for step in STEPS if command in (step, "all")}
@@ -98,14 +109,9 @@ def options_of(command: str, arguments: list[str]) -> dict[str, Namespace]:
     for step in given.get("steps", prefix):
         own = {name: given[f"{prefix[step]}{name}"] for name in flags[step]}
         found[step] = Namespace(**{name: given[name] for name in (*SHARED, "resume")}, **own)
-        largest = {"crop_scale": 1, **getattr(STEPS[step], "LARGEST", {})}
-        for name, value in vars(found[step]).items():
-            most = largest.get(name, math.inf)
-            if (isinstance(value, float) or name in largest) and not 0 <= value <= most:
-                flag = f"{prefix[step] if name in own else ''}{name}".replace("_", "-")
-                raise ValueError(f"--{flag} must be in 0 .. {most}, got {value}")
+        check_numbers(found[step], dict.fromkeys(own, prefix[step]), getattr(STEPS[step], "LARGEST", {}))
         getattr(STEPS[step], "check", lambda options: None)(found[step])
-    if given["encoder"] and not given["encoder"].exists():
+    if given["encoder"] and not given["encoder"].is_file():
         raise ValueError(f"--encoder must be a file, got {given['encoder']}")
     for step, options in found.items():
         sizes = {split: len(images.read(options, split)) for split in ("train", *images.measured(options))}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from equireg import ImageFiles, LateClassToken, WithIndex, extract_features, predict_tta
 from vipriors.images import whole
-from vipriors.run_folder import load, made_with
+from vipriors.run_folder import finished, load, made_with
 from vipriors.training import TrainingError, differences
 
 SAME = ("model", "patch_size", "late_class_token")  # of Step 1 and of the steps that take its encoder
@@ -30,8 +30,7 @@ def is_vit(model: str) -> bool:
 
 def encoder_of(options: Namespace) -> Path | None:
     """``--encoder``, or the one that Step 1 left; None where there is neither."""
-    made = options.out / "pretrain" / "encoder.pt"
-    return options.encoder or (made if made.exists() else None)
+    return options.encoder or finished(options.out / "pretrain" / "encoder.pt")
 
 
 def create(options: Namespace, encoder: Path | None = None, num_classes: int = 0) -> nn.Module:

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from equireg import ClassWiseIRM, Environments, FeatureMask, ImageFiles, SelfRegLoss, spectral_decoupling
 from vipriors.backbone import accuracy, create, encoder_of, frozen_features, is_vit
 from vipriors.images import Augmented, colors, measured, names_hash, read
-from vipriors.run_folder import fit, hash_of, load, made_with, once, save, warm_cosine
+from vipriors.run_folder import finished, fit, hash_of, load, made_with, once, save, warm_cosine
 from vipriors.training import TrainingError, seed_everything
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -189,7 +189,7 @@ class Objective(nn.Module):
 def fine_tuned(options: Namespace, num_classes: int) -> nn.Module:
     """The model that this step left, frozen."""
     path = options.out / "finetune" / "model.pt"
-    if not path.exists():
+    if not finished(path):
         raise TrainingError(f"{path}: no such file; run Step 3 (finetune) first")
     how = {name: made_with(path.parent, name) for name in HEAD}
     if None in how.values():
@@ -202,9 +202,10 @@ def fine_tuned(options: Namespace, num_classes: int) -> nn.Module:
 def environments_of(options: Namespace, encoder: Path | None, images: ImageFiles) -> Path | None:
     """Those of Step 2, of the same encoder and images; None, and they are found in each batch, where there are none."""
     path, weighted = options.out / "environments" / "environments.pt", bool(sharpness_of(options))
-    if not path.exists() and weighted:
+    found = finished(path)
+    if not found and weighted:
         raise TrainingError(f"{path}: no such file; run Step 2 (environments) first, or leave --sample-weights out")
-    if not path.exists() or (options.penalty == "off" and not weighted):
+    if not found or (options.penalty == "off" and not weighted):
         return None
     if made_with(path.parent, "encoder") != hash_of(encoder):
         raise TrainingError(f"{path} was made with another encoder than {encoder}; run Step 2 (environments) again")

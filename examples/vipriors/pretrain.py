@@ -232,7 +232,7 @@ class Objective(nn.Module):
         if self.options.weight and since >= 0 and since % self.options.update_every == 0:
             state, samples = PartialState(), equireg.WithIndex(views)
             share = Subset(samples, range(state.process_index, len(views), state.num_processes))
-            loader = DataLoader(share, batch_size=self.options.batch_size, num_workers=self.options.workers)
+            loader = DataLoader(share, batch_size=self.options.batch_size)  # without workers: alike for any --workers
             student = nn.Sequential(self.encoder, self.head)
             self.partitions.update(loader, encoder=student, progress=state.is_main_process)
             if state.is_main_process:

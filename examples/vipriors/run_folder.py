@@ -32,8 +32,7 @@ def once(options: Namespace, step: str, made_of: Results, work: Callable[[Path, 
             return json.loads((folder / RESULTS).read_text())
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / RESULTS, *(() if options.resume else folder.glob("*.pt"))):
-            old.unlink(missing_ok=True)  # else, after a kill, what was made with other settings would pass as made now
+        (folder / RESULTS).unlink(missing_ok=True)
         save_json(folder / OPTIONS, settings)
     results = work(folder, settings)
     if main:
@@ -84,6 +83,13 @@ def save_json(path: Path, content: Any) -> None:
 
 def hash_of(path: Path | None) -> str | None:
     return path and hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def finished(path: Path) -> Path | None:
+    """The file that a step left, or None; an error where the step was begun anew since, and not ended."""
+    if path.exists() and not (path.parent / RESULTS).exists():
+        raise TrainingError(f"{path.parent} is not finished; go on with --resume, or run its step again")
+    return path if path.exists() else None
 
 
 def made_with(folder: Path, name: str) -> Any:

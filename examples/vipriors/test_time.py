@@ -69,6 +69,7 @@ def run(options: Namespace) -> dict[str, Any]:
     def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if not PartialState().is_main_process:
             return {}
+        (folder / "submission.csv").unlink(missing_ok=True)
         found, saved = measure(model, options)
         save(folder / "predictions.pt", saved)
         models, images = {"fine-tuned": found}, read(options, on)

@@ -156,6 +156,8 @@ def test_folding_the_mask_into_the_head(kind, bias):
     if kind == "linear":  # and with this mask before it already, as EqInvTask puts it there
         head.register_forward_pre_hook(MaskedHead(irm).mask)
         assert torch.equal(irm.fold_into(head).weight, folded.weight)
+        head.register_forward_hook(lambda module, inputs, output: 3 * output)  # and with another one
+        torch.testing.assert_close(irm.fold_into(head)(features), 3 * folded(features))
     before = folded(features)
     nn.init.ones_(irm.mask.weight)
     torch.testing.assert_close(folded(features), before)  # parameters of its own
