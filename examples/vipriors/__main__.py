@@ -62,7 +62,7 @@ def positive(text: str) -> int:
 
 def check_numbers(options: Namespace, prefix: dict[str, str], largest: dict[str, float]) -> None:
     """Finite, at least 0 or above it, and at most ``largest``."""
-    largest = {"crop_scale": 1, "warmup_epochs": getattr(options, "epochs", 0), **largest}
+    largest = {"crop_scale": 1, **largest}
     for name, value in vars(options).items():
         most, positive = largest.get(name, math.inf), name in ("crop_scale", "ser_temperature")
         if not isinstance(value, (int, float)) or (0 <= value <= most and value < math.inf and (value or not positive)):

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import itertools
 import os
 import typing
 from pathlib import Path
@@ -281,8 +280,7 @@ def fit_whole(folder, rank=0, world=1, **options):
     part = DistributedSampler(labelled(), world, rank, shuffle=False)
     ran = trainer(callbacks, folder, epochs=3, use_distributed_sampler=False, devices=world, **options)
     ran.fit(model, DataLoader(labelled(), batch_size=16 // world, sampler=part))
-    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}, model.weights
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}, model.weights
 
 
 def in_a_process(rank, folder):
