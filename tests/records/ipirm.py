@@ -48,6 +48,11 @@ def _refused(name, place):
     }
 
 
+def _predicted_and_projected(draw):
+    learns, given = ([draw.floats(BATCH, 5, grad=grad) for _ in range(2)] for grad in (True, False))
+    return *learns, *given, draw.indices(30)
+
+
 RECORDS = [
     Record(
         name="IPIRMLoss",
@@ -89,13 +94,7 @@ RECORDS = [
     Record(
         name="SimSiamIPIRMLoss",
         make=lambda **options: SimSiamIPIRMLoss(PARTITIONS, **{"weight": 0.4, **options}),
-        inputs=lambda draw: (
-            draw.floats(BATCH, 5),
-            draw.floats(BATCH, 5),
-            draw.floats(BATCH, 5, grad=False),
-            draw.floats(BATCH, 5, grad=False),
-            draw.indices(30),
-        ),
+        inputs=_predicted_and_projected,
         reference=lambda p, *views_and_indices: loss_references.sim_siam_ip_irm(
             *views_and_indices[:4], PARTITIONS[1:, views_and_indices[4]], 0.4
         ),
@@ -109,13 +108,7 @@ RECORDS = [
     Record(
         name="SimSiamIPIRMLoss/global penalty",
         make=lambda **options: SimSiamIPIRMLoss(PARTITIONS, **{"weight": 0.4, "global_penalty": True, **options}),
-        inputs=lambda draw: (
-            draw.floats(BATCH, 5),
-            draw.floats(BATCH, 5),
-            draw.floats(BATCH, 5, grad=False),
-            draw.floats(BATCH, 5, grad=False),
-            draw.indices(30),
-        ),
+        inputs=_predicted_and_projected,
         reference=lambda p, *views_and_indices: loss_references.sim_siam_ip_irm(
             *views_and_indices[:4], PARTITIONS[1:, views_and_indices[4]], 0.4, True
         ),
