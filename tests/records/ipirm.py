@@ -93,27 +93,13 @@ RECORDS = [
     ),
     Record(
         name="SimSiamIPIRMLoss",
-        make=lambda **options: SimSiamIPIRMLoss(PARTITIONS, **{"weight": 0.4, **options}),
-        inputs=_predicted_and_projected,
-        reference=lambda p, *views_and_indices: loss_references.sim_siam_ip_irm(
-            *views_and_indices[:4], PARTITIONS[1:, views_and_indices[4]], 0.4
-        ),
-        made_of=_of_groups,
-        refused=_refused("SimSiamIPIRMLoss: p1", 4),
-        empty=Refused(ValueError, r"p1 must be of at least one sample and one feature, got \[0, 5\]"),
-        one=AS_REFERENCE,
-        frozen=(2, 3),
-        processes="gather",
-    ),
-    Record(
-        name="SimSiamIPIRMLoss/global penalty",
         make=lambda **options: SimSiamIPIRMLoss(PARTITIONS, **{"weight": 0.4, "global_penalty": True, **options}),
         inputs=_predicted_and_projected,
         reference=lambda p, *views_and_indices: loss_references.sim_siam_ip_irm(
             *views_and_indices[:4], PARTITIONS[1:, views_and_indices[4]], 0.4, True
         ),
         made_of=_of_groups_and_all,
-        refused={"F27": Refused(ValueError, "global_penalty must be one of .* got 2", options={"global_penalty": 2})},
+        refused=_refused("SimSiamIPIRMLoss: p1", 4),
         empty=Refused(ValueError, r"p1 must be of at least one sample and one feature, got \[0, 5\]"),
         one=AS_REFERENCE,
         frozen=(2, 3),
