@@ -33,8 +33,7 @@ def load(folder: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
     classes = read_image_folder(folder.parent / "train").classes  # test images are numbered alike
     steps = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     files = read_image_folder(folder, class_list=classes, transform=steps)
-    images, labels = zip(*(files[i] for i in tqdm(range(len(files)), str(folder))))
-    return torch.stack(images), torch.tensor(labels), classes
+    return torch.stack([image for image, _ in tqdm(files, str(folder))]), files.labels, classes
 
 
 @torch.no_grad()

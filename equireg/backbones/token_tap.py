@@ -83,7 +83,6 @@ class TokenTap:
         self.num_prefix_tokens = num_prefix_tokens
         self._running: dict[int, tuple[Grid | None, bool]] = {}  # by thread: sides of the images, whether it learns
         self._taken: dict[int, _Taken] = {}
-        self._read: dict[int, tuple[_Taken, Tensor]] = {}  # what was read of it
         self._handles: list[Any] = []
 
     def __enter__(self) -> TokenTap:
@@ -107,12 +106,12 @@ class TokenTap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A model copied inside of the context keeps its hooks, but not the last output.
-        return {**self.__dict__, "_running": {}, "_taken": {}, "_read": {}}
+        return {**self.__dict__, "_running": {}, "_taken": {}}
 
     @property
     def tokens(self) -> Tensor:
         """Tokens of the last forward pass in this thread, [B, T, D], prefix tokens left out, row by row of ``grid``."""
-        taken = self._last()
+        key, taken = self._last()
         if taken.version >= 0 and taken.output._version != taken.version:
             raise ValueError(
                 f"TokenTap: layer {self.layer!r} must not be followed by an operation in place on its output, such as "
@@ -122,26 +121,26 @@ class TokenTap:
             return _as_tokens(taken.output, taken.layout)
         if taken.hidden and taken.output.grad_fn is None:
             raise ValueError("TokenTap: model must checkpoint with use_reentrant=False, got tokens without gradient")
-        # One tensor however often it is read, so that it can be asked for its gradient.
-        seen, tokens = self._read.get(threading.get_ident(), (None, taken.output))
-        if seen is not taken:
-            tokens = _as_tokens(taken.output, taken.layout)
-            self._read[threading.get_ident()] = taken, tokens
+        if taken.tokens is not None:
+            return taken.tokens
+        tokens = _as_tokens(taken.output, taken.layout)
+        self._taken[key] = taken._replace(tokens=tokens)
         return tokens
 
     @property
     def grid(self) -> Grid:
         """Rows and columns of ``tokens``."""
-        return self._last().grid
+        return self._last()[1].grid
 
-    def _last(self) -> _Taken:
-        found = self._taken.get(threading.get_ident(), self._taken.get(0))
-        if found is None:
+    def _last(self) -> tuple[int, _Taken]:
+        key = threading.get_ident()
+        key = key if key in self._taken else 0
+        if key not in self._taken:
             raise ValueError(
                 f"TokenTap: layer {self.layer!r} must run inside of the context before its tokens are read; "
                 "a model compiled before that does not see the tap"
             )
-        return found
+        return key, self._taken[key]
 
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
@@ -165,11 +164,9 @@ class TokenTap:
             self._taken = {0: _Taken(_as_tokens(output, layout), 0, grid, -1, False)}
             return
         self._taken.pop(0, None)
-        self._read.pop(calling_thread(), None)
         version = -1 if output.is_inference() else output._version
         # Reentrant checkpointing runs layers without gradient, and gives some of their outputs one afterwards.
-        frozen = {p.requires_grad for p in module.parameters()} == {False}
-        hidden = learns and not torch.is_grad_enabled() and not frozen and _in_autograd_function()
+        hidden = learns and not torch.is_grad_enabled() and not _frozen(module) and _in_autograd_function()
         self._taken[calling_thread()] = _Taken(output, layout, grid, version, hidden)
 
     def _layout(self, output: Tensor, image: Grid | None) -> tuple[str | int, Grid]:
@@ -207,6 +204,12 @@ class _Taken(NamedTuple):
     grid: Grid
     version: int  # -1 where it has none
     hidden: bool  # from autograd, when it was recorded
+    tokens: Tensor | None = None  # once read: one tensor however often, so that it can be asked for its gradient
+
+
+def _frozen(module: nn.Module) -> bool:
+    """Whether it has parameters, of which none learns."""
+    return {parameter.requires_grad for parameter in module.parameters()} == {False}
 
 
 def _in_autograd_function() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +55,6 @@ class FeatureMask(nn.Module):
     def extra_repr(self) -> str:
         return f"{len(self.weight)}" + ("" if self.scale is None else f", scale={self.scale}")
 
-    def _is_mine(self, hook: Any) -> bool:
-        """Whether it is that of ``EqInvTask``, which puts this mask before its classifier."""
-        return getattr(getattr(getattr(hook, "__self__", None), "irm", None), "mask", None) is self
-
     @torch.no_grad()
     def fold_into(self, head: nn.Module) -> nn.Module:
         """``head ∘ mask`` as one module, with parameters of its own.
@@ -77,18 +72,11 @@ class FeatureMask(nn.Module):
         check = Arguments("FeatureMask.fold_into")
         if not isinstance(head, nn.Module):
             check.fail_type("head", "an nn.Module", type(head).__name__)
+        head = self._unmasked(head)
         # A subclass may do something else with its weight, and so may a hook; a parametrised layer does not.
-        hooks: list[Any] = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
-        exact = self.scale is None and all(map(self._is_mine, hooks))
+        exact = self.scale is None and not head._forward_pre_hooks and not head._forward_hooks
         if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or not exact:
-            # What a hook made with a gradient, such as the weight of nn.utils.weight_norm, cannot be copied with it.
-            made = [t for part in head.modules() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn]
-            owners = [hook.__self__ for hook in hooks if self._is_mine(hook)]  # hold the whole model: not to be copied
-            shared = {id(t): t.detach().clone() for t in made} | {id(owner): owner for owner in owners}
-            copied = copy.deepcopy(head, shared)
-            for key in [key for key, hook in copied._forward_pre_hooks.items() if self._is_mine(hook)]:
-                del copied._forward_pre_hooks[key]
-            return nn.Sequential(copy.deepcopy(self), copied)
+            return nn.Sequential(copy.deepcopy(self), head)
         if head.in_features != len(self.weight):
             check.fail("head", f"of {len(self.weight)} features", head.in_features)
         how = {"bias": head.bias is not None, "device": head.weight.device, "dtype": head.weight.dtype}
@@ -98,3 +86,19 @@ class FeatureMask(nn.Module):
         if head.bias is not None:
             folded.bias.copy_(head.bias)
         return folded
+
+    def _unmasked(self, head: nn.Module) -> nn.Module:
+        """A copy, without the hook by which ``EqInvTask`` puts this mask before its classifier."""
+        own = {}
+        for key, hook in head._forward_pre_hooks.items():
+            owner = getattr(hook, "__self__", None)
+            if getattr(getattr(owner, "irm", None), "mask", None) is self:
+                own[key] = owner
+        # What a hook made with a gradient, such as the weight of nn.utils.weight_norm, cannot be copied with it.
+        made = [t for part in head.modules() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn]
+        # The hook's owner holds the whole model, which is not copied.
+        shared = {id(t): t.detach().clone() for t in made} | {id(owner): owner for owner in own.values()}
+        copied = copy.deepcopy(head, shared)
+        for key in own:
+            del copied._forward_pre_hooks[key]
+        return copied

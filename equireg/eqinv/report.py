@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,13 @@ __all__ = ["EnvironmentsReport"]
 # A sample counts as being in another class's context from this many standard deviations on; of normally spread scores,
 # one in 44 does.
 THRESHOLD = 2.0
+
+
+def names_of_classes(check: Arguments, class_names: Sequence[str] | None, count: int) -> Sequence[str]:
+    """Those given, one of each class, or their numbers."""
+    if class_names is not None and len(class_names) != count:
+        check.fail("class_names", f"of {count} classes", list(class_names))
+    return class_names or [str(k) for k in range(count)]
 
 
 class EnvironmentsReport:
@@ -87,9 +95,7 @@ class EnvironmentsReport:
         """
         from matplotlib.figure import Figure  # on use; without pyplot, so that no window opens
 
-        names = class_names or [str(k) for k in range(len(self.size))]
-        if len(names) != len(self.size):
-            Arguments("EnvironmentsReport.picture").fail("class_names", f"of {len(self.size)} classes", names)
+        names = names_of_classes(Arguments("EnvironmentsReport.picture"), class_names or None, len(self.size))
         side = min(12.0, max(4.0, 0.25 * len(names)))
         figure = Figure(figsize=(1.6 * side, side), layout="constrained")
         bars, table = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))

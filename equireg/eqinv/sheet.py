@@ -10,6 +10,7 @@ from torch import Tensor
 
 from equireg._checks import Arguments
 from equireg.eqinv.environments import Environments
+from equireg.eqinv.report import names_of_classes
 
 __all__ = ["weight_sheet"]
 
@@ -65,9 +66,7 @@ def weight_sheet(
         check.count("classes", k, least=0)
         if k >= environments.num_classes:
             check.fail("classes", f"in 0 .. {environments.num_classes - 1} (num_classes)", k)
-    if class_names is not None and len(class_names) != environments.num_classes:
-        check.fail("class_names", f"of {environments.num_classes} classes", list(class_names))
-    names = class_names or [str(k) for k in range(environments.num_classes)]
+    names = names_of_classes(check, class_names, environments.num_classes)
     figure = Figure(figsize=(1.2 * (2 * count + 1), 1.45 * len(classes) + 0.4), layout="constrained")
     grid = figure.subplots(len(classes), 2 * count + 1, squeeze=False, width_ratios=[*[1] * count, 0.4, *[1] * count])
     for row, k in zip(grid, classes):

@@ -338,12 +338,12 @@ class PartitionUpdater(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         missing: list[str] = args[2]
         errors: list[str] = args[4]
-        absolute = [prefix + name for name in ("partitions", "generator_state", "_extra_state")]
-        absent = [name for name in absolute if name not in state_dict]
+        keys = [prefix + name for name in ("partitions", "generator_state", "_extra_state")]
+        absent = [name for name in keys if name not in state_dict]
         if absent:  # all or nothing
             missing.extend(absent)
             return
-        saved, generator, extra = (state_dict[name] for name in absolute)
+        saved, generator, extra = (state_dict[name] for name in keys)
         groups, _ = from_bytes(extra)
         fits = saved.dim() == 2 and len(saved) and saved.shape[1] == self.num_samples and groups == self.num_groups
         whole = saved.dtype == torch.int64 and saved.numel() and 0 <= int(saved.min()) <= int(saved.max()) < groups
@@ -354,7 +354,7 @@ class PartitionUpdater(nn.Module):
                 + ("" if not fits else "; they or the generator's state are damaged")
             )
             return
-        others = {key: value for key, value in state_dict.items() if key not in absolute[:2]}
+        others = {key: value for key, value in state_dict.items() if key not in keys[:2]}
         super()._load_from_state_dict(others, prefix, *args)
         assigned = args[0].get("assign_to_params_buffers", False)
         self.partitions = saved if assigned else saved.to(self.partitions.device, copy=True)
