@@ -125,6 +125,24 @@ def test_page_says_where_a_method_helps_and_where_not(tmp_path):
     assert (row["base"].mean, row["arm"].difference) == pytest.approx((53.0, 1.01))
 
 
+def test_measures_that_some_arms_lack_leave_their_cells_empty(tmp_path):
+    """The base, a control and one arm were measured in full, another arm in part."""
+    runs = {}
+    for (arm, gain), seed in itertools.product({"off": 0, "views": 1, "early": 3, "late": 2}.items(), range(3)):
+        run = {"accuracy": {"CIFAR-10, k-NN": 30.0 + gain}, "told": {"R², rotation": 0.5 + 0.1 * gain}}
+        if arm != "early":
+            run["told"]["R², colour"] = 0.3 + 0.1 * gain
+            run["corrupted"] = {"fog": 20.0 + gain}
+        runs.setdefault(arm, {})[str(seed)] = run | {"curve": {}, "chosen": {}, "step_seconds": 1.0}
+    group = "ser-barlow-layers"
+    found = {"scale": "cpu", "machines": {group: "a"}, "torch": "2", "dates": {group: "2026-01-01"}, "hours": 1.0}
+    text = write_page(found | {"runs": {group: runs}}, tmp_path).read_text()
+    assert "| R², rotation | 0.500 | **0.600** | **0.800** | **0.700** |" in text
+    assert "| R², colour | 0.300 | **0.400** |  | **0.500** |" in text
+    of_control = text.split("| from the control |")[2]
+    assert "| R², colour |  | **+0.100: +0.100 to +0.100** |" in of_control
+
+
 def test_every_comparison_has_a_place_in_the_page():
     text, questions = (ROOT / "examples/evidence/page.md").read_text(), experiments.PLAN["questions"]
     names = {*questions, *(other["groups"][0] for _, *others in questions.values() for other in others)}

@@ -131,7 +131,8 @@ def from_controls(groups: dict[str, Any], arms: dict[str, str], controls: dict[s
         both = {group: runs for group, runs in groups.items() if arm in runs and control in runs}
         for rows, own in zip(joined, rows_of(both, {control: arms[control], arm: arms[arm]})):
             for measure, row in own.items():
-                rows.setdefault(measure, {})[arms[arm]] = row[arms[arm]]
+                if arms[arm] in row:  # some measures are of the control alone
+                    rows.setdefault(measure, {})[arms[arm]] = row[arms[arm]]
     return joined
 
 
